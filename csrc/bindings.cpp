@@ -1,0 +1,209 @@
+// safepatch_core._engine: the C interface for Python. `backends/cpu.py` has checked shapes and dtypes before;
+// here arrays become pointers. The GIL is free while the engine works.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "safepatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// The place of `text` among names that are listed in the order of the C interface's values.
+int32_t pick(const py::handle& text, std::initializer_list<const char*> names) {
+    const auto found = py::cast<std::string>(text);
+    int32_t i = 0;
+    for (const char* name : names) {
+        if (found == name) return i;
+        ++i;
+    }
+    throw py::value_error("unknown name '" + found + "'");
+}
+
+py::array array(const py::handle& object) { return py::cast<py::array>(object); }
+
+sp_bits bits(const py::handle& object) {
+    return {array(object.attr("data")).data(), pick(object.attr("dtype"), {"F32", "F16", "BF16"})};
+}
+
+sp_patch patch(const py::handle& object, int64_t cols) {
+    sp_patch p{};
+    if (object.is_none()) return p;
+    p.present = 1;
+    p.kind = pick(object.attr("kind"), {"checkpoint", "delta", "lora"});
+    p.importance = pick(object.attr("importance"), {"magnitude", "scores", "gradients"});
+    p.weight = pick(object.attr("weight"), {"patched", "base", "delta"});
+    if (p.importance != SP_MAGNITUDE) p.scores = bits(object.attr("scores"));
+    const py::object values = object.attr("values");
+    if (p.kind == SP_LORA) {
+        const py::array a = array(values.attr("a")), b = array(values.attr("b"));
+        p.lora = {
+            static_cast<const float*>(a.data()),  static_cast<const float*>(b.data()), a.shape(0), b.shape(0), cols,
+            py::cast<float>(values.attr("scale"))};
+    } else {
+        p.values = bits(values);
+    }
+    p.key = py::cast<uint64_t>(object.attr("key"));
+    p.keep = py::cast<uint64_t>(object.attr("keep"));
+    p.scale = py::cast<float>(object.attr("scale"));
+    return p;
+}
+
+// A `backends.Block` in the C interface's words. The Python block must outlive it.
+struct Block {
+    std::vector<sp_patch> patches;
+    sp_block block{};
+
+    explicit Block(const py::handle& object) {
+        const auto cols = py::cast<int64_t>(object.attr("cols"));
+        for (const py::handle& p : object.attr("patches")) patches.push_back(patch(p, cols));
+        block.base = bits(object.attr("base"));
+        block.entries = array(object.attr("base").attr("data")).size();
+        block.start = py::cast<int64_t>(object.attr("start"));
+        block.patches = patches.data();
+        block.patch_count = patches.size();
+        block.combine = pick(object.attr("combine"), {"difference", "sum", "ties"});
+        block.order = pick(object.attr("order"), {"retain-first", "select-first"});
+    }
+};
+
+struct Found {
+    std::vector<sp_patch_report> patches;
+    sp_report report{};
+
+    explicit Found(size_t n) : patches(n) { report.patches = patches.data(); }
+};
+
+py::tuple fault(const sp_fault& f) { return py::make_tuple(f.count, f.first); }
+
+// ([(eligible, selected, applied, bad delta, bad score, negative)], overflow), a fault being (count, first).
+py::tuple report(const Found& found) {
+    py::list patches;
+    for (const sp_patch_report& p : found.patches) {
+        patches.append(py::make_tuple(p.eligible, p.selected, p.applied, fault(p.bad_delta), fault(p.bad_score),
+                                      fault(p.negative)));
+    }
+    return py::make_tuple(patches, fault(found.report.overflow));
+}
+
+struct Unsupported : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+void raise(sp_status status) {
+    if (status == SP_OK) return;
+    if (status == SP_NO_MEMORY) throw std::bad_alloc();
+    if (status == SP_UNSUPPORTED) throw Unsupported(sp_last_error());
+    throw std::runtime_error(std::string(sp_strerror(status)) + ": " + sp_last_error());
+}
+
+// A C call without the GIL. The error text belongs to the thread, which stays the same.
+template <class Call>
+void released(const Call& call) {
+    sp_status status = SP_OK;
+    {
+        const py::gil_scoped_release release;
+        status = call();
+    }
+    raise(status);
+}
+
+using Window = std::tuple<size_t, uint32_t, uint32_t, py::array>;
+using Cut = std::pair<uint32_t, int64_t>;
+
+class Engine {
+  public:
+    Engine(int32_t threads, const std::optional<std::string>& isa) {
+        sp_engine* engine = nullptr;
+        raise(sp_engine_open(threads, isa ? isa->c_str() : nullptr, &engine));
+        engine_.reset(engine);
+    }
+
+    std::string isa() const { return sp_engine_isa(engine_.get()); }
+    int32_t threads() const { return sp_engine_threads(engine_.get()); }
+    size_t scratch(int64_t entries, size_t patches) const { return sp_scratch(engine_.get(), entries, patches); }
+
+    py::tuple histogram(const py::object& object, std::vector<Window>& requests) {
+        const Block block(object);
+        Found found(block.patches.size());
+        std::vector<sp_window> windows;
+        for (auto& [p, lo, shift, counts] : requests) {
+            auto* bins = static_cast<int64_t*>(counts.mutable_data());
+            windows.push_back({p, lo, shift, static_cast<size_t>(counts.size()), bins});
+        }
+        released(
+            [&] { return sp_histogram(engine_.get(), &block.block, windows.data(), windows.size(), &found.report); });
+        return report(found);
+    }
+
+    std::vector<int64_t> ties(const py::object& object, const std::vector<uint32_t>& keys) {
+        const Block block(object);
+        same_length(block, keys.size());
+        std::vector<int64_t> counts(keys.size());
+        released([&] { return sp_ties(engine_.get(), &block.block, keys.data(), counts.data()); });
+        return counts;
+    }
+
+    py::tuple apply(const py::object& object, const std::vector<Cut>& given, py::array& out) {
+        const Block block(object);
+        same_length(block, given.size());
+        Found found(given.size());
+        std::vector<sp_cut> cuts;
+        for (const auto& [key, before] : given) cuts.push_back({key, before});
+        void* to = out.mutable_data();
+        released([&] { return sp_apply(engine_.get(), &block.block, cuts.data(), to, &found.report); });
+        return report(found);
+    }
+
+    std::pair<std::vector<Cut>, py::tuple> merge(const py::object& object, const std::vector<int64_t>& quotas,
+                                                 py::array& out) {
+        const Block block(object);
+        same_length(block, quotas.size());
+        Found found(quotas.size());
+        std::vector<sp_cut> cuts(quotas.size());
+        void* to = out.mutable_data();
+        released(
+            [&] { return sp_merge(engine_.get(), &block.block, quotas.data(), to, cuts.data(), &found.report); });
+        std::vector<Cut> given;
+        for (const sp_cut& cut : cuts) given.emplace_back(cut.key, cut.before);
+        return {given, report(found)};
+    }
+
+  private:
+    struct Close {
+        void operator()(sp_engine* engine) const { sp_engine_close(engine); }
+    };
+    static void same_length(const Block& block, size_t n) {
+        if (n != block.patches.size()) throw py::value_error("expected one number per patch");
+    }
+
+    std::unique_ptr<sp_engine, Close> engine_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, m) {
+    m.doc() = "The C++ engine; see csrc/include/safepatch.h.";
+    py::register_exception<Unsupported>(m, "Unsupported", PyExc_RuntimeError);
+    m.def("version", &sp_version);
+    m.def("isa_usable", [](const std::string& isa) { return sp_isa_usable(isa.c_str()) != 0; }, py::arg("isa"));
+    py::class_<Engine>(m, "Engine")
+        .def(py::init<int32_t, const std::optional<std::string>&>(), py::arg("threads"), py::arg("isa") = py::none())
+        .def_property_readonly("isa", &Engine::isa)
+        .def_property_readonly("threads", &Engine::threads)
+        .def("scratch", &Engine::scratch, py::arg("entries"), py::arg("patches"))
+        .def("histogram", &Engine::histogram, py::arg("block"), py::arg("windows"))
+        .def("ties", &Engine::ties, py::arg("block"), py::arg("keys"))
+        .def("apply", &Engine::apply, py::arg("block"), py::arg("cuts"), py::arg("out"))
+        .def("merge", &Engine::merge, py::arg("block"), py::arg("quotas"), py::arg("out"));
+}

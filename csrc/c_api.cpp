@@ -1,0 +1,178 @@
+// The C interface: checks every argument that could lead out of bounds, and lets no exception through.
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#include "engine.h"
+
+struct sp_engine {
+    safepatch::Engine engine;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+void need(bool good, const char* what) {
+    if (!good) throw std::invalid_argument(what);
+}
+
+bool aligned(const void* p, size_t size) { return reinterpret_cast<uintptr_t>(p) % size == 0; }
+
+void check(const sp_bits& bits, bool any, const char* what) {
+    need(bits.dtype >= SP_F32 && bits.dtype <= SP_BF16, what);
+    need(!any || (bits.data != nullptr && aligned(bits.data, bits.dtype == SP_F32 ? 4 : 2)), what);
+}
+
+void check(const sp_patch& patch, const sp_block& block) {
+    if (!patch.present) return;
+    const bool any = block.entries > 0;
+    need(patch.kind >= SP_CHECKPOINT && patch.kind <= SP_LORA, "patch kind");
+    need(patch.importance >= SP_MAGNITUDE && patch.importance <= SP_GRADIENTS, "patch importance");
+    need(patch.weight >= SP_WEIGHT_PATCHED && patch.weight <= SP_WEIGHT_DELTA, "patch weight");
+    if (patch.importance != SP_MAGNITUDE) check(patch.scores, any, "patch scores");
+    if (patch.kind != SP_LORA) {
+        check(patch.values, any, "patch values");
+        return;
+    }
+    const sp_lora& lora = patch.lora;
+    need(lora.rank >= 0 && lora.rows >= 0 && lora.cols >= 0, "LoRA shape");
+    need(lora.rank == 0 || !any ||
+             (lora.a != nullptr && lora.b != nullptr && aligned(lora.a, 4) && aligned(lora.b, 4)),
+         "LoRA factors");
+    need(!any || (lora.cols > 0 && (block.start + block.entries - 1) / lora.cols < lora.rows),
+         "LoRA factors: the block ends beyond their product");
+}
+
+void check(const sp_engine* engine, const sp_block* block) {
+    need(engine != nullptr && block != nullptr, "null engine or block");
+    need(block->entries >= 0 && block->start >= 0 && block->start <= INT64_MAX - block->entries, "block range");
+    need(block->patch_count == 0 || block->patches != nullptr, "block patches");
+    need(block->combine >= SP_DIFFERENCE && block->combine <= SP_TIES, "block combine");
+    need(block->order >= SP_RETAIN_FIRST && block->order <= SP_SELECT_FIRST, "block order");
+    check(block->base, block->entries > 0, "block base");
+    for (size_t p = 0; p < block->patch_count; ++p) check(block->patches[p], *block);
+}
+
+void check(const sp_block* block, const void* per_patch, const void* out, const sp_report* report) {
+    need(block->patch_count == 0 || (per_patch != nullptr && report != nullptr && report->patches != nullptr),
+         "null array");
+    need(report != nullptr, "null report");
+    need(block->entries == 0 || (out != nullptr && aligned(out, block->base.dtype == SP_F32 ? 4 : 2)), "output");
+}
+
+// Run `body`, and turn what it throws into a status with a text.
+template <class Body>
+sp_status guarded(const Body& body) {
+    const auto failed = [](sp_status status, const char* why) {
+        try {
+            last_error = why;
+        } catch (...) {
+            last_error.clear();
+        }
+        return status;
+    };
+    try {
+        body();
+        return SP_OK;
+    } catch (const std::bad_alloc&) {
+        return failed(SP_NO_MEMORY, "out of memory");
+    } catch (const safepatch::Unsupported& error) {
+        return failed(SP_UNSUPPORTED, error.what());
+    } catch (const std::invalid_argument& error) {
+        return failed(SP_BAD_ARGUMENT, error.what());
+    } catch (const std::exception& error) {
+        return failed(SP_INTERNAL, error.what());
+    } catch (...) {
+        return failed(SP_INTERNAL, "unknown exception");
+    }
+}
+
+}  // namespace
+
+uint32_t sp_version(void) { return SP_VERSION; }
+
+const char* sp_strerror(sp_status status) {
+    switch (status) {
+        case SP_OK:
+            return "success";
+        case SP_BAD_ARGUMENT:
+            return "bad argument";
+        case SP_UNSUPPORTED:
+            return "not supported by this machine";
+        case SP_NO_MEMORY:
+            return "out of memory";
+        case SP_INTERNAL:
+            return "internal error";
+    }
+    return "unknown status";
+}
+
+const char* sp_last_error(void) { return last_error.c_str(); }
+
+int sp_isa_usable(const char* isa) { return isa != nullptr && safepatch::usable(isa); }
+
+sp_status sp_engine_open(int32_t threads, const char* isa, sp_engine** engine) {
+    if (engine != nullptr) *engine = nullptr;
+    return guarded([&] {
+        need(engine != nullptr, "null engine");
+        need(threads >= 1, "threads: expected at least 1");
+        *engine = new sp_engine{safepatch::Engine(threads, safepatch::choose_isa(isa))};
+    });
+}
+
+void sp_engine_close(sp_engine* engine) {
+    if (engine != nullptr && !engine->engine.forked()) delete engine;
+}
+
+const char* sp_engine_isa(const sp_engine* engine) { return engine->engine.isa().name; }
+
+int32_t sp_engine_threads(const sp_engine* engine) { return engine->engine.threads(); }
+
+size_t sp_scratch(const sp_engine* engine, int64_t entries, size_t patches) {
+    return engine->engine.scratch(entries, patches);
+}
+
+sp_status sp_histogram(sp_engine* engine, const sp_block* block, const sp_window* windows, size_t count,
+                       sp_report* report) {
+    return guarded([&] {
+        check(engine, block);
+        need(report != nullptr && (block->patch_count == 0 || report->patches != nullptr), "null report");
+        need(count == 0 || windows != nullptr, "null windows");
+        for (size_t i = 0; i < count; ++i) {
+            need(windows[i].patch < block->patch_count, "window patch");
+            need(windows[i].shift <= 31, "window shift");
+            need(windows[i].bins == 0 || windows[i].counts != nullptr, "window counts");
+        }
+        engine->engine.histogram(*block, windows, count, *report);
+    });
+}
+
+sp_status sp_ties(sp_engine* engine, const sp_block* block, const uint32_t* keys, int64_t* counts) {
+    return guarded([&] {
+        check(engine, block);
+        need(block->patch_count == 0 || (keys != nullptr && counts != nullptr), "null array");
+        engine->engine.ties(*block, keys, counts);
+    });
+}
+
+sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut* cuts, void* out, sp_report* report) {
+    return guarded([&] {
+        check(engine, block);
+        check(block, cuts, out, report);
+        engine->engine.apply(*block, cuts, out, *report);
+    });
+}
+
+sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
+                   sp_report* report) {
+    return guarded([&] {
+        check(engine, block);
+        check(block, quotas, out, report);
+        for (size_t p = 0; p < block->patch_count; ++p) need(quotas[p] >= 0, "negative quota");
+        need(block->patch_count == 0 || cuts != nullptr, "null cuts");
+        engine->engine.merge(*block, quotas, out, cuts, *report);
+    });
+}

@@ -1,0 +1,217 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace safepatch {
+namespace {
+
+Random random_of(const sp_patch& patch) {
+    Random random{};
+    auto k0 = static_cast<uint32_t>(patch.key), k1 = static_cast<uint32_t>(patch.key >> 32);
+    for (auto& round : random.rounds) {
+        round[0] = k0;
+        round[1] = k1;
+        k0 += 0x9E3779B9;
+        k1 += 0xBB67AE85;
+    }
+    random.all = patch.keep >= SP_KEEP_ALL;
+    random.keep = static_cast<uint32_t>(patch.keep);
+    return random;
+}
+
+// Can the pass be done without another look at all entries?
+bool from_lists(const Pass& pass) {
+    const std::vector<Task>& tasks = *pass.tasks;
+    const bool alone = pass.block->combine == SP_DIFFERENCE || (pass.block->combine == SP_SUM && tasks.size() == 1);
+    return pass.out != nullptr && alone && std::all_of(tasks.begin(), tasks.end(), [](const Task& task) {
+               if (task.patch == nullptr) return true;
+               const bool delta_at_hand = task.patch->importance == SP_MAGNITUDE || task.patch->kind != SP_LORA;
+               return task.list != nullptr && delta_at_hand && (task.random.all || !task.retain_chosen);
+           });
+}
+
+void add(Fault& to, const Fault& more) { to.add(more.count, more.first); }
+
+}  // namespace
+
+void Buffer::Free::operator()(void* p) const { std::free(p); }
+
+void* Buffer::room_bytes(size_t n) {
+    if (n > size_) {
+        data_.reset();
+        size_ = 0;
+        const size_t size = (n + 63) / 64 * 64;
+        data_.reset(std::aligned_alloc(64, size));
+        if (!data_) throw std::bad_alloc();
+        size_ = size;
+    }
+    return data_.get();
+}
+
+Chunks::Chunks(const sp_block& block)
+    : entries_(block.entries), lead_(std::min<int64_t>(-block.start & 3, block.entries)), size_(kChunk) {
+    // A LoRA's factor is read once for four rows, where a chunk has so many.
+    for (size_t p = 0; p < block.patch_count; ++p) {
+        const sp_patch& patch = block.patches[p];
+        if (!patch.present || patch.kind != SP_LORA) continue;
+        const int64_t row = patch.lora.cols;
+        if (row > 0 && 4 * row <= kChunk) size_ = kChunk / (4 * row) * (4 * row);
+    }
+    count_ = (lead_ > 0 ? 1 : 0) + (entries_ - lead_ + size_ - 1) / size_;
+}
+
+Range Chunks::at(int64_t slot) const {
+    if (lead_ > 0 && slot == 0) return {0, lead_, 0};
+    const int64_t begin = lead_ + (slot - (lead_ > 0 ? 1 : 0)) * size_;
+    return {begin, std::min(size_, entries_ - begin), slot};
+}
+
+Engine::Engine(int threads, const Isa& isa) : isa_(isa), pool_(threads) {
+    for (int i = 0; i < threads; ++i) threads_.push_back(std::make_unique<Thread>());
+}
+
+// One per patch: find out from the inputs what is eligible.
+std::vector<Task> Engine::fresh_tasks(const sp_block& block) const {
+    std::vector<Task> tasks(block.patch_count);
+    for (size_t p = 0; p < tasks.size(); ++p) {
+        if (!block.patches[p].present) continue;
+        tasks[p].patch = &block.patches[p];
+        tasks[p].random = random_of(block.patches[p]);
+        tasks[p].retain_eligible = block.order == SP_RETAIN_FIRST;
+        tasks[p].retain_chosen = block.order == SP_SELECT_FIRST;
+    }
+    return tasks;
+}
+
+// Clear the threads' findings and give them all the memory that a pass needs.
+void Engine::prepare(const sp_block& block, const std::vector<Request>& requests, bool listing) {
+    const size_t patches = block.patch_count;
+    size_t bins = 0;
+    for (const Request& request : requests) bins += 2 * static_cast<size_t>(request.bins);
+    for (auto& thread : threads_) {
+        if (thread->space.lanes.size() != patches) thread->space.lanes.resize(patches);
+        if (thread->lora.size() < patches) thread->lora.resize(patches);
+        if (thread->lists.size() < patches) thread->lists.resize(patches);
+        if (thread->places.size() < patches) thread->places.resize(patches);
+        thread->sinks.assign(patches, Sink{});
+        thread->space.lora.assign(patches, nullptr);
+        thread->overflow = {};
+        thread->uncollected = 0;
+        for (size_t p = 0; p < patches; ++p) {
+            const sp_patch& patch = block.patches[p];
+            if (patch.present && patch.kind == SP_LORA) {
+                thread->space.lora[p] = thread->lora[p].room<float>(kChunk + kSlack);
+            }
+            if (!listing) continue;
+            thread->sinks[p].list = thread->lists[p].room<uint32_t>(kChunk + kSlack);
+            thread->sinks[p].places = thread->places[p].room<uint16_t>(kChunk + kSlack);
+        }
+        auto* counts = thread->bins.room<uint32_t>(bins);
+        if (bins > 0) std::memset(counts, 0, bins * sizeof(uint32_t));
+        for (const Request& request : requests) {
+            thread->sinks[request.patch].windows.push_back({request.lo, request.shift, request.bins, counts});
+            counts += 2 * static_cast<size_t>(request.bins);
+        }
+    }
+}
+
+// Move a thread's counts into the requests, and start them again from zero.
+void Engine::collect(Thread& thread, const std::vector<Request>& requests) {
+    const std::lock_guard lock(sums_);
+    std::vector<size_t> next(thread.sinks.size());
+    for (const Request& request : requests) {
+        Window& window = thread.sinks[request.patch].windows[next[request.patch]++];
+        for (uint32_t bin = 0; bin < request.bins; ++bin) {
+            request.counts[bin] += int64_t{window.counts[bin]} + window.counts[request.bins + bin];
+        }
+        std::memset(window.counts, 0, 2 * sizeof(uint32_t) * request.bins);
+        if (request.above != nullptr) *request.above += window.above;
+        window.above = 0;
+    }
+    thread.uncollected = 0;
+}
+
+// One pass over all chunks. `after` runs behind each of them, on its thread. What is found stays with the
+// threads, but for the histograms.
+void Engine::sweep(const Pass& pass, const std::vector<Request>& requests,
+                   const std::function<void(Thread&, const Range&)>& after) {
+    const std::vector<Task>& tasks = *pass.tasks;
+    const auto listing = [](const Task& task) { return task.collect || task.list != nullptr; };
+    prepare(*pass.block, requests, std::any_of(tasks.begin(), tasks.end(), listing));
+    const Chunks chunks(*pass.block);
+    const auto step = from_lists(pass) ? isa_.patch_up : isa_.visit;
+    pool_.run(chunks.count(), [&](int i, int64_t slot) {
+        Thread& thread = *threads_[static_cast<size_t>(i)];
+        const Range range = chunks.at(slot);
+        step(pass, thread.space, range, thread.sinks.data(), thread.overflow);
+        if (after) after(thread, range);
+        // Threads count in 32 bits.
+        if ((thread.uncollected += range.n) > INT32_MAX && !requests.empty()) collect(thread, requests);
+    });
+    if (requests.empty()) return;
+    for (auto& thread : threads_) collect(*thread, requests);
+}
+
+Sink Engine::found(size_t patch) const {
+    Sink sum;
+    for (const auto& thread : threads_) {
+        const Sink& sink = thread->sinks[patch];
+        sum.eligible += sink.eligible;
+        sum.selected += sink.selected;
+        sum.applied += sink.applied;
+        add(sum.bad_delta, sink.bad_delta);
+        add(sum.bad_score, sink.bad_score);
+        add(sum.negative, sink.negative);
+    }
+    return sum;
+}
+
+void Engine::report_all(sp_report& report, size_t patches) const {
+    Fault overflow;
+    for (const auto& thread : threads_) add(overflow, thread->overflow);
+    report.overflow = plain(overflow);
+    for (size_t p = 0; p < patches; ++p) {
+        const Sink sum = found(p);
+        report.patches[p] = {sum.eligible,         sum.selected,         sum.applied,
+                             plain(sum.bad_delta), plain(sum.bad_score), plain(sum.negative)};
+    }
+}
+
+void Engine::histogram(const sp_block& block, const sp_window* windows, size_t count, sp_report& report) {
+    const std::lock_guard lock(turn_);
+    std::vector<Request> requests;
+    for (size_t i = 0; i < count; ++i) {
+        const sp_window& window = windows[i];
+        if (window.lo >= kInfinity || window.bins == 0) continue;
+        const uint64_t all = ((kInfinity - 1 - window.lo) >> window.shift) + 1;
+        const auto bins = static_cast<uint32_t>(std::min<uint64_t>(window.bins, all));
+        requests.push_back({window.patch, window.lo, window.shift, bins, window.counts});
+    }
+    const std::vector<Task> tasks = fresh_tasks(block);
+    sweep({&block, &tasks, nullptr}, requests);
+    report_all(report, block.patch_count);
+}
+
+void Engine::ties(const sp_block& block, const uint32_t* keys, int64_t* counts) {
+    const std::lock_guard lock(turn_);
+    std::vector<Task> tasks = fresh_tasks(block);
+    for (size_t p = 0; p < tasks.size(); ++p) {
+        tasks[p].only = true;
+        tasks[p].only_key = keys[p];
+    }
+    sweep({&block, &tasks, nullptr});
+    for (size_t p = 0; p < tasks.size(); ++p) counts[p] = found(p).eligible;
+}
+
+void Engine::apply(const sp_block& block, const sp_cut* cuts, void* out, sp_report& report) {
+    const std::lock_guard lock(turn_);
+    std::vector<Task> tasks = fresh_tasks(block);
+    for (size_t p = 0; p < tasks.size(); ++p) tasks[p].cut = cuts[p];
+    sweep({&block, &tasks, out});
+    report_all(report, block.patch_count);
+}
+
+}  // namespace safepatch

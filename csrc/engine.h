@@ -1,0 +1,118 @@
+// The four operations over a block: cut it into chunks, hand them to the threads, put the findings together.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "passes.h"
+#include "pool.h"
+
+namespace safepatch {
+
+// Uninitialised memory that only grows: its pages are touched for the first time once, not in every call.
+class Buffer {
+  public:
+    // At least `n` entries; the contents are lost if it has to grow.
+    template <class T>
+    T* room(size_t n) {
+        return static_cast<T*>(room_bytes(n * sizeof(T)));
+    }
+    // What the last `room` gave.
+    template <class T>
+    T* get() const {
+        return static_cast<T*>(data_.get());
+    }
+
+  private:
+    struct Free {
+        void operator()(void* p) const;
+    };
+    void* room_bytes(size_t n);
+
+    std::unique_ptr<void, Free> data_;
+    size_t size_ = 0;
+};
+
+// The chunks of a block. Random numbers come in fours, so chunks begin at multiples of 4 of the tensor;
+// the entries before the first of those are a chunk of their own.
+class Chunks {
+  public:
+    explicit Chunks(const sp_block& block);
+    int64_t count() const { return count_; }
+    Range at(int64_t slot) const;
+
+  private:
+    int64_t entries_, lead_, size_, count_;
+};
+
+inline sp_fault plain(const Fault& fault) { return {fault.count, fault.first}; }
+
+// A histogram over all threads.
+struct Request {
+    size_t patch;
+    uint32_t lo;
+    uint32_t shift;
+    uint32_t bins;
+    int64_t* counts;           // added to
+    int64_t* above = nullptr;  // keys beyond the last bin, added to; may be null
+};
+
+class Engine {
+  public:
+    Engine(int threads, const Isa& isa);
+
+    const Isa& isa() const { return isa_; }
+    int threads() const { return pool_.threads(); }
+    bool forked() const { return pool_.forked(); }
+    size_t scratch(int64_t entries, size_t patches) const;
+
+    void histogram(const sp_block& block, const sp_window* windows, size_t count, sp_report& report);
+    void ties(const sp_block& block, const uint32_t* keys, int64_t* counts);
+    void apply(const sp_block& block, const sp_cut* cuts, void* out, sp_report& report);
+    void merge(const sp_block& block, const int64_t* quotas, void* out, sp_cut* cuts, sp_report& report);
+
+  private:
+    struct Thread {
+        Workspace space;
+        std::vector<Sink> sinks;  // one per patch
+        Fault overflow;
+        std::vector<Buffer> lora, lists, places;  // one per patch
+        Buffer bins;
+        int64_t uncollected = 0;  // entries counted since the last `collect`
+    };
+    // Merge's findings for one patch between its passes.
+    struct Notes {
+        Buffer marks, list, places, spans, ties;
+    };
+    struct Narrowing;
+    struct Search;
+
+    std::vector<Task> fresh_tasks(const sp_block& block) const;
+    void prepare(const sp_block& block, const std::vector<Request>& requests, bool listing);
+    void collect(Thread& thread, const std::vector<Request>& requests);
+    void sweep(const Pass& pass, const std::vector<Request>& requests = {},
+               const std::function<void(Thread&, const Range&)>& after = {});
+    Sink found(size_t patch) const;
+    void report_all(sp_report& report, size_t patches) const;
+
+    void count_list(const uint32_t* keys, int64_t n, Narrowing& narrowing);
+    void guess(const sp_block& block, std::deque<Search>& searches);
+    void scan(const sp_block& block, const std::vector<Search*>& searches);
+    void narrow(const sp_block& block, std::deque<Search>& searches);
+    void place_cuts(const sp_block& block, std::deque<Search>& searches);
+    int64_t last_tie(const sp_block& block, const Search& search, const Range& chunk, int64_t n);
+    void recall(const sp_block& block, const Search& search, Task& task);
+    static Request request(Search& search);
+
+    const Isa& isa_;
+    std::mutex turn_;  // one operation at a time
+    std::mutex sums_;
+    Pool pool_;
+    std::vector<std::unique_ptr<Thread>> threads_;
+    std::vector<Notes> notes_;
+};
+
+}  // namespace safepatch

@@ -1,0 +1,187 @@
+/* safepatch.h: the C interface of the safepatch engine. C99; needs stddef and stdint only.
+ *
+ * Arrays and numbers in, bits and counts out: the engine never sees a file or a recipe. Every call but
+ * sp_engine_close may be made from several threads at once on the same engine; they take turns.
+ * The caller owns every buffer it passes in, and the engine keeps no pointer to one after the call.
+ * Buffers need the natural alignment of their entries. No call throws or aborts on bad data. */
+#ifndef SAFEPATCH_H
+#define SAFEPATCH_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define SP_API __attribute__((visibility("default")))
+#else
+#define SP_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Counts up with every change of this file that a caller can notice. */
+#define SP_VERSION 1
+
+/* A cut's `before` beyond every position, a cut's `key` above every score, a `keep` that retains all. */
+#define SP_EVERY INT64_MAX
+#define SP_NO_KEY UINT32_MAX
+#define SP_KEEP_ALL (UINT64_C(1) << 32)
+
+typedef enum sp_status {
+    SP_OK = 0,
+    SP_BAD_ARGUMENT = 1, /* the call itself is wrong: a bug in the caller */
+    SP_UNSUPPORTED = 2,  /* this machine lacks the instruction set that was asked for */
+    SP_NO_MEMORY = 3,
+    SP_INTERNAL = 4 /* a bug in the engine */
+} sp_status;
+
+/* Values of the int32_t fields below. */
+enum { SP_F32 = 0, SP_F16 = 1, SP_BF16 = 2 };                            /* dtype */
+enum { SP_CHECKPOINT = 0, SP_DELTA = 1, SP_LORA = 2 };                   /* kind */
+enum { SP_MAGNITUDE = 0, SP_SCORES = 1, SP_GRADIENTS = 2 };              /* importance */
+enum { SP_WEIGHT_PATCHED = 0, SP_WEIGHT_BASE = 1, SP_WEIGHT_DELTA = 2 }; /* weight */
+enum { SP_DIFFERENCE = 0, SP_SUM = 1, SP_TIES = 2 };                     /* combine */
+enum { SP_RETAIN_FIRST = 0, SP_SELECT_FIRST = 1 };                       /* order */
+
+typedef struct sp_engine sp_engine;
+
+/* Entries of a tensor as they lie in a file: 4 bytes each for F32, 2 for F16 and BF16. */
+typedef struct sp_bits {
+    const void* data;
+    int32_t dtype;
+} sp_bits;
+
+/* delta[row, col] = scale * (sum over r of b[row, r] * a[r, col], from 0, in order of r).
+ * `a` is [rank, cols] and `b` [rows, rank], row-major, of the whole tensor. */
+typedef struct sp_lora {
+    const float* a;
+    const float* b;
+    int64_t rank;
+    int64_t rows;
+    int64_t cols;
+    float scale;
+} sp_lora;
+
+/* One patch's share of a block. */
+typedef struct sp_patch {
+    int32_t present;    /* 0: the patch has nothing for this tensor, and no other field is read */
+    int32_t kind;       /* which of `values` (checkpoint, delta) and `lora` is read */
+    int32_t importance; /* `scores` holds scores or gradients; it isn't read for magnitude */
+    int32_t weight;     /* what gradients are multiplied with */
+    sp_bits values;
+    sp_bits scores;
+    sp_lora lora;
+    uint64_t key;  /* Philox key */
+    uint64_t keep; /* an entry is retained iff its 32-bit random number is smaller */
+    float scale;
+} sp_patch;
+
+/* Entries [start, start + entries) of one tensor, in row-major order. */
+typedef struct sp_block {
+    sp_bits base;
+    int64_t entries;
+    int64_t start;
+    const sp_patch* patches;
+    size_t patch_count;
+    int32_t combine;
+    int32_t order;
+} sp_block;
+
+/* Selected are the eligible entries with key > `key`, or key == `key` and index in the tensor < `before`.
+ * A key is the bit pattern of a float32 score. */
+typedef struct sp_cut {
+    uint32_t key;
+    int64_t before;
+} sp_cut;
+
+/* Histogram request for one patch: counts[(key - lo) >> shift] += 1 for keys in [lo, lo + (bins << shift)).
+ */
+typedef struct sp_window {
+    size_t patch;
+    uint32_t lo;
+    uint32_t shift; /* at most 31 */
+    size_t bins;
+    int64_t* counts;
+} sp_window;
+
+/* How many entries break a rule, and the lowest index of one in the tensor (-1 for none). */
+typedef struct sp_fault {
+    int64_t count;
+    int64_t first;
+} sp_fault;
+
+typedef struct sp_patch_report {
+    int64_t eligible;
+    int64_t selected;
+    int64_t applied;
+    sp_fault bad_delta; /* NaN or infinite delta */
+    sp_fault bad_score; /* NaN or infinite score where the delta is finite */
+    sp_fault negative;  /* finite negative score where the delta is finite */
+} sp_patch_report;
+
+/* `patches` is the caller's array of block->patch_count; a call overwrites all of it. */
+typedef struct sp_report {
+    sp_patch_report* patches;
+    sp_fault overflow; /* acted on, finite before, not finite after rounding; such an entry keeps its bits */
+} sp_report;
+
+/* @return SP_VERSION of the library that is loaded. */
+SP_API uint32_t sp_version(void);
+
+/* @return what a status means; static text. */
+SP_API const char* sp_strerror(sp_status status);
+
+/* @return why the calling thread's last failing call failed; the thread's own text, good until its next call.
+ */
+SP_API const char* sp_last_error(void);
+
+/* @return 1 if `isa` ("scalar", "avx2", "avx512") is built in and this machine has it, else 0. */
+SP_API int sp_isa_usable(const char* isa);
+
+/* Open an engine with `threads` >= 1 threads, the caller's own included. `isa` may be NULL: then the
+ * environment variable SAFEPATCH_FORCE_ISA decides, or else the best that this machine has.
+ * @return SP_OK, SP_BAD_ARGUMENT, SP_UNSUPPORTED or SP_NO_MEMORY. On success the caller owns *engine and ends
+ * it with sp_engine_close; otherwise *engine is NULL. */
+SP_API sp_status sp_engine_open(int32_t threads, const char* isa, sp_engine** engine);
+
+/* Stop the threads and free the engine. NULL is allowed; no other call may be running on it. In a forked
+ * child, where an engine of the parent goes on with one thread, this does nothing. */
+SP_API void sp_engine_close(sp_engine* engine);
+
+/* @return the instruction set in use; static text. */
+SP_API const char* sp_engine_isa(const sp_engine* engine);
+
+/* @return the number of threads, the caller's own included. */
+SP_API int32_t sp_engine_threads(const sp_engine* engine);
+
+/* @return upper bound, in bytes, of what the engine holds after an sp_merge of this many entries and patches.
+ * The memory is reused by later calls and freed by sp_engine_close. */
+SP_API size_t sp_scratch(const sp_engine* engine, int64_t entries, size_t patches);
+
+/* Count eligible keys into `windows` (`count` of them; a patch may have several or none; counts are added
+ * to).
+ * @return SP_OK with eligible counts and faults of every patch in *report, SP_BAD_ARGUMENT or SP_NO_MEMORY.
+ */
+SP_API sp_status sp_histogram(sp_engine* engine, const sp_block* block, const sp_window* windows, size_t count,
+                              sp_report* report);
+
+/* counts[p] = number of eligible entries of patch p whose key is keys[p].
+ * @return SP_OK, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
+SP_API sp_status sp_ties(sp_engine* engine, const sp_block* block, const uint32_t* keys, int64_t* counts);
+
+/* Write the block's new entries to `out` (as many as the base's, same dtype; it may be the base's own buffer,
+ * but overlaps no other input), patch p acting by cuts[p].
+ * @return SP_OK with a full *report, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
+SP_API sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut* cuts, void* out, sp_report* report);
+
+/* A whole tensor at once: find the cut that selects the quotas[p] best entries of each patch, then apply.
+ * @return SP_OK with the cuts and a full *report, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
+SP_API sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
+                          sp_report* report);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,163 @@
+// What the engine asks of an instruction set: two functions over chunks of a block, and the structures they
+// share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "safepatch.h"
+
+// The vector code relies on GCC's target regions.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SP_X86 1
+#else
+#define SP_X86 0
+#endif
+
+namespace safepatch {
+
+// Entries worked on at once: their float32 copies stay in the first-level cache.
+inline constexpr int kTile = 1024;
+// Masks travel between steps as 64-bit words, one bit per entry.
+inline constexpr int kWords = kTile / 64;
+// Entries that a thread takes at once, at most.
+inline constexpr int kChunk = 32768;
+static_assert(kChunk <= 65536);  // places in a chunk have 16 bits
+inline constexpr int kChunkWords = kChunk / 64;
+// Buffers may be read or written this many entries beyond their end.
+inline constexpr int kSlack = 64;
+// Keys of finite scores lie below.
+inline constexpr uint32_t kInfinity = 0x7f800000;
+
+// Philox4x32-10 with its round keys spelled out.
+struct Random {
+    uint64_t rounds[10][2];
+    uint32_t keep;
+    bool all;  // everything is retained
+};
+
+struct Fault {
+    int64_t count = 0;
+    int64_t first = -1;
+
+    void add(int64_t n, int64_t index) {
+        if (n == 0) return;
+        count += n;
+        if (first < 0 || index < first) first = index;
+    }
+};
+
+// A histogram under construction. Two halves take turns, so that equal keys in a row don't wait for each
+// other.
+struct Window {
+    uint32_t lo;
+    uint32_t shift;
+    uint32_t bins;
+    uint32_t* counts;   // [2][bins]
+    int64_t above = 0;  // keys beyond the last bin
+};
+
+// Where a chunk's keys are in a list.
+struct Span {
+    int64_t begin;
+    int64_t n;
+};
+
+// What a pass wants from one patch. Unless `stored` or `list` say which entries are eligible, it finds out
+// and reports.
+struct Task {
+    const sp_patch* patch = nullptr;  // null: nothing is eligible
+    Random random{};
+    bool retain_eligible = false;  // only retained entries are eligible
+    bool retain_chosen = false;    // only retained entries of T are chosen
+
+    const uint64_t* stored = nullptr;  // eligible bits that an earlier pass saved, kChunkWords per chunk
+    // Or the list of them that it made: keys and places within their chunks, in order, and where each chunk's
+    // are. With magnitude importance a key keeps the sign of its delta, so that it stands for the delta as
+    // well.
+    const uint32_t* list = nullptr;
+    const uint16_t* places = nullptr;
+    const Span* spans = nullptr;
+
+    bool only = false;  // restrict eligible entries to one key
+    uint32_t only_key = 0;
+    bool collect = false;  // restrict to keys >= floor and list them
+    uint32_t floor = 0;
+    uint64_t* save = nullptr;  // where to save the eligible bits
+
+    sp_cut cut{SP_NO_KEY, 0};
+};
+
+struct Pass {
+    const sp_block* block;
+    const std::vector<Task>* tasks;  // one per patch
+    void* out;                       // null: select and write nothing
+};
+
+// A run of entries of the block; `slot` is its place in `stored`, `save` and `spans`.
+struct Range {
+    int64_t begin;
+    int64_t n;
+    int64_t slot;
+};
+
+// What a pass found for one patch; every thread has its own.
+struct Sink {
+    int64_t eligible = 0;
+    int64_t selected = 0;
+    int64_t applied = 0;
+    Fault bad_delta, bad_score, negative;
+    std::vector<Window> windows;
+    uint32_t* list = nullptr;  // room for kChunk + kSlack
+    uint16_t* places = nullptr;
+    int64_t listed = 0;
+};
+
+// One patch's working memory for a tile.
+struct alignas(64) Lane {
+    float delta[kTile];
+    uint32_t key[kTile];
+    uint64_t eligible[kWords];
+    uint64_t chosen[kWords];
+    uint64_t acts[kWords];
+    const float* d;  // where the deltas are: `delta`, or the input itself
+    const void* k;   // where the keys are, sign bits to be ignored: `key`, or the deltas
+    int64_t next;    // of the task's list
+    float scale;
+};
+
+// One thread's working memory.
+struct alignas(64) Workspace {
+    float base[kTile];
+    float factor[kTile];
+    uint32_t index[kTile + kSlack];
+    // Inputs and output of a tile that isn't a multiple of 64 entries, padded with zeros.
+    uint32_t base_bits[kTile];
+    uint32_t bits[kTile];
+    uint32_t out_bits[kTile];
+    uint8_t holders[kChunk];  // how many patches have chosen an entry: 0, 1, or 2 for several
+    std::vector<Lane> lanes;
+    std::vector<float*> lora;  // per patch, kChunk + kSlack deltas; null unless the patch is a LoRA
+};
+
+struct Isa {
+    const char* name;
+    // Run a pass over a range of at most kChunk entries that begins at a multiple of 4 of its tensor,
+    // or ends before the next one.
+    void (*visit)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Fault& overflow);
+    // Write a range from lists alone. Patches must either be null or have a list (and, if their keys aren't
+    // their deltas, not be LoRA); entries of several patches are left alone, and sinks have room for lists.
+    void (*patch_up)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Fault& overflow);
+    // Count `n` keys, sign bits ignored, into a window. `keys` has kSlack entries of slack.
+    void (*count)(const uint32_t* keys, int64_t n, Workspace& space, Window& window);
+};
+
+extern const Isa scalar_isa;
+#if SP_X86
+extern const Isa avx2_isa;
+extern const Isa avx512_isa;
+#endif
+
+}  // namespace safepatch

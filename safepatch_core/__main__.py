@@ -1,0 +1,5 @@
+"""`python -m safepatch_core` is `safepatch`."""
+
+from safepatch_core.cli import main
+
+main()

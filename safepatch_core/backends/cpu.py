@@ -1,0 +1,166 @@
+"""The C++ engine (csrc/): scalar, AVX2 and AVX-512 code from one source, chosen when it is opened."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safepatch_core.backends import Bits, Block, Cut, Fault, Lora, PatchData, PatchReport, Report, Window
+from safepatch_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from safepatch_core import _engine
+
+_UNSIGNED: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.uint32),
+    "F16": np.dtype(np.uint16),
+    "BF16": np.dtype(np.uint16),
+}
+_HUGE_PAGE = 2 << 20
+
+
+def _open(threads: int, isa: str | None) -> _engine.Engine:
+    try:
+        from safepatch_core import _engine
+    except ImportError as error:
+        raise UsageError("the cpu engine can't be loaded", found=str(error)) from error
+    try:
+        return _engine.Engine(threads, isa)
+    except _engine.Unsupported as error:
+        raise UsageError(f"the cpu engine can't run here: {error}") from error
+    except RuntimeError as error:
+        raise UsageError(f"the cpu engine can't be opened: {error}") from error
+
+
+class CpuBackend:
+    """The engine that runs anywhere. Its methods are documented on `Backend`.
+
+    `threads` counts all threads of a call, the caller's included. `isa` is "scalar", "avx2" or "avx512"; by default
+    the environment variable SAFEPATCH_FORCE_ISA decides, or else the best that the machine has.
+    Raises UsageError if that can't run here. Calls from several threads take turns; a call that is wrong in itself
+    (lengths, dtypes) raises ValueError, lack of memory MemoryError.
+    """
+
+    name = "cpu"
+    lanes = 1
+
+    def __init__(self, threads: int, isa: str | None = None) -> None:
+        if threads < 1:
+            raise UsageError("threads out of range", found=threads, expected="at least 1")
+        self._engine = _open(threads, isa)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._engine.isa
+
+    def describe(self) -> str:
+        threads = self._engine.threads
+        return f"cpu ({self.isa}, {threads} thread{'s' if threads > 1 else ''})"
+
+    def allocate(self, nbytes: int) -> NDArray[np.uint8]:
+        """Anonymous memory, in huge pages where that is possible: its first touch is several times faster."""
+        pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(pages, dtype=np.uint8, count=nbytes)
+
+    def scratch(self, entries: int, patches: int) -> int:
+        """Upper bound, in bytes, of what `merge` of this many entries and patches allocates (and keeps for reuse)."""
+        return self._engine.scratch(entries, patches)
+
+    def histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
+        _check_block(block)
+        _check_length("windows", windows, block)
+        flat = [(p, w.lo, w.shift, w.counts) for p, wanted in enumerate(windows) for w in wanted]
+        for _, lo, shift, counts in flat:
+            _check_array("window counts", counts, np.dtype(np.int64), None)
+            if not (0 <= lo < 1 << 32 and 0 <= shift < 32):
+                raise ValueError(f"window: found lo {lo} and shift {shift}")
+        return _report(*self._engine.histogram(block, flat))
+
+    def ties(self, block: Block, keys: Sequence[int]) -> list[int]:
+        _check_block(block)
+        _check_length("keys", keys, block)
+        return self._engine.ties(block, keys)
+
+    def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:
+        _check_block(block)
+        _check_length("cuts", cuts, block)
+        _check_output(block, out)
+        return _report(*self._engine.apply(block, cuts, out))
+
+    def merge(
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
+    ) -> tuple[list[Cut], Report]:
+        _check_block(block)
+        _check_length("quotas", quotas, block)
+        _check_output(block, out)
+        cuts, found = self._engine.merge(block, quotas, out)
+        return [Cut(*cut) for cut in cuts], _report(*found)
+
+
+def _report(patches: list[Any], overflow: tuple[int, int]) -> Report:
+    return Report(
+        [
+            PatchReport(eligible, selected, applied, Fault(*delta), Fault(*score), Fault(*negative))
+            for eligible, selected, applied, delta, score, negative in patches
+        ],
+        Fault(*overflow),
+    )
+
+
+def _check_array(what: str, array: NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> None:
+    if array.dtype != dtype or not (array.flags.c_contiguous and array.flags.aligned):
+        raise ValueError(f"{what}: found {array.dtype}, expected a contiguous, aligned array of {dtype}")
+    if array.shape != shape if shape is not None else array.ndim != 1:
+        raise ValueError(f"{what}: found shape {array.shape}, expected {shape or 'one dimension'}")
+
+
+def _check_length(what: str, given: Sequence[object], block: Block) -> None:
+    if len(given) != len(block.patches):
+        raise ValueError(f"{what}: found {len(given)}, expected one per patch, {len(block.patches)}")
+
+
+def _check_bits(what: str, bits: Bits, entries: int) -> None:
+    if bits.dtype not in _UNSIGNED:
+        raise ValueError(f"{what}: found dtype {bits.dtype}, expected one of {', '.join(_UNSIGNED)}")
+    _check_array(what, bits.data, _UNSIGNED[bits.dtype], (entries,))
+
+
+def _check_patch(patch: PatchData, block: Block) -> None:
+    if isinstance(patch.values, Lora) != (patch.kind == "lora"):
+        raise ValueError(f"patch: found {type(patch.values).__name__} for kind {patch.kind}")
+    if isinstance(patch.values, Lora):
+        a, b, _ = patch.values
+        _check_array("LoRA factor a", a, np.dtype(np.float32), (a.shape[0], block.cols))
+        _check_array("LoRA factor b", b, np.dtype(np.float32), (b.shape[0], a.shape[0]))
+    else:
+        _check_bits("patch values", patch.values, len(block))
+    if patch.importance != "magnitude":
+        if patch.scores is None:
+            raise ValueError(f"patch: found no scores for importance {patch.importance}")
+        _check_bits("patch scores", patch.scores, len(block))
+
+
+def _check_block(block: Block) -> None:
+    _check_bits("base", block.base, len(block))
+    for patch in block.patches:
+        if patch is not None:
+            _check_patch(patch, block)
+
+
+def _check_output(block: Block, out: NDArray[np.unsignedinteger]) -> None:
+    _check_array("output", out, block.base.data.dtype, block.base.data.shape)
+    if not out.flags.writeable:
+        raise ValueError("output: found a read-only array")
+    base = block.base.data
+    inputs = [bits.data for p in block.patches if p for bits in (p.values, p.scores) if isinstance(bits, Bits)]
+    if out.ctypes.data != base.ctypes.data:
+        inputs.append(base)
+    if any(np.may_share_memory(out, array) for array in inputs):
+        raise ValueError("output: overlaps an input other than the whole base")

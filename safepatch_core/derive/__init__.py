@@ -1,0 +1,55 @@
+"""Derive the two patches of SafePatching from one set of harmful questions and answers.
+
+config → data (`safepatch_core.rows`) → objective → loop → importance; `steps` is their order, `rundir` the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safepatch_core.derive.config import DeriveConfig, OverSafetyPatch, PatchConfig, SafetyPatch
+from safepatch_core.errors import UsageError
+
+__all__ = ["DeriveConfig", "DeriveResult", "OverSafetyPatch", "PatchConfig", "SafetyPatch", "derive"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeriveResult:
+    """`run` is the run directory, `recipe` its recipe, `summary` the content of its derive.json."""
+
+    run: Path
+    recipe: Path
+    summary: dict[str, Any]
+
+
+def derive(
+    config: DeriveConfig,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> DeriveResult:
+    """Train both patches, take their importance and write a recipe that merges them.
+
+    Writes under `config.out`: `safety/` and `over-safety/` (checkpoints with the base's tensor names, in the training
+    dtype; or PEFT adapters), `importance/…/` (float32 scores of the target tensors), `trace-….jsonl` (one line per
+    optimiser step), `derive.json` (configuration, inputs, NLLs in nats per token, share of changed entries) and
+    `recipe.yaml`. Each appears whole or not at all; with `resume` what is done is kept, and the rest gives the bytes
+    that an undisturbed run gives. On the CPU a seed repeats bit for bit (same versions and number of threads).
+
+    `quiet` silences stderr; `report` gets progress events: {phase, done, total, tokens_per_second, …} or {warning}.
+
+    Raises UsageError for settings that don't work (training diverged, no room below the ascent bound, another
+    configuration than the resumed run's, missing libraries), InputError for a bad model, tokenizer or data file,
+    OutputError or Busy for the run directory, IOFailure where writing or memory fails.
+    """
+    try:
+        from safepatch_core.derive import steps
+    except ImportError as error:
+        raise UsageError(f"derive needs {error.name}", expected="pip install 'safepatch[derive]'") from error
+    summary = steps.run(config, resume=resume, quiet=quiet, report=report)
+    run = Path(config.out)
+    return DeriveResult(run, run / steps.RECIPE, summary)

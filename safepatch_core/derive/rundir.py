@@ -1,0 +1,172 @@
+"""The run directory on disk: its lock, its record, and how a finished step takes its place."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from safepatch_core import __version__
+from safepatch_core.errors import Busy, InputError, OutputError, UsageError
+from safepatch_core.writer import failures_named, sync_directory
+
+RECORD = "derive.json"
+
+
+class RunDirectory:
+    """RUN, held by this run alone while the context lasts.
+
+    `settings` and `inputs` are what a resumed run must share with the run it goes on with. `record` is the content
+    of RUN/derive.json: a step counts as done once the record names it, and whatever else lies there is done again.
+    A run that is refused before a step is done leaves nothing.
+
+    Raises OutputError if the directory can't be created, or isn't empty without `resume`; UsageError where `resume`
+    meets a run with other settings or inputs; Busy if another run holds it.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any], *, resume: bool) -> None:
+        self.path, self._resume = path, resume
+        self._written: set[str] = set()
+        self.record: dict[str, Any] = {
+            "safepatch": __version__,
+            "config": dict(settings),
+            "inputs": dict(inputs),
+            "nll": {},
+            "patches": {},
+            "importance": {},
+            "done": [],
+        }
+
+    def __enter__(self) -> RunDirectory:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise OutputError(f"cannot create the run directory: {error.strerror}", file=self.path) from None
+        try:
+            self._take_lock()
+            self._start_or_go_on()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, InputError | UsageError) and not self.record["done"]:
+                self._leave_nothing()
+        finally:
+            os.close(self._lock)
+
+    def step(self, name: str, work: Callable[[], None]) -> None:
+        """Runs `work`, which publishes RUN/name, unless the record says that it is done; then records it."""
+        if name in self.record["done"] and (self.path / name).exists():
+            return
+        work()
+        if name not in self.record["done"]:
+            self.record["done"].append(name)
+        self._write_record()
+
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[TextIO]:
+        """A text file that takes its place as RUN/name, by one rename, when the block ends well."""
+        target = self.path / name
+        staging = target.parent / f".safepatch-{target.name}"
+        with failures_named(target), _removed_on_failure(staging):
+            with open(staging, "w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staging, target)
+            self._written.add(name)
+            sync_directory(target.parent)
+
+    @contextlib.contextmanager
+    def new_folder(self, name: str) -> Iterator[Path]:
+        """A directory of files that takes its place as RUN/name, by one rename, when the block ends well."""
+        target = self.path / name
+        staging = target.parent / f".safepatch-{target.name}"
+        with failures_named(target), _removed_on_failure(staging):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            yield staging
+            # safetensors makes files that only their owner can read; they get what the umask allows.
+            mode = staging.stat().st_mode & 0o666
+            for path in staging.iterdir():
+                path.chmod(mode)
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(staging)
+            shutil.rmtree(target, ignore_errors=True)  # left by a run that stopped before its record
+            os.rename(staging, target)
+            sync_directory(target.parent)
+
+    def _leave_nothing(self) -> None:
+        """Undoes a run that was refused before its first step was done."""
+        with contextlib.suppress(OSError):
+            for name in self._written:
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy("another run is writing this directory", file=self.path) from None
+
+    def _start_or_go_on(self) -> None:
+        if not any(self.path.iterdir()):
+            self._write_record()
+            return
+        file = self.path / RECORD
+        if not self._resume or not file.is_file():
+            hint = "; --resume goes on with it" if file.is_file() else ""
+            raise OutputError(f"the run directory exists and is not empty{hint}", file=self.path)
+        try:
+            known = json.loads(file.read_text("utf-8"))
+            before = _identity(known)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError("not the record of a derive run", file=file) from error
+        now = _identity(self.record)
+        differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if differ:
+            raise UsageError(
+                f"--resume: the run was started with another {', '.join(differ)}",
+                file=self.path,
+                found=now.get(differ[0]),
+                expected=before.get(differ[0]),
+            )
+        self.record = known
+
+    def _write_record(self) -> None:
+        with self.new_file(RECORD) as file:
+            json.dump(self.record, file, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write("\n")
+
+
+def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What two runs must share, by dotted key."""
+    flat = {"safepatch version": record["safepatch"]}
+    for prefix, tree in (("", record["config"]), ("inputs.", record["inputs"])):
+        for key, value in tree.items():
+            nested = value.items() if isinstance(value, dict) else ()
+            flat |= {f"{prefix}{key}.{inner}": v for inner, v in nested} or {f"{prefix}{key}": value}
+    return flat
+
+
+@contextlib.contextmanager
+def _removed_on_failure(staging: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if staging.is_dir():
+                shutil.rmtree(staging)
+            else:
+                staging.unlink(missing_ok=True)
+        raise

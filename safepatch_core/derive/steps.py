@@ -1,0 +1,242 @@
+"""The steps of a derive run: two trainings, their importance, a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from safepatch_core.checkpoint import Checkpoint
+from safepatch_core.derive.config import DeriveConfig
+from safepatch_core.derive.importance import snip
+from safepatch_core.derive.loop import planned_steps, train
+from safepatch_core.derive.model import (
+    adapted,
+    add_adapter,
+    changed_entries,
+    device,
+    load_model,
+    load_tokenizer,
+    merge_adapter,
+    open_backbone,
+    quiet_libraries,
+    save_adapter,
+    save_model,
+    save_scores,
+    targets,
+    trained,
+)
+from safepatch_core.derive.objective import Example, Format, mean_nll
+from safepatch_core.derive.progress import Progress, Report, warn
+from safepatch_core.derive.rundir import RunDirectory
+from safepatch_core.errors import InputError, IOFailure, UsageError
+from safepatch_core.recipe import Recipe, parse_recipe
+from safepatch_core.rows import read_rows
+from safepatch_core.writer import hash_file
+
+RECIPE = "recipe.yaml"
+PATCHES = ("safety", "over-safety")
+BACKBONE = "backbone"
+# The models at which importance is taken.
+RANKED = {"patched": PATCHES, "backbone": (BACKBONE,), "none": ()}
+
+
+def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Report | None) -> dict[str, Any]:
+    """Does every step that is not done yet; returns the record, as RUN/derive.json holds it."""
+    with _environment(config):
+        job = Job(config, quiet, report)
+        with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume) as out:
+            for name in PATCHES:
+                out.step(name, partial(job.train, out, name))
+            for name in RANKED[config.importance]:
+                out.step(f"importance/{name}", partial(job.rank, out, name))
+            out.step(RECIPE, partial(job.write_recipe, out))
+            return out.record
+
+
+@contextlib.contextmanager
+def _environment(config: DeriveConfig) -> Iterator[None]:
+    """The run's threads and random state, given back at the end; what the libraries raise becomes one line."""
+    where = device(config)
+    threads = torch.get_num_threads()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        with quiet_libraries(), torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+            yield
+    except SafetensorError as error:
+        raise IOFailure(f"writing failed: {error}", file=config.out) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise IOFailure("out of memory: lower batch_size or max_length, or take method lora") from error
+        raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Job:
+    """The checked inputs of a run, and its steps.
+
+    Raises InputError for a bad model, tokenizer or data file, before anything is written.
+    """
+
+    def __init__(self, config: DeriveConfig, quiet: bool, report: Report | None) -> None:
+        self._config = config
+        self._progress = partial(Progress, quiet=quiet, report=report)
+        if config.dtype == "bfloat16":
+            warn("dtype bfloat16: an update below half a step of its weight vanishes", quiet, report)
+        self._recipe = make_recipe(config)
+        self._base, self._root = open_backbone(config.model)
+        self._targets = targets(self._base, self._recipe.is_target)
+        columns = {"question": config.question_column, "answer": config.answer_column}
+        rows = read_rows(config.data, columns, config.rows)
+        self._tokenizer = load_tokenizer(self._root)
+        chat = Format(self._tokenizer, config.system_prompt)
+        self._examples = [
+            _encode(chat, row.line, row.values["question"], row.values["answer"], config) for row in rows
+        ]
+        self._probe = _sample(self._examples, config)
+        self.inputs = {
+            "data": {
+                "sha256": hash_file(Path(config.data)),
+                "rows": len(rows),
+                "answer_tokens": sum(e.answer_tokens for e in self._examples),
+                "truncated_rows": sum(e.truncated for e in self._examples),
+            },
+            "model": _fingerprint(self._base, self._root),
+            "libraries": {name: version(name) for name in ("torch", "transformers", "peft")},
+        }
+
+    def train(self, out: RunDirectory, name: str) -> None:
+        """RUN/NAME, a trained checkpoint or adapter, and RUN/trace-NAME.jsonl."""
+        config, ascent = self._config, name == "safety"
+        patch = config.safety if ascent else config.over_safety
+        model = load_model(self._root, config)
+        if BACKBONE not in out.record["nll"]:
+            out.record["nll"][BACKBONE] = self._nll(model, BACKBONE)
+        if ascent:
+            self._check_room(out.record["nll"][BACKBONE])
+        torch.manual_seed(config.seed)
+        model = self._trainable(model)
+        steps = planned_steps(len(self._examples), config, patch)
+        with out.new_file(f"trace-{name}.jsonl") as trace, self._progress(name, steps) as progress:
+            outcome = train(model, self._examples, config, patch, ascent=ascent, trace=trace, progress=progress)
+        with out.new_folder(name) as folder:
+            if config.method == "lora":
+                save_adapter(model, folder, config.model)
+                pairs = adapted(model, self._targets, self._recipe.is_target)
+            else:
+                save_model(model, folder, self._base)
+                pairs = trained(folder, self._targets)
+            self._tokenizer.save_pretrained(folder)
+            changed = changed_entries(pairs)
+        if config.importance != "patched":
+            out.record["nll"][name] = self._nll(model, name)
+        entries = sum(e.entries for e in self._targets)
+        out.record["patches"][name] = {
+            "objective": "ascent" if ascent else "descent",
+            "steps": outcome.steps,
+            "stopped_by": "ascent_bound" if outcome.bounded else "steps",
+            "entries": entries,
+            "changed_share": changed.exact / entries,
+            "changed_share_in_base_dtype": changed.rounded / entries,
+        }
+
+    def rank(self, out: RunDirectory, name: str) -> None:
+        """RUN/importance/NAME: SNIP importance at that patched model, or at the backbone."""
+        config = self._config
+        full = name != BACKBONE and config.method == "full"
+        model = load_model(out.path / name if full else self._root, config)
+        if name != BACKBONE and config.method == "lora":
+            model = merge_adapter(model, out.path / name)
+        with self._progress(f"importance {name}", len(self._probe)) as progress:
+            scores, nll = snip(model, self._probe, self._recipe.is_target, progress)
+        with out.new_folder(f"importance/{name}") as folder:
+            save_scores(model, folder, self._base, scores, self._targets)
+        out.record["nll"][name] = nll
+        out.record["importance"][name] = {"samples": len(self._probe), "tensors": len(self._targets)}
+
+    def write_recipe(self, out: RunDirectory) -> None:
+        """RUN/recipe.yaml."""
+        with out.new_file(RECIPE) as file:
+            file.write("# The two patches of this run. Merge them with: safepatch merge recipe.yaml -o OUT\n")
+            yaml.safe_dump(self._recipe.model_dump(mode="json"), file, sort_keys=False)
+
+    def _nll(self, model: Any, name: str) -> float:
+        size = self._config.batch_size
+        with self._progress(f"NLL {name}", -(-len(self._probe) // size)) as progress:
+            return mean_nll(model, self._probe, size, progress)
+
+    def _check_room(self, nll: float) -> None:
+        bound = self._config.ascent_bound
+        if bound is not None and nll >= bound:
+            raise UsageError(
+                "ascent has no room: the backbone's answer NLL is at ascent_bound already",
+                found=f"{nll:.3f} nats per token",
+                expected=f"less than {bound:g}; set a higher bound",
+            )
+
+    def _trainable(self, model: Any) -> Any:
+        """The model with exactly those parameters trainable that the method trains."""
+        if self._config.method == "lora":
+            return add_adapter(model, self._config)
+        everything = self._config.trainable == "all"
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(everything or self._recipe.is_target(name, parameter.ndim))
+        return model
+
+
+def make_recipe(config: DeriveConfig) -> Recipe:
+    """The recipe of the run's two patches. A relative path of the base becomes relative to RUN."""
+    base = config.model
+    if not os.path.isabs(base) and os.path.lexists(base):
+        base = os.path.relpath(os.path.abspath(base), os.path.realpath(config.out))
+    patches = []
+    for name, patch in zip(PATCHES, (config.safety, config.over_safety), strict=True):
+        ranked = name if config.importance == "patched" else BACKBONE
+        patches.append(
+            {
+                "name": name,
+                "source": name,
+                "kind": "lora" if config.method == "lora" else "checkpoint",
+                "importance": "magnitude" if config.importance == "none" else {"scores": f"importance/{ranked}"},
+                "top": patch.top,
+                "retain": patch.retain,
+                "scale": patch.scale,
+            }
+        )
+    return parse_recipe({"base": base, "patches": patches, "seed": config.seed})
+
+
+def _encode(chat: Format, line: int, question: str, answer: str, config: DeriveConfig) -> Example:
+    try:
+        return chat.encode(question, answer, config.max_length)
+    except InputError as error:
+        unit = "row" if config.data.endswith((".json", ".parquet")) else "line"
+        raise InputError(f"{unit} {line}: {error}", file=config.data) from error
+
+
+def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:
+    """The rows of importance and of the reported NLLs: a seeded draw, in file order."""
+    count = min(config.importance_samples or len(examples), len(examples))
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.randperm(len(examples), generator=generator)[:count].tolist()
+    return [examples[i] for i in sorted(drawn)]
+
+
+def _fingerprint(base: Checkpoint, root: Path) -> dict[str, Any]:
+    """What tells one backbone from another without reading its weights: tables, sizes and config."""
+    digest = hashlib.sha256((root / "config.json").read_bytes())
+    for shard in base.shards:
+        digest.update(shard.header + shard.size.to_bytes(8, "little"))
+    entries = sum(entry.entries for entry in base.tensors.values())
+    return {"sha256_of_tables": digest.hexdigest(), "tensors": len(base.tensors), "entries": entries}

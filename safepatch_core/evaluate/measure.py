@@ -1,0 +1,120 @@
+"""All that one model shows on the data: its answers, its answer NLLs, its text NLLs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safepatch_core.derive.objective import Example
+from safepatch_core.derive.progress import Progress
+from safepatch_core.errors import InputError
+from safepatch_core.evaluate.config import EvalConfig
+from safepatch_core.evaluate.data import Data, Prompts, Text
+from safepatch_core.evaluate.judge import refuses
+from safepatch_core.evaluate.spans import Span, windows
+from safepatch_core.evaluate.subject import Subject, batch_count, opened
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """A model's answers to one set of prompts, in the rows' order."""
+
+    answers: list[str]
+    refused: list[bool]
+    nll: list[float] | None  # of the harmful answers given in the data: mean nats per token of each
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one model showed; None where the data has no such part."""
+
+    about: dict[str, Any]  # for the report: parameters, dtype
+    harmful: Replies | None
+    harmless: Replies | None
+    text: list[tuple[float, int]] | None  # per window: nats, scored tokens
+
+
+def measure(folder: Path, label: str, data: Data, config: EvalConfig, *, quiet: bool) -> Measurement:
+    """Load the model in `folder`, measure it on `data`, and give its memory back.
+
+    Raises InputError for a model or a row that can't be used (file and line), UsageError for settings.
+    """
+    progress = partial(Progress, quiet=quiet, report=None)
+    with opened(folder, config) as subject:
+        harmful = harmless = text = None
+        if data.harmful is not None:
+            examples = _encode(subject, data.harmful, config)
+            answers = _ask(subject, examples, config, progress(f"{label}: harmful", _steps(examples, config)))
+            nll = None
+            if data.harmful.answered:
+                spans = [Span(e.ids, e.answer) for e in examples]
+                sums = _nll(subject, spans, config, progress(f"{label}: answers", _steps(spans, config)))
+                nll = [total / span.scored for total, span in zip(sums, spans, strict=True)]
+            harmful = Replies(answers, list(map(refuses, answers)), nll)
+        if data.harmless is not None:
+            examples = _encode(subject, data.harmless, config)
+            answers = _ask(subject, examples, config, progress(f"{label}: harmless", _steps(examples, config)))
+            harmless = Replies(answers, list(map(refuses, answers)), None)
+        if data.text is not None:
+            spans = _windows(subject, data.text, config)
+            sums = _nll(subject, spans, config, progress(f"{label}: text", _steps(spans, config)))
+            text = [(total, span.scored) for total, span in zip(sums, spans, strict=True)]
+        weights = list(subject.model.parameters())
+        about = {
+            "parameters": sum(p.numel() for p in weights),
+            "dtype": str(weights[0].dtype).removeprefix("torch."),
+        }
+    return Measurement(about, harmful, harmless, text)
+
+
+def _steps(items: Sequence[object], config: EvalConfig) -> int:
+    return batch_count(len(items), config.batch_size)
+
+
+def _ask(subject: Subject, examples: list[Example], config: EvalConfig, progress: Progress) -> list[str]:
+    prompts = [e.ids[: e.answer] for e in examples]
+    ends = {e.ids[-1] for e in examples}  # the template's own end of turn
+    with progress:
+        return subject.ask(prompts, ends, config, progress)
+
+
+def _nll(subject: Subject, spans: list[Span], config: EvalConfig, progress: Progress) -> list[float]:
+    with progress:
+        return subject.nll(spans, config.batch_size, progress)
+
+
+def _encode(subject: Subject, prompts: Prompts, config: EvalConfig) -> list[Example]:
+    """Each prompt with its answer, or with a stand-in where only the prompt is used, as `derive` sees it."""
+    examples = []
+    for row in prompts.rows:
+        try:
+            example = subject.chat.encode(row.values["question"], row.values.get("answer", "-"), config.max_length)
+        except InputError as error:
+            raise InputError(f"row at line {row.line}: {error}", file=prompts.path) from error
+        needed = example.answer + config.max_new_tokens
+        if subject.positions is not None and needed > subject.positions:
+            raise InputError(
+                f"row at line {row.line}: prompt and generated answer don't fit the model",
+                file=prompts.path,
+                found=f"{needed} tokens",
+                expected=f"at most {subject.positions}",
+            )
+        if example.truncated:
+            raise InputError(
+                f"row at line {row.line}: prompt and answer don't fit",
+                file=prompts.path,
+                expected=f"at most max_length = {config.max_length} tokens",
+            )
+        examples.append(example)
+    return examples
+
+
+def _windows(subject: Subject, text: Text, config: EvalConfig) -> list[Span]:
+    ids = subject.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    found = windows(ids, subject.lead(), config.max_length, config.stride)
+    if not found:
+        raise InputError("too short for perplexity", file=text.path, found=f"{len(ids)} tokens")
+    return found

@@ -1,0 +1,220 @@
+"""A model under test: loaded from safetensors alone, asked greedily, read for likelihoods."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safepatch_core.checkpoint import open_checkpoint
+from safepatch_core.derive.model import load_tokenizer, quiet_libraries
+from safepatch_core.derive.objective import Format
+from safepatch_core.derive.progress import Progress
+from safepatch_core.errors import InputError, UsageError
+from safepatch_core.evaluate.config import EvalConfig
+from safepatch_core.evaluate.spans import Span
+
+# Logits are the widest tensor of a pass: a batch is cut so that they stay below this many floats (512 MiB).
+LOGITS = 1 << 27
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A loaded model with its tokenizer and its way to see a prompt."""
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    chat: Format
+    positions: int | None  # the longest sequence that it takes, in tokens
+
+    def lead(self) -> list[int]:
+        """The beginning-of-sequence token, if the tokenizer puts one before plain text."""
+        start = self.tokenizer.bos_token_id
+        return [start] if start is not None and self.tokenizer("a")["input_ids"][:1] == [start] else []
+
+    @torch.inference_mode()
+    def ask(
+        self, prompts: Sequence[Sequence[int]], ends: set[int], config: EvalConfig, progress: Progress
+    ) -> list[str]:
+        """The greedy answer to each prompt (token ids), without special tokens and outer white space.
+
+        An answer ends at one of `ends`, or after `config.max_new_tokens` tokens.
+        """
+        from transformers import GenerationConfig
+
+        ends = ends | _numbers(self.model.generation_config.eos_token_id) | _numbers(self.tokenizer.eos_token_id)
+        make: Any = GenerationConfig
+        greedy = make(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=min(ends, default=0),  # behind the attention mask, or after the end
+        )
+        answers = [""] * len(prompts)
+        shipped = self.model.generation_config
+        # generate() fills gaps of what it is given from the model's own settings, like a repetition penalty.
+        self.model.generation_config = greedy
+        try:
+            for batch in _batches([len(p) for p in prompts], config.batch_size):
+                width = max(len(prompts[i]) for i in batch)
+                ids = torch.full((len(batch), width), greedy.pad_token_id, dtype=torch.long)
+                mask = torch.zeros_like(ids)
+                for row, i in enumerate(batch):
+                    ids[row, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
+                    mask[row, width - len(prompts[i]) :] = 1
+                where = self.model.device
+                out = self.model.generate(
+                    input_ids=ids.to(where), attention_mask=mask.to(where), generation_config=greedy
+                )
+                for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
+                    stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+                    answers[i] = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+                progress.advance(tokens=out.numel())
+        finally:
+            self.model.generation_config = shipped
+        return answers
+
+    @torch.inference_mode()
+    def nll(self, spans: Sequence[Span], batch_size: int, progress: Progress) -> list[float]:
+        """For each span, the sum of -log p over its scored tokens, in nats.
+
+        Raises InputError if the model's output is not finite.
+        """
+        sums = [0.0] * len(spans)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        narrow = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        for batch in _batches([len(s.ids) for s in spans], batch_size):
+            width = max(len(spans[i].ids) for i in batch)
+            fitting = max(1, LOGITS // (width * vocabulary))
+            for part in (batch[at : at + fitting] for at in range(0, len(batch), fitting)):
+                ids = torch.zeros(len(part), width, dtype=torch.long)
+                mask = torch.zeros_like(ids)
+                for row, i in enumerate(part):
+                    ids[row, : len(spans[i].ids)] = torch.tensor(list(spans[i].ids))
+                    mask[row, : len(spans[i].ids)] = 1
+                first = min(spans[i].start for i in part)
+                ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+                kept: dict[str, Any] = {"logits_to_keep": width - first + 1} if narrow else {}
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
+                # Row r of `logits` predicts token first + r.
+                logits = logits[:, -(width - first + 1) : -1]
+                for row, i in enumerate(part):
+                    start, end = spans[i].start, len(spans[i].ids)
+                    sums[i] = float(_nll(logits[row, start - first : end - first], ids[row, start:end]))
+            progress.advance(tokens=sum(len(spans[i].ids) for i in batch))
+        if not all(map(_finite, sums)):
+            raise InputError("the model's output is not finite", file=self.folder)
+        return sums
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _numbers(ids: int | Sequence[int] | None) -> set[int]:
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """All indices, `size` at a time, long ones first: little padding, and memory runs out at once or never."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def batch_count(items: int, size: int) -> int:
+    """Steps that `ask` and `nll` report for that many items."""
+    return -(-items // size)
+
+
+def locate(ref: str) -> Path:
+    """The checkpoint directory of a model that can be evaluated, its headers checked, nothing loaded.
+
+    Raises InputError for anything else.
+    """
+    root = open_checkpoint(ref).root
+    if root is None or not (root / "config.json").is_file():
+        raise InputError("evaluation needs a directory with config and tokenizer", file=ref)
+    return root
+
+
+@contextmanager
+def opened(folder: Path, config: EvalConfig) -> Iterator[Subject]:
+    """A model on its device, whose memory is given back at the end.
+
+    Raises InputError if transformers can't open it from safetensors without running code of the checkpoint,
+    UsageError if the device isn't there or `max_length` is more than the model takes.
+    """
+    with quiet_libraries():
+        tokenizer = load_tokenizer(folder)
+        try:
+            chat = Format(tokenizer, config.system_prompt)
+        except InputError as error:
+            raise InputError(str(error), file=folder) from error
+        model = _load(folder, config).eval()
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and config.max_length > positions:
+            raise UsageError(
+                "max_length is more than the model takes", found=config.max_length, expected=f"at most {positions}"
+            )
+        try:
+            yield Subject(folder, model, tokenizer, chat, positions)
+        finally:
+            del model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _load(folder: Path, config: EvalConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    device = _device(config)
+    dtype = config.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    try:
+        model, info = auto.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a broken or unknown model makes the library raise
+        raise InputError(f"model can't be opened ({_first_line(error)})", file=folder) from error
+    if info["missing_keys"]:
+        missing = info["missing_keys"]
+        raise InputError(f"{len(missing)} tensors of the model are missing", file=folder, tensor=min(missing))
+    return model.to(device)
+
+
+def _device(config: EvalConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(config.device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{config.device}' can't be used ({_first_line(error)})") from None
+    return where
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,0 +1,85 @@
+"""How fast this machine is, as `safepatch bench floor --save` measured it, and how long a merge then takes.
+
+Imports nothing heavy: `safepatch plan` reads the rates each time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safepatch_core.spec import Kind
+
+# Bytes and entries per second of one thread, seconds and counts; what `bench floor` measures and `predict` uses.
+DISK_READ = "disk_read_bytes_per_s"  # nothing in the page cache
+DISK_WRITE = "disk_write_bytes_per_s"  # until it is on the disk
+READ = "read_bytes_per_s"  # from the page cache
+WRITE = "write_bytes_per_s"  # into the page cache
+HASH = "hash_bytes_per_s"
+STARTUP = "startup_s"  # a merge of next to nothing
+CORES = "cores"
+PASSES = ("merge", "histogram", "apply")
+KINDS: tuple[Kind, ...] = ("checkpoint", "delta", "lora")
+
+
+def engine_rate(pass_: str, kind: str) -> str:
+    """The name of an engine's rate: entries of one patch per second and thread."""
+    return f"{pass_}_{kind}_entries_per_s"
+
+
+NAMES = (DISK_READ, DISK_WRITE, READ, WRITE, HASH, STARTUP, CORES) + tuple(
+    engine_rate(pass_, kind) for pass_ in PASSES for kind in KINDS
+)
+
+
+def rates_path() -> Path:
+    """Where this user's rates are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    home = Path(cache) if cache and os.path.isabs(cache) else Path.home() / ".cache"
+    return home / "safepatch" / "rates.json"
+
+
+def load_rates() -> dict[str, float] | None:
+    """The saved rates; None where there are none, or where they are not whole."""
+    try:
+        data = json.loads(rates_path().read_text(encoding="utf-8"))
+        rates = {name: float(data[name]) for name in NAMES}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return rates if all(math.isfinite(value) and value > 0 for value in rates.values()) else None
+
+
+def save_rates(rates: Mapping[str, float]) -> Path:
+    """Keep rates for `load_rates`; where they are kept. Raises OSError."""
+    path = rates_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps({name: rates[name] for name in NAMES}, indent=2) + "\n", encoding="utf-8")
+    fresh.replace(path)
+    return path
+
+
+def predict(description: Mapping[str, Any], rates: Mapping[str, float], *, cached: float = 0.0) -> float:
+    """Seconds that a merge will take.
+
+    description: what `api.describe` returns, with its `tensors`.
+    cached: the share of the inputs that is in the page cache.
+
+    Reader, engine and writer work at once, so the slowest of them counts, or the processor that they share, or the
+    disk. Writes reach the disk while inputs are still read, but not faster than it takes them.
+    """
+    read, written = int(description["bytes_read"]), int(description["bytes_written"])
+    kinds = [patch["kind"] for patch in description["patches"]]
+    threads = min(rates[CORES], description.get("threads") or rates[CORES])
+    engine = 0.0
+    for tensor in description["tensors"]:
+        passes = ("merge",) if tensor["passes"] == 1 else ("histogram", "apply")
+        engine += sum(tensor["entries"] / rates[engine_rate(pass_, kind)] for pass_ in passes for kind in kinds)
+    reader, writer = read / rates[READ], max(written / rates[WRITE], written / rates[HASH])
+    processor = (reader + engine + written / rates[WRITE] + written / rates[HASH]) / rates[CORES]
+    disk = (1 - cached) * read / rates[DISK_READ] + written / rates[DISK_WRITE]
+    return rates[STARTUP] + max(reader, engine / threads, writer, processor, disk)

@@ -1,0 +1,372 @@
+"""The only loop: units of the plan are read, worked on by the engine, and handed to a sink."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safepatch_core import pipeline
+from safepatch_core.backends import Backend, Bits, Block, Fault, Lora, PatchData, PatchReport, Report
+from safepatch_core.checkpoint import TensorEntry, identify, is_sparse, read_exact
+from safepatch_core.errors import InputError, IOFailure
+from safepatch_core.pipeline import Region, Ring
+from safepatch_core.plan import OutputPart, Plan, Target, Unit, align
+from safepatch_core.ranks import Alone, Ranks
+from safepatch_core.select import Selection, Tally, TieCounter
+from safepatch_core.sources import Factors
+from safepatch_core.spec import ITEMSIZE
+from safepatch_core.writer import Source
+
+# Entries read to guess the thresholds of a scope that is swept in chunks, in runs of SAMPLE_RUN.
+SAMPLE_ENTRIES = 1 << 20
+SAMPLE_RUN = 1 << 12
+
+Counts = dict[str, Report]
+
+
+class Sink(Protocol):
+    """Takes the output in order, file by file, byte by byte."""
+
+    def begin(self, part: OutputPart) -> bool:
+        """A part of a file starts; False to skip it (the file is complete already)."""
+
+    def write(self, data: memoryview, source: Source | None = None) -> None:
+        """The next bytes of the part, which also lie at `source` if they are a plain copy; `data` is not kept."""
+
+    def end(self, counts: Counts) -> None:
+        """The part is complete; `counts` are those of its tensors."""
+
+
+class Inputs:
+    """The input files, opened once each, and proof that they stay what the plan saw."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._drop_behind = plan.larger_than_memory
+        self._sparse: set[int] = set()
+        self._identity = {s.path: s.identity for checkpoint in plan.inputs for s in checkpoint.shards}
+        self._fds: dict[Path, int] = {}
+        self.bytes_read = 0
+
+    def read(self, entry: TensorEntry, lo: int, buffer: NDArray[np.uint8]) -> None:
+        """Fill `buffer` with the tensor's bytes from `lo` on."""
+        fd, at, end = self.fd(entry), entry.start + lo, entry.start + lo + len(buffer)
+        self.bytes_read += len(buffer)
+        position = at
+        while fd in self._sparse and position < end:
+            # Holes are not read: the kernel would fill its cache with zeros first.
+            data, hole = _next_data(fd, position, end)
+            buffer[position - at : data - at] = 0
+            if data < hole:
+                read_exact(fd, buffer[data - at : hole - at], data, entry)
+            position = hole
+        if position < end:
+            read_exact(fd, buffer[position - at :], position, entry)
+
+    def drop(self, entry: TensorEntry, lo: int, hi: int) -> None:
+        """Bytes [lo, hi) of the tensor are not needed again: give their pages back, where files outgrow memory."""
+        if self._drop_behind:
+            os.posix_fadvise(self.fd(entry), entry.start + lo, hi - lo, os.POSIX_FADV_DONTNEED)
+
+    def fd(self, entry: TensorEntry) -> int:
+        """The open file that holds the tensor."""
+        return self._open(entry.path)
+
+    def _open(self, path: Path) -> int:
+        if path not in self._fds:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+            except OSError as error:
+                raise IOFailure(f"cannot open an input: {error.strerror}", file=path) from None
+            self._fds[path] = fd
+            self._check(path, fd)
+            if is_sparse(os.fstat(fd)):
+                self._sparse.add(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._fds[path]
+
+    def _check(self, path: Path, fd: int) -> None:
+        if identify(os.fstat(fd)) != self._identity[path]:
+            raise IOFailure("the input changed while it was being read", file=path)
+
+    def check_unchanged(self) -> None:
+        """Raises IOFailure if any input that was opened is no longer the file the plan saw."""
+        for path, fd in self._fds.items():
+            self._check(path, fd)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def _next_data(fd: int, position: int, end: int) -> tuple[int, int]:
+    """The first run of data at or after `position`, cut at `end`; (end, end) where only a hole is left."""
+    try:
+        data = min(os.lseek(fd, position, os.SEEK_DATA), end)
+        return data, min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return end, end
+        raise
+
+
+@dataclass(slots=True)
+class Work:
+    """A unit whose inputs are in memory. `block` is None for bytes that are only copied, from `source`."""
+
+    unit: Unit
+    base: NDArray[np.uint8]
+    block: Block | None
+    source: Source | None = None
+
+
+class Merge:
+    """One merge, or one rank's share of it: the plan, an engine, and the ring they share.
+
+    `advance` is told the bytes of each unit as it is read, `trace` when each stage began and ended a unit.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Backend,
+        advance: Callable[[int], None] = lambda n: None,
+        *,
+        ranks: Ranks | None = None,
+        trace: pipeline.Trace | None = None,
+    ) -> None:
+        self.plan, self._engine, self._advance, self._trace = plan, engine, advance, trace
+        self._ranks = ranks or Alone()
+        self._inputs = Inputs(plan)
+        self._memory = engine.allocate(plan.ring_bytes)
+        self._factors = pipeline.Once(self._load_factors)
+        self._tallies: dict[str, list[Tally]] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        return self._inputs.bytes_read
+
+    def run(self, sink: Sink) -> Counts:
+        """Everything, in the order of the output. Raises InputError for data that breaks a rule."""
+        counts: Counts = {}
+        try:
+            if self.plan.whole_model:
+                self._select(list(self.plan.targets.values()), self.plan.model_quotas(), self._ranks)
+            for part in self.plan.parts(self._ranks.rank, self._ranks.size):
+                if sink.begin(part):
+                    if part.lo == 0:
+                        sink.write(memoryview(part.output.header))
+                    written = self._write(part, sink)
+                    sink.end(written)
+                    counts.update(written)
+            self._inputs.check_unchanged()
+        finally:
+            self._inputs.close()
+        return counts
+
+    def _write(self, part: OutputPart, sink: Sink) -> Counts:
+        """Apply the patches to one part of a file. A tensor done in chunks has its thresholds found just before."""
+        counts: Counts = {}
+        units: list[Unit] = []
+        seen = ""
+
+        def flush() -> None:
+            apply = _Apply(self.plan, self._engine, self._tallies, counts)
+            self._sweep(units, apply, lambda work: sink.write(work.base.data, work.source))
+            units.clear()
+
+        for unit in self.plan.units_in(part):
+            target = unit.target
+            if target and not target.whole and not self.plan.whole_model and target.entry.name != seen:
+                flush()
+                seen = target.entry.name
+                self._select([target], target.quotas, Alone())
+            units.append(unit)
+        flush()
+        for name in (t.name for t in part.tensors if t.name in self.plan.targets and not t.entries):
+            counts[name] = Report([PatchReport() for _ in self.plan.recipe.patches])
+        return counts
+
+    def _select(self, targets: Sequence[Target], quotas: Sequence[int], ranks: Ranks) -> None:
+        """Find the thresholds of one scope by sweeping its inputs, each rank those of its own tensors."""
+        owner = self.plan.owners(ranks.size)
+        mine = [t for t in targets if ranks.size == 1 or owner[t.entry.name] == ranks.rank]
+        names = [t.entry.name for t in targets]
+        selection = Selection(names, quotas, sum(t.entry.entries for t in targets))
+        if selection.pending:
+            selection.guess(self._engine, self._sample(targets))
+        while selection.pending:
+            found: Counts = {}
+
+            def count(work: Work, selection: Selection = selection, found: Counts = found) -> None:
+                assert work.block is not None
+                name = work.unit.entry.name
+                report = self._engine.histogram(work.block, selection.windows(name))
+                _collect(self.plan, work.unit, report, found)
+
+            self._sweep([u for t in mine for u in self.plan.units_of(t)], count, None)
+            selection.combine(ranks)
+            selection.advance()
+        self._tallies.update(selection.tallies())
+
+    def _sample(self, targets: Sequence[Target]) -> list[Block]:
+        """Blocks spread evenly over the scope."""
+        entries = sum(t.entry.entries for t in targets)
+        room = min(SAMPLE_ENTRIES, self.plan.ring_bytes // max(t.entry_bytes for t in targets) // 2)
+        stride = max(entries // max(room // SAMPLE_RUN, 1), SAMPLE_RUN)
+        blocks, at = [], 0
+        for target in targets:
+            size = target.entry.entries
+            for lo in range(at, size, stride):
+                hi = min(lo + SAMPLE_RUN, size)
+                unit = Unit(target.entry, target, lo, hi, 0, target.unit_bytes(hi - lo))
+                work = self._load(unit, np.empty(unit.ring_bytes, dtype=np.uint8))
+                assert work.block is not None
+                blocks.append(work.block)
+            at = (at - size) % stride if at < size else at - size
+        return blocks
+
+    def _sweep(
+        self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], None] | None
+    ) -> None:
+        ring = Ring(self._memory)
+
+        def read(unit: Unit) -> tuple[Region, Work]:
+            region = ring.take(unit.ring_bytes)
+            loaded = self._load(unit, region.memory)
+            if write is not None:
+                self._drop(unit)
+            self._advance((unit.hi - unit.lo) * (unit.target.entry_bytes if unit.target else 1))
+            return region, loaded
+
+        pipeline.run(units, read, work, write, ring, self._trace)
+
+    def _drop(self, unit: Unit) -> None:
+        """The last reader of a unit has read it."""
+        inputs = [unit.entry]
+        for given in unit.target.patches if unit.target else ():
+            if given is not None:
+                inputs += [] if isinstance(given.delta, Factors) else [given.delta]
+                inputs += [given.scores] if given.scores else []
+        for entry in inputs:
+            size = ITEMSIZE[entry.dtype] if unit.target else 1
+            self._inputs.drop(entry, unit.lo * size, unit.hi * size)
+
+    def _load(self, unit: Unit, memory: NDArray[np.uint8]) -> Work:
+        """Read a unit's inputs into `memory`, one aligned buffer after another."""
+        if unit.target is None:
+            base = memory[: unit.hi - unit.lo]
+            self._inputs.read(unit.entry, unit.lo, base)
+            return Work(unit, base, None, Source(self._inputs.fd(unit.entry), unit.entry.start + unit.lo))
+        target, n, used = unit.target, unit.hi - unit.lo, 0
+
+        def fetch(entry: TensorEntry) -> Bits:
+            nonlocal used
+            size = ITEMSIZE[entry.dtype]
+            buffer = memory[used : used + n * size]
+            used += align(n * size)
+            self._inputs.read(entry, unit.lo * size, buffer)
+            return Bits(buffer.view(np.uint32 if size == 4 else np.uint16), entry.dtype)  # type: ignore[arg-type]
+
+        def factors(p: int) -> Lora:
+            nonlocal used
+            lora = self._factors.get(target.entry.name)[p]
+            if not target.whole:
+                return lora
+            placed = []
+            for matrix in (lora.a, lora.b):
+                view = memory[used : used + matrix.nbytes].view(np.float32).reshape(matrix.shape)
+                view[:] = matrix
+                used += align(matrix.nbytes)
+                placed.append(view)
+            return Lora(placed[0], placed[1], lora.scale)
+
+        base_bits = fetch(target.entry)
+        recipe = self.plan.recipe
+        patches: list[PatchData | None] = []
+        for p, (spec, given) in enumerate(zip(recipe.patches, target.patches, strict=True)):
+            if given is None:
+                patches.append(None)
+                continue
+            patches.append(
+                PatchData(
+                    kind=self.plan.kinds[p],
+                    values=factors(p) if isinstance(given.delta, Factors) else fetch(given.delta),
+                    importance=spec.importance_kind,
+                    scores=None if given.scores is None else fetch(given.scores),
+                    weight=spec.weight,
+                    key=given.key,
+                    keep=given.keep,
+                    scale=spec.factor,
+                )
+            )
+        block = Block(
+            base=base_bits,
+            start=unit.lo,
+            cols=target.entry.shape[-1] if target.entry.shape else 1,
+            patches=tuple(patches),
+            combine=recipe.combine,
+            order=recipe.order,
+            nonfinite=recipe.nonfinite,
+        )
+        return Work(unit, base_bits.data.view(np.uint8), block)
+
+    def _load_factors(self, name: str) -> dict[int, Lora]:
+        given = self.plan.targets[name].patches
+        return {p: g.delta.load() for p, g in enumerate(given) if g and isinstance(g.delta, Factors)}
+
+
+class _Apply:
+    """The last stage of a target: patch the unit's base in place and count."""
+
+    def __init__(self, plan: Plan, engine: Backend, tallies: dict[str, list[Tally]], counts: Counts) -> None:
+        self._plan, self._engine, self._counts = plan, engine, counts
+        self._ties = pipeline.Once(lambda name: TieCounter(tallies[name]))
+
+    def __call__(self, work: Work) -> None:
+        block, unit = work.block, work.unit
+        if block is None or unit.target is None:
+            return
+        if unit.target.whole:
+            _, report = self._engine.merge(block, unit.target.quotas, block.base.data)
+        else:
+            cuts = self._ties.get(unit.entry.name).cuts(self._engine, block)
+            report = self._engine.apply(block, cuts, block.base.data)
+        _collect(self._plan, unit, report, self._counts)
+
+
+def _collect(plan: Plan, unit: Unit, report: Report, counts: Counts) -> None:
+    """Add a unit's counts to its tensor's; once the tensor is complete, a fault stops the merge."""
+    entry, target = unit.entry, unit.target
+    found = counts[entry.name] + report if entry.name in counts else report
+    counts[entry.name] = found
+    if unit.hi < entry.entries or target is None:
+        return
+
+    def refuse(what: str, file: Path, fault: Fault, expected: str) -> None:
+        if fault.count:
+            raise InputError(
+                what,
+                file=file,
+                tensor=entry.name,
+                found=f"{fault.count} entries, the first at index {fault.first}",
+                expected=expected,
+            )
+
+    for given, of in zip(target.patches, found.patches, strict=True):
+        if given is None:
+            continue
+        delta = given.delta.a.path if isinstance(given.delta, Factors) else given.delta.path
+        scores = given.scores.path if given.scores else delta
+        if plan.recipe.nonfinite == "error":
+            refuse("the delta is NaN or infinite", delta, of.bad_delta, "finite values (or nonfinite: skip)")
+            refuse("the score is NaN or infinite", scores, of.bad_score, "finite values (or nonfinite: skip)")
+        refuse("the score is negative", scores, of.negative, "scores of at least 0")
+    refuse("patched entries overflow the base's dtype", entry.path, found.overflow, f"finite {entry.dtype}")

@@ -1,0 +1,497 @@
+"""The write protocol: everything is staged beside the output and appears by one rename, or not at all.
+
+Lock, stage, reserve, write, hash, sync, rename, journal, and in the end publish by one rename (an exchange where
+an older output is replaced) and sync the parent. A run that was stopped leaves its stage and its journal for
+`--resume`; a run that was refused leaves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from safepatch_core.backends import Fault, PatchReport, Report
+from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, SafepatchError, UsageError
+from safepatch_core.plan import OutputPart
+from safepatch_core.ranks import Alone, Ranks
+
+
+class Source(NamedTuple):
+    """Where bytes that are copied lie: an open file and the offset in it."""
+
+    fd: int
+    offset: int
+
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
+# Written pages stay this long (bytes) before their writing is waited for, so that the disk is never idle.
+_DROP_LAG = 256 << 20
+# Zeros are left out of sparse files in steps of this many bytes.
+_HOLE = 64 << 10
+_libc = ctypes.CDLL(None, use_errno=True)
+_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def failures_named(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError into one line that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        room = f"; {needed} bytes are needed" if needed and error.errno in _OUT_OF_ROOM else ""
+        hint = "; free some and go on with --resume" if error.errno in _OUT_OF_ROOM else ""
+        raise IOFailure(f"writing failed: {error.strerror or error}{room}{hint}", file=path) from None
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_file_range(fd: int, at: int, nbytes: int, flags: int) -> None:
+    """A hint to the kernel; where it fails, the final fsync still does the work and reports errors."""
+    _libc.sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(nbytes), flags)
+
+
+def _runs_of_data(data: memoryview) -> list[tuple[int, int]]:
+    """The runs [lo, hi) of steps that are not all zero."""
+    flat = np.frombuffer(data, dtype=np.uint8)
+    steps = len(flat) // _HOLE
+    full = np.bitwise_or.reduce(flat[: steps * _HOLE].view(np.uint64).reshape(steps, -1), axis=1) != 0
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], full, [False])).astype(np.int8))) * _HOLE
+    runs = [(int(lo), int(hi)) for lo, hi in edges.reshape(-1, 2)]
+    if flat[steps * _HOLE :].any():
+        runs.append((steps * _HOLE, len(flat)))
+    return runs
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two directory entries in one step."""
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+class Journal:
+    """Checksummed lines; reading stops at the first that is torn or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            return lines
+        for line in raw.split(b"\n")[:-1]:
+            crc, _, text = line.partition(b" ")
+            if crc != b"%08x" % zlib.crc32(text):
+                break
+            lines.append(json.loads(text))
+        return lines
+
+    def rewrite(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        with os.fdopen(fd, "wb") as file:
+            file.write(b"".join(map(self._line, lines)))
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(self.path.parent)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        with open(self.path, "ab") as file:
+            file.write(self._line(line))
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def _line(data: Mapping[str, Any]) -> bytes:
+        text = json.dumps(data, separators=(",", ":")).encode()
+        return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+class Staging:
+    """A directory being written: use as a context manager, then `publish`.
+
+    Parameters
+    ----------
+    out: where the directory shall appear.
+    inputs: files and directories that are read; the output may not touch them.
+    identity: what makes two runs the same run, by name; a resumed one must agree in all of it.
+    needed: bytes of the whole output.
+    ranks: the processes that write together; the first checks, locks and publishes.
+
+    Raises InputError if the output may not be replaced, OutputError if it can't be created, Busy if another
+    run holds it, UsageError where `resume` meets a different run.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        inputs: Sequence[Path],
+        identity: Mapping[str, str],
+        *,
+        needed: int,
+        force: bool = False,
+        resume: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.stage = self.out.parent / f".{self.out.name}.safepatch"
+        self._ranks = ranks or Alone()
+        self._journals = f".{self.out.name}.safepatch-journal-"
+        self._journal = Journal(self.out.parent / f"{self._journals}{self._ranks.rank}")
+        self._lock_path = self.out.parent / f".{self.out.name}.safepatch-lock"
+        self._lock = -1
+        self.needed = needed
+        self.files: dict[str, dict[str, Any]] = {}  # name → size, sha256
+        self.finished: dict[str, dict[str, Any]] = {}  # journal lines of complete files
+        self._parts: dict[str, Mapping[str, Report]] = {}  # files written in part by this rank
+        refusal: SafepatchError | None = None
+        try:
+            if self._ranks.rank == 0:
+                self._open(inputs, identity, force, resume)
+        except SafepatchError as error:
+            refusal = error
+        refusal, self.finished = self._ranks.gather((refusal, self.finished))[0]
+        if refusal is not None:
+            raise refusal
+        self._journal.rewrite([{"identity": dict(identity)}, *(self.finished.values() if self._lock >= 0 else ())])
+
+    def _open(self, inputs: Sequence[Path], identity: Mapping[str, str], force: bool, resume: bool) -> None:
+        self._may_be_replaced(inputs, force)
+        self._acquire()
+        try:
+            self._prepare(identity, resume)
+            self._room()
+        except BaseException:
+            self._release()
+            raise
+
+    def _may_be_replaced(self, inputs: Sequence[Path], force: bool) -> None:
+        if not self.out.name:
+            raise InputError("the output can't be the root directory", file=self.out)
+        if self.out.is_symlink():
+            raise InputError("the output is a symlink and is never written through", file=self.out)
+        real = self.out.parent.resolve() / self.out.name
+        for path in inputs:
+            known = path.resolve()
+            if known == real or known in real.parents or real in known.parents:
+                raise InputError("the output overlaps an input", file=self.out, found=str(path))
+        if not os.path.lexists(self.out):
+            return
+        if not self.out.is_dir():
+            raise InputError("the output exists and is not a directory", file=self.out)
+        with os.scandir(self.out) as entries:
+            present = list(entries)
+        if present and not force:
+            raise InputError("the output exists and is not empty; --force replaces it", file=self.out)
+        linked = {(info.st_dev, info.st_ino) for info in map(os.stat, inputs)}
+        for entry in present:
+            info = entry.stat(follow_symlinks=False)
+            if (info.st_dev, info.st_ino) in linked:
+                raise InputError("a file of the output is hard-linked to an input", file=Path(entry.path))
+
+    def _acquire(self) -> None:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(self._lock)
+                    raise Busy("another run is writing this output", file=self.out) from None
+                # The holder before us may have removed the file between our open and our lock.
+                try:
+                    if os.path.samestat(os.fstat(self._lock), os.stat(self._lock_path)):
+                        return
+                except FileNotFoundError:
+                    pass
+                os.close(self._lock)
+        except OSError as error:
+            raise OutputError(f"cannot create the output: {error.strerror}", file=self.out) from None
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+    def _prepare(self, identity: Mapping[str, str], resume: bool) -> None:
+        try:
+            journals = [Journal(p).read() for p in sorted(self.out.parent.glob(glob.escape(self._journals) + "*"))]
+            if resume and self.stage.is_dir() and any(journals):
+                for lines in filter(None, journals):
+                    known = lines[0]["identity"]
+                    differ = sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k))
+                    if differ:
+                        raise InputError(
+                            f"--resume: the interrupted run had another {', '.join(differ)}", file=self.out
+                        )
+                    self._keep_finished(lines[1:])
+                for path in self.stage.iterdir():
+                    if path.name not in self.finished:
+                        path.unlink()
+            else:
+                self.discard()
+                self.stage.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot create the output: {error.strerror}", file=self.out) from None
+
+    def _keep_finished(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Believe the journal where the file has its size and its hash."""
+        for line in lines:
+            path = self.stage / line["file"]
+            if path.is_file() and path.stat().st_size == line["size"] and hash_file(path) == line["sha256"]:
+                self.finished[line["file"]] = line
+
+    def _room(self) -> None:
+        needed = self.needed - sum(line["size"] for line in self.finished.values())
+        free = shutil.disk_usage(self.stage).free
+        if free < needed:
+            self.discard()
+            raise IOFailure("no space for the output", file=self.out, found=f"{free} bytes", expected=f"{needed}")
+
+    def add(self, name: str, data: bytes) -> None:
+        """A small file of the output."""
+        file = self.open(name, len(data))
+        try:
+            file.write(memoryview(data))
+            self.finish(file)
+        finally:
+            file.close()
+
+    def open(
+        self, name: str, size: int, lo: int = 0, hi: int | None = None, *, sparse: bool = False, drop: bool = False
+    ) -> HashedFile:
+        """Start a file of known size under a temporary name; only bytes [lo, hi) of it will be written here."""
+        with failures_named(self.out / name, self.needed):
+            part, hi = self.stage / f"{name}.part", size if hi is None else hi
+            return HashedFile(part, size, lo, hi, self.out / name, self.needed, sparse=sparse, drop=drop)
+
+    def finish(self, file: HashedFile, counts: Mapping[str, Report] | None = None) -> None:
+        """Sync a file. If it is whole it gets its name, and with `counts` the journal remembers it."""
+        file.sync()
+        if file.whole:
+            self._complete(file.shown.name, file.size, file.hexdigest(), counts)
+        else:
+            self._parts[file.shown.name] = counts or {}
+
+    def _complete(self, name: str, size: int, digest: str, counts: Mapping[str, Report] | None) -> None:
+        with failures_named(self.out / name, self.needed):
+            os.rename(self.stage / f"{name}.part", self.stage / name)
+            sync_directory(self.stage)
+            self.files[name] = {"size": size, "sha256": digest}
+            if counts is not None:
+                numbers = {n: _to_numbers(report) for n, report in counts.items()}
+                self._journal.append({"file": name, **self.files[name], "counts": numbers})
+
+    def join(self, counts: Mapping[str, Report]) -> dict[str, Report]:
+        """Finish the files that several ranks wrote; returns the counts of all ranks. Every rank calls it."""
+        if self._ranks.size == 1:
+            return dict(counts)
+        shared: dict[str, dict[str, Report]] = {}
+        for parts in self._ranks.gather(self._parts):
+            for name, of in parts.items():
+                shared.setdefault(name, {}).update(of)
+        for i, name in enumerate(sorted(shared)):
+            if i % self._ranks.size == self._ranks.rank:
+                part = self.stage / f"{name}.part"
+                with failures_named(self.out / name):
+                    self._complete(name, part.stat().st_size, hash_file(part), shared[name])
+        everything: dict[str, Report] = {}
+        for files, of in self._ranks.gather((self.files, dict(counts))):
+            self.files.update(files)
+            everything.update(of)
+        return everything
+
+    def publish(self) -> None:
+        """Make the directory appear under its name, in one step."""
+        sums = "".join(f"{self.files[n]['sha256']}  {n}\n" for n in sorted(self.files))
+        self.add("SHA256SUMS", sums.encode())
+        with failures_named(self.out):
+            if self.out.is_dir() and any(os.scandir(self.out)):
+                try:
+                    _exchange(self.stage, self.out)
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                        raise
+                    raise OutputError(
+                        "this filesystem can't exchange directories; remove the old output first", file=self.out
+                    ) from None
+            else:
+                os.rename(self.stage, self.out)
+            sync_directory(self.out.parent)
+            self.discard()
+
+    def discard(self) -> None:
+        """Leave neither stage nor journal behind."""
+        shutil.rmtree(self.stage, ignore_errors=True)
+        for path in self.out.parent.glob(glob.escape(self._journals) + "*"):
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # A refused input can't be resumed; anything else can.
+        if self._lock >= 0 and isinstance(error, InputError | UsageError | OutputError):
+            self.discard()
+        self._release()
+
+
+class HashedFile:
+    """Bytes [lo, hi) of a file, written from front to back and hashed on a second thread meanwhile.
+
+    A `sparse` file keeps long runs of zeros as holes; other files have their space reserved first. With `drop` the
+    pages of what was written are given back, for files that outgrow memory.
+    """
+
+    def __init__(
+        self, path: Path, size: int, lo: int, hi: int, shown: Path, needed: int, *, sparse: bool, drop: bool
+    ) -> None:
+        self.path, self.size, self.shown, self._needed = path, size, shown, needed
+        self._at, self._end, self._sparse, self._drop = lo, hi, sparse, drop
+        self._settled = lo  # everything before has been waited for and dropped
+        self.whole = lo == 0 and hi == size
+        self._hash = hashlib.sha256()
+        # Ranks that share a file each reserve it; the stage held nothing under this name before.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_TRUNC if self.whole else 0)
+        self._fd = os.open(path, flags, 0o666)
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="safepatch-hash")
+        try:
+            if sparse:
+                os.ftruncate(self._fd, size)
+            elif size:
+                os.posix_fallocate(self._fd, 0, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, data: memoryview, source: Source | None = None) -> None:
+        """The next bytes, which also lie at `source`, if given. They may be reused when this returns."""
+        data = data.cast("B")
+        hashed = self._hasher.submit(self._hash.update, data) if self.whole else None
+        try:
+            with failures_named(self.shown, self._needed):
+                for lo, hi in _runs_of_data(data) if self._sparse else [(0, len(data))]:
+                    self._put(data[lo:hi], self._at + lo, source and Source(source.fd, source.offset + lo))
+                self._at += len(data)
+                self._start_writeback(self._at - len(data), len(data))
+        finally:
+            if hashed is not None:
+                hashed.result()
+
+    def _put(self, data: memoryview, at: int, source: Source | None) -> None:
+        written = 0
+        if source is not None:
+            # The kernel copies, or shares the blocks where the filesystem can; what it leaves is written below.
+            with contextlib.suppress(OSError):
+                while written < len(data):
+                    n = os.copy_file_range(
+                        source.fd, self._fd, len(data) - written, source.offset + written, at + written
+                    )
+                    if n == 0:
+                        break
+                    written += n
+        while written < len(data):
+            written += os.pwrite(self._fd, data[written:], at + written)
+
+    def _start_writeback(self, at: int, nbytes: int) -> None:
+        """Hand the pages to the disk now: the kernel alone starts late, and the final fsync would wait for all."""
+        _sync_file_range(self._fd, at, nbytes, _SYNC_WRITE)
+        behind = at - _DROP_LAG
+        if self._drop and behind > self._settled:
+            _sync_file_range(
+                self._fd, self._settled, behind - self._settled, _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER
+            )
+            os.posix_fadvise(self._fd, self._settled, behind - self._settled, os.POSIX_FADV_DONTNEED)
+            self._settled = behind
+
+    def sync(self) -> None:
+        """All bytes are on the disk. A failed fsync may have lost pages: it is never retried and trusted."""
+        if self._at != self._end:
+            raise RuntimeError(f"{self.path}: {self._at} of {self._end} bytes written")
+        with failures_named(self.shown, self._needed):
+            os.fsync(self._fd)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._hasher.shutdown()
+            os.close(self._fd)
+            self._fd = -1
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class CheckpointSink:
+    """Writes the merged shards into a stage; a `stream.Sink`."""
+
+    def __init__(self, staging: Staging, drop: bool = False) -> None:
+        self._staging, self._drop = staging, drop
+        self._file: HashedFile | None = None
+        self.counts: dict[str, Report] = {}
+
+    def begin(self, part: OutputPart) -> bool:
+        output = part.output
+        line = self._staging.finished.get(output.name)
+        if line is not None:
+            self._staging.files[output.name] = {"size": line["size"], "sha256": line["sha256"]}
+            self.counts.update({name: _from_numbers(numbers) for name, numbers in line["counts"].items()})
+            return False
+        self._file = self._staging.open(
+            output.name, output.size, part.lo, part.hi, sparse=output.sparse, drop=self._drop
+        )
+        return True
+
+    def write(self, data: memoryview, source: Source | None = None) -> None:
+        assert self._file is not None
+        self._file.write(data, source)
+
+    def end(self, counts: Mapping[str, Report]) -> None:
+        assert self._file is not None
+        self.counts.update(counts)
+        self._staging.finish(self._file, counts)
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _to_numbers(report: Report) -> list[list[int]]:
+    return [[p.eligible, p.selected, p.applied] for p in report.patches]
+
+
+def _from_numbers(numbers: list[list[int]]) -> Report:
+    return Report([PatchReport(eligible, selected, applied) for eligible, selected, applied in numbers], Fault())

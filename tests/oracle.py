@@ -1,0 +1,434 @@
+"""The merge contract once more, by brute force: whole tensors, full sorts, no code of the product.
+
+Read beside SPEC section 2, whose words name the variables: `w`, `d`, `r`, `s`, `e`, `k`, `T`, `c`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+F32Array = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+U64Array = npt.NDArray[np.uint64]
+
+WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+MERGED = ("F32", "F16", "BF16")
+FLOATS = (*MERGED, "F64")
+
+
+class OracleError(Exception):
+    """The contract says that this recipe must fail with `status`."""
+
+    status = 65
+
+
+class BadRecipe(OracleError):
+    status = 64
+
+
+class BadInput(OracleError):
+    status = 65
+
+
+class Tensor(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Counts(NamedTuple):
+    entries: int
+    eligible: int
+    selected: int
+    applied: int
+
+
+class Selection(NamedTuple):
+    """One patch's delta, eligible entries and chosen entries, per target."""
+
+    d: dict[str, F32Array]
+    e: dict[str, BoolArray]
+    T: dict[str, BoolArray]
+
+
+class Result(NamedTuple):
+    tensors: dict[str, Tensor]
+    counts: dict[str, dict[str, Counts]]
+
+
+# Files
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    blob = path.read_bytes()
+    (size,) = struct.unpack("<Q", blob[:8])
+    header = json.loads(blob[8 : 8 + size])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        data = blob[8 + size + begin : 8 + size + end]
+        tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), data)
+    return tensors
+
+
+def save_file(path: Path, tensors: Mapping[str, Tensor], pad: int = 0) -> None:
+    """`tensors` in their given order; `pad` blanks end the header, so that data may start at any offset."""
+    header, end = {}, 0
+    for name, t in tensors.items():
+        begin, end = end, end + len(t.data)
+        header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False).encode() + b" " * pad
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(t.data for t in tensors.values()))
+
+
+def load_checkpoint(path: Path) -> dict[str, Tensor]:
+    """One file, or a directory with an index or with one file."""
+    if path.is_file():
+        return load_file(path)
+    if not path.is_dir():
+        raise BadInput(f"{path} is missing")
+    index = path / "model.safetensors.index.json"
+    files = [path / "model.safetensors"]
+    if index.exists():
+        files = [path / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    elif not files[0].exists():
+        files = sorted(path.glob("*.safetensors"))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(load_file(file))
+    return tensors
+
+
+# Numbers
+
+
+def to_f32(t: Tensor) -> F32Array:
+    if t.dtype == "F32":
+        return np.frombuffer(t.data, "<f4").astype(np.float32)
+    if t.dtype == "F16":
+        return np.frombuffer(t.data, "<f2").astype(np.float32)
+    if t.dtype == "BF16":
+        return (np.frombuffer(t.data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    raise BadInput(f"{t.dtype} is no dtype that a merge can read")
+
+
+def from_f32(x: F32Array, dtype: str) -> bytes:
+    """`x` rounded to nearest, ties to even. A NaN does not survive the round trip bit for bit."""
+    if dtype == "F32":
+        return x.astype("<f4").tobytes()
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return x.astype("<f2").tobytes()
+    assert dtype == "BF16"
+    bits = x.view(np.uint32)
+    kept, cut = bits >> np.uint32(16), bits & np.uint32(0xFFFF)
+    up = (cut > 0x8000) | ((cut == 0x8000) & (kept % 2 == 1))
+    rounded = np.where(np.isnan(x), np.uint32(0x7FC0), kept + up)
+    return rounded.astype("<u2").tobytes()
+
+
+def philox(counter: Iterable[npt.ArrayLike], key: tuple[int, int]) -> list[U64Array]:
+    """Philox4x32-10: four 32-bit lanes, each held in a uint64."""
+    c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)
+    k0, k1 = key
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            (p1 >> half) ^ c1 ^ np.uint64(k0),
+            p1 & low,
+            (p0 >> half) ^ c3 ^ np.uint64(k1),
+            p0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+def random_key(seed: int, patch: str, tensor: str) -> tuple[int, int]:
+    message = b"safepatch\0" + struct.pack("<Q", seed) + patch.encode() + b"\0" + tensor.encode()
+    key = int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
+    return key % 2**32, key >> 32
+
+
+def retained(n: int, p: float, key: tuple[int, int]) -> BoolArray:
+    if p >= 1:
+        return np.ones(n, bool)
+    block = np.arange((n + 3) // 4, dtype=np.uint64)
+    lanes = philox((block & np.uint64(0xFFFFFFFF), block >> np.uint64(32), 0, 0), key)
+    u = np.stack(np.broadcast_arrays(*lanes), axis=1).reshape(-1)[:n]
+    return u < np.uint64(math.floor(p * 2**32))
+
+
+def count_of_top(top: float, n: int) -> int:
+    return round(float(top) * float(n))
+
+
+def top_k(s: F32Array, e: BoolArray, k: int) -> BoolArray:
+    """The k eligible entries of largest score; a full stable sort leaves equal scores in order of position."""
+    positions = np.flatnonzero(e)
+    best = positions[np.argsort(-s[positions], kind="stable")][:k]
+    chosen = np.zeros(len(s), bool)
+    chosen[best] = True
+    return chosen
+
+
+# Patches
+
+
+@dataclass
+class Patch:
+    name: str
+    kind: str
+    tensors: dict[str, Tensor]
+    adapter: dict[str, Any]
+    weight: str
+    importance: dict[str, Tensor]
+    top: float
+    retain: float
+    c: np.float32
+
+    def module(self, name: str) -> str:
+        return "base_model.model." + name.removesuffix(".weight")
+
+    def touches(self, name: str) -> bool:
+        if self.kind == "lora":
+            return name.endswith(".weight") and self.module(name) + ".lora_A.weight" in self.tensors
+        return name in self.tensors
+
+    def ranks(self, name: str) -> bool:
+        return self.weight == "magnitude" or name in self.importance
+
+    def touched(self) -> list[str]:
+        """The base's names of all float tensors that this patch would change."""
+        if self.kind != "lora":
+            return [n for n, t in self.tensors.items() if t.dtype in FLOATS]
+        ending = ".lora_A.weight"
+        return [
+            n.removesuffix(ending).removeprefix("base_model.model.") + ".weight"
+            for n in self.tensors
+            if n.endswith(ending)
+        ]
+
+    def delta(self, name: str, base: Tensor) -> F32Array:
+        if self.kind == "lora":
+            return self.lora(name, base)
+        t = self.tensors[name]
+        if t.shape != base.shape:
+            raise BadInput(f"{name}: shape {t.shape}, the base has {base.shape}")
+        return to_f32(t) - to_f32(base) if self.kind == "checkpoint" else to_f32(t)
+
+    def lora(self, name: str, base: Tensor) -> F32Array:
+        module = self.module(name)
+        a, b = self.tensors[module + ".lora_A.weight"], self.tensors[module + ".lora_B.weight"]
+        rank = pattern(self.adapter.get("rank_pattern"), module, self.adapter["r"])
+        alpha = pattern(self.adapter.get("alpha_pattern"), module, self.adapter["lora_alpha"])
+        transposed = self.adapter.get("fan_in_fan_out", False)
+        fan_out, fan_in = b.shape[0], a.shape[1]
+        shape = (fan_in, fan_out) if transposed else (fan_out, fan_in)
+        if a.shape[0] != rank or b.shape[1] != rank or shape != base.shape:
+            raise BadInput(f"{name}: adapter shapes {b.shape} and {a.shape}, rank {rank}, base {base.shape}")
+        left, right = to_f32(b).reshape(b.shape), to_f32(a).reshape(a.shape)
+        acc = np.zeros((fan_out, fan_in), np.float32)
+        for r in range(rank):
+            acc = acc + left[:, r : r + 1] * right[r : r + 1, :]
+        s = np.float32(alpha / (math.sqrt(rank) if self.adapter.get("use_rslora") else rank))
+        d = s * acc
+        return (d.T if transposed else d).reshape(-1)
+
+    def score(self, name: str, base: Tensor, d: F32Array) -> F32Array:
+        if self.weight == "magnitude":
+            return np.abs(d)
+        if name not in self.importance:
+            raise BadInput(f"{name}: missing from the importance")
+        t = self.importance[name]
+        if t.shape != base.shape:
+            raise BadInput(f"{name}: importance of shape {t.shape}, the base has {base.shape}")
+        x = to_f32(t)
+        if self.weight == "scores":
+            if np.any((x < 0) & np.isfinite(x)):
+                raise BadInput(f"{name}: negative score")
+            return x
+        w = to_f32(base)
+        factor = {"base": w, "delta": d}.get(self.weight)
+        if factor is None:
+            factor = to_f32(self.tensors[name]) if self.kind == "checkpoint" else w + d
+        product: F32Array = factor * x
+        return np.abs(product)
+
+
+def pattern(table: Mapping[str, float] | None, module: str, default: float) -> Any:
+    """PEFT's rule: the first key that is the module's name or a dotted tail of it, as a regular expression."""
+    name = module.removeprefix("base_model.model.")
+    for key, value in (table or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def load_patch(entry: Mapping[str, Any], root: Path) -> Patch:
+    source = root / entry["source"]
+    is_adapter = (source / "adapter_config.json").is_file()
+    kind = entry.get("kind", "lora" if is_adapter else "checkpoint")
+    adapter: dict[str, Any] = {}
+    if kind == "lora":
+        adapter = json.loads((source / "adapter_config.json").read_text())
+        tensors = load_file(source / "adapter_model.safetensors")
+    else:
+        tensors = load_checkpoint(source)
+    importance = entry.get("importance", "magnitude")
+    weight, scores = "magnitude", {}
+    if isinstance(importance, dict):
+        given = "scores" if "scores" in importance else "gradients"
+        weight = "scores" if given == "scores" else importance.get("weight", "patched")
+        scores = load_checkpoint(root / importance[given])
+    retain, scale = float(entry.get("retain", 1.0)), float(entry.get("scale", 1.0))
+    c = np.float32(scale / retain) if entry.get("rescale", False) else np.float32(scale)
+    return Patch(
+        entry["name"], kind, tensors, adapter, weight, scores, float(entry.get("top", 1.0)), retain, c
+    )
+
+
+# The merge
+
+
+def is_target(name: str, t: Tensor, rule: Any) -> bool:
+    if t.dtype not in FLOATS:
+        return False
+    if rule == "all":
+        return True
+    if rule == "linear":
+        words = ("embed", "lm_head", "wte", "wpe", "shared.weight")
+        return len(t.shape) >= 2 and not any(word in name for word in words)
+    included = any(fnmatchcase(name, glob) for glob in rule.get("include", ["*"]))
+    return included and not any(fnmatchcase(name, glob) for glob in rule.get("exclude", []))
+
+
+def merge(recipe_path: Path) -> Result:
+    """All output tensors of the recipe at `recipe_path`, and the counts per patch and target tensor.
+
+    Raises OracleError where the contract says that the merge must fail.
+    """
+    with np.errstate(all="ignore"):
+        return _merge(recipe_path)
+
+
+def _merge(recipe_path: Path) -> Result:
+    recipe = yaml.safe_load(recipe_path.read_text())
+    root = recipe_path.parent
+    base = load_checkpoint(root / recipe["base"])
+    patches = [load_patch(entry, root) for entry in recipe["patches"]]
+    targets = sorted(
+        (n for n, t in base.items() if is_target(n, t, recipe.get("targets", "linear"))),
+        key=lambda n: n.encode(),
+    )
+    for name in targets:
+        if base[name].dtype not in MERGED:
+            raise BadInput(f"{name}: a target of dtype {base[name].dtype}")
+    skip_missing = recipe.get("missing", "error") == "skip"
+    for p in patches:
+        extra = [n for n in p.touched() if n not in base]
+        missing = [n for n in targets if p.kind != "lora" and not p.touches(n)]
+        if (extra or missing) and not skip_missing:
+            raise BadInput(f"{p.name}: extra {extra}, missing {missing}")
+
+    chosen = {p.name: select(p, base, targets, recipe) for p in patches}
+    tensors = dict(base)
+    counts: dict[str, dict[str, Counts]] = {p.name: {} for p in patches}
+    for name in targets:
+        held = [chosen[p.name].T[name] for p in patches]
+        cd = [p.c * chosen[p.name].d[name] for p in patches]
+        acc, acts = combine(recipe.get("combine", "difference"), to_f32(base[name]), held, cd)
+        tensors[name] = write(name, base[name], acc, np.any(acts, axis=0))
+        for p, T, acting in zip(patches, held, acts, strict=True):
+            counts[p.name][name] = Counts(
+                len(acc), int(chosen[p.name].e[name].sum()), int(T.sum()), int(acting.sum())
+            )
+    return Result(tensors, counts)
+
+
+def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Mapping[str, Any]) -> Selection:
+    d: dict[str, F32Array] = {}
+    s: dict[str, F32Array] = {}
+    e: dict[str, BoolArray] = {}
+    r: dict[str, BoolArray] = {}
+    retain_first = recipe.get("order", "retain-first") == "retain-first"
+    skip_missing = recipe.get("missing", "error") == "skip"
+    for name in targets:
+        n = math.prod(base[name].shape)
+        r[name] = retained(n, p.retain, random_key(recipe.get("seed", 0), p.name, name))
+        if not p.touches(name) or (skip_missing and not p.ranks(name)):
+            d[name], s[name], e[name] = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, bool)
+            continue
+        d[name] = p.delta(name, base[name])
+        s[name] = p.score(name, base[name], d[name])
+        finite = np.isfinite(d[name]) & np.isfinite(s[name])
+        if recipe.get("nonfinite", "error") == "error" and not finite.all():
+            raise BadInput(f"{p.name}: {name}: not finite at {np.flatnonzero(~finite)[0]}")
+        e[name] = finite & (s[name] > 0)
+        if retain_first:
+            e[name] &= r[name]
+
+    if recipe.get("scope", "tensor") == "tensor":
+        T = {n: top_k(s[n], e[n], count_of_top(p.top, len(s[n]))) for n in targets}
+    else:
+        T = {}
+        if targets:
+            scores, able = np.concatenate([s[n] for n in targets]), np.concatenate([e[n] for n in targets])
+            chosen = top_k(scores, able, count_of_top(p.top, len(scores)))
+            cuts = np.cumsum([len(s[n]) for n in targets])[:-1]
+            T = dict(zip(targets, np.split(chosen, cuts), strict=True))
+    if not retain_first:
+        T = {n: T[n] & r[n] for n in targets}
+    return Selection(d, e, T)
+
+
+def combine(
+    how: str, w: F32Array, held: list[BoolArray], cd: list[F32Array]
+) -> tuple[F32Array, list[BoolArray]]:
+    """What each entry becomes in float32, and where each patch acts on it."""
+    if how == "ties":
+        total = np.zeros_like(w)
+        for T, change in zip(held, cd, strict=True):
+            total = np.where(T, total + change, total)
+        acts = [
+            T & (((total > 0) & (change > 0)) | ((total < 0) & (change < 0)) | np.isnan(total))
+            for T, change in zip(held, cd, strict=True)
+        ]
+        agreeing, number = np.zeros_like(w), np.zeros_like(w)
+        for acting, change in zip(acts, cd, strict=True):
+            agreeing = np.where(acting, agreeing + change, agreeing)
+            number = number + acting.astype(np.float32)
+        return np.where(np.any(acts, axis=0), w + agreeing / number, w), acts
+    acts = held
+    if how == "difference":
+        holders = np.sum(held, axis=0)
+        acts = [T & (holders == 1) for T in held]
+    acc = w
+    for acting, change in zip(acts, cd, strict=True):
+        acc = np.where(acting, acc + change, acc)
+    return acc, acts
+
+
+def write(name: str, base: Tensor, acc: F32Array, acting: BoolArray) -> Tensor:
+    new = from_f32(acc, base.dtype)
+    finite_base = np.isfinite(to_f32(base))
+    overflow = acting & finite_base & ~np.isfinite(to_f32(Tensor(base.dtype, base.shape, new)))
+    if overflow.any():
+        raise BadInput(f"{name}: overflow at {np.flatnonzero(overflow)[0]}")
+    unit = f"<u{WIDTH[base.dtype]}"
+    out = np.where(acting & finite_base, np.frombuffer(new, unit), np.frombuffer(base.data, unit))
+    return Tensor(base.dtype, base.shape, out.tobytes())

@@ -1,0 +1,167 @@
+"""What every command promises: quick help, lean imports, one line and the right status for each failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HEAVY = ("torch", "transformers", "triton", "peft", "safetensors")
+
+
+def safepatch(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "safepatch_core", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    table, offset = {}, 0
+    for name, array in tensors.items():
+        table[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        offset += array.nbytes
+    header = json.dumps(table).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"".join(a.tobytes() for a in tensors.values()))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    base = {"layer.weight": rng.standard_normal((8, 16), dtype=np.float32), "norm": np.ones(8, dtype=np.float32)}
+    for name in ("base", "safety", "over-safety"):
+        change = 0 if name == "base" else rng.standard_normal((8, 16), dtype=np.float32)
+        tensors = {**base, "layer.weight": base["layer.weight"] + np.float32(0.1) * change}
+        write_safetensors(tmp_path / name / "model.safetensors", tensors)
+    (tmp_path / "base" / "config.json").write_text("{}")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "base: base\npatches:\n"
+        "  - {name: safety, source: safety, top: 0.3, retain: 0.5}\n"
+        "  - {name: over-safety, source: over-safety, top: 0.2, retain: 0.5}\n"
+    )
+    return path
+
+
+def imported(*args: str | Path) -> set[str]:
+    """Modules that a command has imported when it ends."""
+    code = (
+        "import sys\nfrom safepatch_core.cli import main\nsys.argv[1:] = sys.argv[1:]\n"
+        "try:\n    main()\nfinally:\n    print(*sys.modules, file=open(sys.argv[0] + '.modules', 'w'))\n"
+    )
+    script = Path(str(args[-1])).parent / "probe.py" if len(args) > 1 else Path(os.environ["PROBE_DIR"]) / "probe.py"
+    script.write_text(code)
+    subprocess.run([sys.executable, script, *map(str, args)], check=True, capture_output=True, timeout=120)
+    return set(Path(f"{script}.modules").read_text().split())
+
+
+def test_help_imports_next_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROBE_DIR", str(tmp_path))
+    modules = imported("--help")
+    assert not modules & {*HEAVY, "numpy", "pydantic", "yaml"}
+
+
+def test_plan_and_merge_never_import_torch(recipe: Path, tmp_path: Path) -> None:
+    assert not imported("plan", recipe) & set(HEAVY)
+    assert not imported("merge", recipe, "--backend", "cpu", "-o", tmp_path / "out") & set(HEAVY)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_every_command_has_help() -> None:
+    listing = safepatch("--help")
+    assert listing.returncode == 0
+    commands = [
+        line.split()[0] for line in listing.stdout.split("Commands:")[1].splitlines() if line.startswith("  ")
+    ]
+    assert {"merge", "plan", "verify", "derive", "eval", "run"} <= set(commands)
+    for command in commands:
+        assert safepatch(command, "--help").returncode == 0, command
+
+
+def test_merge_verify_and_plan_agree(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merged = safepatch("merge", recipe, "-o", out, "--backend", "cpu", "--json")
+    assert merged.returncode == 0, merged.stderr
+    result = json.loads(merged.stdout)
+    assert result["counts"]["safety"]["selected"] == round(0.3 * 128)
+    planned = json.loads(safepatch("plan", recipe, "--backend", "cpu", "--json").stdout)
+    assert planned["bytes_read"] == result["bytes_read"]
+    assert planned["bytes_written"] == result["bytes_written"] == (out / "model.safetensors").stat().st_size
+    assert safepatch("verify", out).returncode == 0
+    assert safepatch("verify", out, "--recipe", recipe, "--backend", "reference").returncode == 0
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=out, check=True)
+
+
+def test_verify_finds_every_kind_of_damage(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert safepatch("merge", recipe, "-o", out, "--quiet").returncode == 0
+    for name in ("model.safetensors", "config.json", "README.md", "safepatch.json", "SHA256SUMS"):
+        whole = (out / name).read_bytes()
+        for at in {0, len(whole) // 2, len(whole) - 1}:
+            damaged = bytearray(whole)
+            damaged[at] ^= 1
+            (out / name).write_bytes(damaged)
+            assert safepatch("verify", out).returncode == 65, (name, at)
+        (out / name).write_bytes(whole)
+    (out / "stray").touch()
+    assert "stray" in safepatch("verify", out).stderr
+    (out / "stray").unlink()
+    (out / "config.json").unlink()
+    assert "config.json: missing" in safepatch("verify", out).stderr
+
+
+def test_verify_with_another_recipe_says_where_it_differs(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert safepatch("merge", recipe, "-o", out, "--quiet").returncode == 0
+    recipe.write_text(recipe.read_text() + "seed: 1\n")
+    found = safepatch("verify", out, "--recipe", recipe)
+    assert found.returncode == 65 and "model.safetensors: differs from the recipe" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "text"),
+    [
+        (["merge"], 64, "Missing argument"),
+        (["merge", "no.yaml", "-o", "out"], 64, "no.yaml"),
+        (["merge", "RECIPE", "-o", "OUT", "--memory-limit", "lots"], 64, "not a size"),
+        (["merge", "RECIPE", "-o", "OUT", "--memory-limit", "1KiB"], 64, "16MiB"),
+        (["merge", "RECIPE", "-o", "OUT", "--threads", "0"], 64, "--threads"),
+        (["merge", "RECIPE", "-o", "BASE"], 65, "overlaps an input"),
+        (["merge", "RECIPE", "-o", "/proc/none/out"], 73, "cannot create"),
+        (["frobnicate"], 64, "No such command"),
+        (["verify", "BASE"], 65, "SHA256SUMS"),
+    ],
+)
+def test_failures_are_one_line_with_their_status(
+    recipe: Path, tmp_path: Path, args: list[str], status: int, text: str
+) -> None:
+    places = {"RECIPE": recipe, "OUT": tmp_path / "out", "BASE": tmp_path / "base"}
+    result = safepatch(*(places.get(a, a) for a in args))
+    assert result.returncode == status, result.stderr
+    assert text in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_cannot_run_is_an_error(recipe: Path, tmp_path: Path) -> None:
+    result = safepatch("merge", recipe, "-o", tmp_path / "out", "--backend", "triton", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 64 and "triton" in result.stderr
+
+
+def test_merge_is_the_same_for_any_way_of_doing_it(recipe: Path, tmp_path: Path) -> None:
+    digests = set()
+    for i, (options, env) in enumerate(
+        [
+            (["--backend", "reference"], {}),
+            (["--backend", "cpu", "--threads", "1"], {}),
+            (["--backend", "cpu", "--threads", "3", "--memory-limit", "16MiB"], {"SAFEPATCH_CHUNK": "4"}),
+            (["--backend", "reference"], {"SAFEPATCH_CHUNK": "7"}),
+        ]
+    ):
+        out = tmp_path / f"out{i}"
+        assert safepatch("merge", recipe, "-o", out, *options, **env).returncode == 0
+        digests.add((out / "SHA256SUMS").read_bytes())
+    assert len(digests) == 1

@@ -1,0 +1,214 @@
+"""The loop goes the right way, stops at the bound and repeats bit for bit; importance is SNIP, sample by sample."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from safepatch_core.derive import DeriveConfig
+from safepatch_core.derive.importance import snip
+from safepatch_core.derive.loop import Outcome, planned_steps, train
+from safepatch_core.derive.objective import Example, Format, answer_nll
+from safepatch_core.derive.progress import Progress
+from safepatch_core.errors import InputError, UsageError
+from tests.tiny_lm import tiny_llama, tiny_tokenizer
+
+CHAT = Format(tiny_tokenizer())
+EXAMPLES = [CHAT.encode(f"What is {i}?", f"Sure, {i}{'.' * i}", 256) for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(**changes: Any) -> DeriveConfig:
+    given = {"model": "m", "data": "d", "out": "o", "learning_rate": 1e-2, "batch_size": 4, "ascent_bound": None}
+    return DeriveConfig.model_validate({**given, "safety": {"max_steps": 6}, **changes})
+
+
+def run(config: DeriveConfig, *, ascent: bool, examples: list[Example] = EXAMPLES) -> tuple[Any, Outcome, list[Any]]:
+    model = tiny_llama()
+    trace = io.StringIO()
+    with Progress("train", 6, quiet=True, report=None) as progress:
+        outcome = train(model, examples, config, config.safety, ascent=ascent, trace=trace, progress=progress)
+    return model, outcome, [json.loads(line) for line in trace.getvalue().splitlines()]
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_descent_lowers_and_ascent_raises_the_nll() -> None:
+    for ascent in (False, True):
+        _, outcome, trace = run(settings(), ascent=ascent)
+        first, last = trace[0]["nll"], trace[-1]["nll"]
+        assert outcome == Outcome(6, False)
+        assert (last > 1.3 * first) if ascent else (last < 0.7 * first)
+        assert [record["step"] for record in trace] == [1, 2, 3, 4, 5, 6]
+        assert all(record["learning_rate"] == 1e-2 and record["grad_norm"] > 0 for record in trace)
+
+
+def test_first_nll_is_that_of_the_untrained_model() -> None:
+    _, _, trace = run(settings(batch_size=8, safety={"max_steps": 1}), ascent=True)
+    nats, tokens = float(answer_nll(tiny_llama(), EXAMPLES).detach()), sum(e.answer_tokens for e in EXAMPLES)
+    assert trace[0]["nll"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert trace[0]["tokens"] == tokens
+
+
+def test_ascent_stops_at_the_bound_and_the_finding_step_changes_nothing() -> None:
+    free, _, trace = run(settings(), ascent=True)
+    bound = (trace[2]["nll"] + trace[3]["nll"]) / 2
+    stopped, outcome, short = run(settings(ascent_bound=bound, ascent_window=1), ascent=True)
+    assert outcome == Outcome(3, True)
+    assert short[:3] == trace[:3] and short[3] == {**trace[3], "stopped": "ascent_bound"}
+    assert same(stopped, run(settings(safety={"max_steps": 3}), ascent=True)[0])
+    assert not same(stopped, free)
+
+
+def test_the_bound_reads_the_mean_over_the_window_weighted_by_tokens() -> None:
+    _, _, trace = run(settings(), ascent=True)
+    window = trace[1:4]
+    mean = sum(r["nll"] * r["tokens"] for r in window) / sum(r["tokens"] for r in window)
+    for bound, stopped in ((mean * (1 - 1e-6), 3), (mean * (1 + 1e-6), 4)):
+        assert run(settings(ascent_bound=bound, ascent_window=3), ascent=True)[1].steps == stopped
+
+
+def test_the_bound_is_not_for_descent_and_lets_one_step_be_taken() -> None:
+    assert run(settings(ascent_bound=1e-3), ascent=False)[1] == Outcome(6, False)
+    assert run(settings(ascent_bound=1e-3), ascent=True)[1] == Outcome(1, True)
+
+
+def test_a_seed_repeats_bit_for_bit() -> None:
+    first, again = (run(settings(seed=3), ascent=False) for _ in range(2))
+    assert same(first[0], again[0]) and first[2] == again[2]
+    assert run(settings(seed=4), ascent=False)[2] != first[2]
+
+
+def test_accumulated_batches_are_one_step_with_one_mean() -> None:
+    config = settings(max_grad_norm=None)
+    whole = run(config, ascent=False)
+    halves = run(config.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 2}), ascent=False)
+    assert [r["tokens"] for r in whole[2]] == [r["tokens"] for r in halves[2]]
+    for a, b in zip(whole[2], halves[2], strict=True):
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
+def test_every_pass_sees_every_row_once_in_a_new_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Example] = []
+
+    def watched(model: Any, batch: list[Example]) -> torch.Tensor:
+        seen.extend(batch)
+        return answer_nll(model, batch)
+
+    monkeypatch.setattr("safepatch_core.derive.loop.answer_nll", watched)
+    config = settings(batch_size=3, safety={"num_train_epochs": 2.5})
+    assert planned_steps(8, config, config.safety) == 7
+    _, outcome, _ = run(config, ascent=False)
+    assert outcome.steps == 7 and len(seen) == 20
+    assert sorted(seen[:8], key=EXAMPLES.index) == EXAMPLES == sorted(seen[8:16], key=EXAMPLES.index)
+    assert seen[:8] != seen[8:16]
+
+
+def test_only_trainable_parameters_move() -> None:
+    config = settings()
+    model = tiny_llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    with Progress("train", 6, quiet=True, report=None) as progress:
+        train(model, EXAMPLES, config, config.safety, ascent=False, trace=io.StringIO(), progress=progress)
+    for (name, now), then in zip(model.named_parameters(), tiny_llama().parameters(), strict=True):
+        assert torch.equal(now, then) == ("q_proj" not in name)
+
+
+def test_divergence_is_named() -> None:
+    with pytest.raises(UsageError, match=r"diverged at step \d.*learning_rate 1e\+30"):
+        run(settings(learning_rate=1e30), ascent=True)
+
+
+def test_rates_default_by_method_and_give_way_to_the_nearer_one() -> None:
+    plain = settings(learning_rate=None)
+    assert plain.rate(plain.safety) == 1e-5
+    lora = settings(learning_rate=None, method="lora", safety={"learning_rate": 1e-3})
+    assert (lora.rate(lora.safety), lora.rate(lora.over_safety)) == (1e-3, 1e-4)
+    _, _, trace = run(settings(safety={"max_steps": 1, "learning_rate": 1e-3}), ascent=True)
+    assert trace[0]["learning_rate"] == 1e-3
+
+
+def is_target(name: str, dimensions: int) -> bool:
+    return dimensions >= 2 and "embed" not in name
+
+
+def test_importance_is_the_mean_of_each_samples_absolute_product() -> None:
+    model = tiny_llama()
+    with Progress("snip", len(EXAMPLES), quiet=True, report=None) as progress:
+        scores, nll = snip(model, EXAMPLES, is_target, progress)
+
+    fresh = tiny_llama().eval()
+    names = {n for n, p in fresh.named_parameters() if is_target(n, p.ndim)}
+    expected = {n: torch.zeros_like(fresh.get_parameter(n)) for n in names}
+    folded = {n: torch.zeros_like(fresh.get_parameter(n)) for n in names}  # what |mean of w * g| would be
+    for example in EXAMPLES:
+        labels = torch.full((1, len(example.ids)), -100)
+        labels[0, example.answer :] = torch.tensor(example.ids[example.answer :])
+        loss = fresh(input_ids=torch.tensor([example.ids]), labels=labels).loss
+        for name, grad in zip(
+            expected, torch.autograd.grad(loss, [fresh.get_parameter(n) for n in expected]), strict=True
+        ):
+            product = (fresh.get_parameter(name) * grad).detach() / len(EXAMPLES)
+            expected[name] += product.abs()
+            folded[name] += product
+    assert scores.keys() == names
+    for name, score in scores.items():
+        assert score.dtype == torch.float32 and not score.requires_grad
+        torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-9)
+        assert not torch.allclose(score, folded[name].abs(), rtol=0.05)
+    tokens = sum(e.answer_tokens for e in EXAMPLES)
+    assert nll == pytest.approx(float(answer_nll(fresh, EXAMPLES).detach()) / tokens, rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_importance_of_bfloat16_weights_is_float32_and_of_broken_ones_an_error() -> None:
+    model = tiny_llama().bfloat16()
+    with Progress("snip", 2, quiet=True, report=None) as progress:
+        scores, _ = snip(model, EXAMPLES[:2], is_target, progress)
+        assert {s.dtype for s in scores.values()} == {torch.float32}
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+        with pytest.raises(InputError, match="not finite"):
+            snip(model, EXAMPLES[:2], is_target, progress)
+
+
+def test_progress_is_plain_lines_off_a_terminal_events_for_programs_and_silent_when_quiet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    events: list[dict[str, Any]] = []
+    for quiet in (False, True):
+        with Progress("safety", 3, quiet=quiet, report=events.append) as progress:
+            for step in range(3):
+                progress.advance(tokens=10, nll=1.5, step=step)
+    out, err = capsys.readouterr()
+    assert out == "" and [line.split(",")[0] for line in err.splitlines()] == ["safety: 1/3", "safety: 3/3"]
+    assert "nll 1.500" in err and "tokens/s" in err
+    assert [(e["phase"], e["done"], e["total"], e["nll"], e["step"]) for e in events[:3]] == [
+        ("safety", done, 3, 1.5, done - 1) for done in (1, 2, 3)
+    ]
+    assert all(e["tokens_per_second"] > 0 for e in events)
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("safety", 2, quiet=False, report=None) as progress:
+        progress.advance(tokens=10, nll=1.5)
+    assert terminal.getvalue().startswith("\rsafety:   0%|") and "\n" not in terminal.getvalue()

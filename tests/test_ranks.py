@@ -1,0 +1,90 @@
+"""Several ranks under torchrun give the bytes of one; a rank that dies leaves what was published untouched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safepatch_core import merge
+from tests.test_cli import write_safetensors
+
+pytest.importorskip("torch", reason="ranks talk through torch.distributed")
+
+
+def model(root: Path, entries: int) -> None:
+    """A base of five tensors in one file and two patches whose deltas tie heavily."""
+    rng = np.random.default_rng(5)
+    names = ["b.weight", "a.weight", "model.norm", "c.10.weight", "c.9.weight"]
+    base = {n: rng.standard_normal((entries, 8), dtype=np.float32) for n in names}
+    base["model.norm"] = np.ones(13, dtype=np.float32)
+    write_safetensors(root / "base" / "model.safetensors", base)
+    for patch in ("safety", "over-safety"):
+        step = np.float32(2.0**-10)
+        changed = {
+            n: t + step * rng.integers(-3, 4, t.shape).astype(np.float32) if t.ndim == 2 else t
+            for n, t in base.items()
+        }
+        write_safetensors(root / patch / "model.safetensors", changed)
+
+
+def recipe(root: Path, scope: str, extra: str = "") -> Path:
+    path = root / f"{scope}.yaml"
+    path.write_text(
+        f"base: base\nscope: {scope}\n{extra}patches:\n"
+        "  - {name: safety, source: safety, top: 0.2, retain: 0.5}\n"
+        "  - {name: over-safety, source: over-safety, top: 0.1}\n"
+    )
+    return path
+
+
+def torchrun(ranks: int, *args: str | Path) -> list[str | Path]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, "-m", "safepatch_core", "merge", *args, "--quiet"]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.mark.parametrize(("scope", "ranks", "extra"), [("model", 2, ""), ("tensor", 3, "max_shard_size: 9KB\n")])
+def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, scope: str, ranks: int, extra: str) -> None:
+    model(tmp_path, 50)
+    path = recipe(tmp_path, scope, extra)
+    merge(path, tmp_path / "one", backend="reference")
+    env = {**os.environ, "SAFEPATCH_CHUNK": "64"}
+    command = torchrun(ranks, path, "-o", tmp_path / "many", "--backend", "cpu")
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_rank_that_dies_leaves_the_published_output(tmp_path: Path) -> None:
+    model(tmp_path, 4000)
+    path = recipe(tmp_path, "model")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "older").write_text("published before")
+    env = {**os.environ, "SAFEPATCH_CHUNK": "16"}  # thousands of units: time enough to be killed
+    command = torchrun(2, path, "-o", out, "--backend", "cpu", "--force")
+    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stage = tmp_path / ".out.safepatch"
+    end = time.monotonic() + 60
+    while not stage.exists():
+        assert run.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    assert run.wait(timeout=60) != 0
+    assert files(out) == {"older": b"published before"}
+    merge(path, out, backend="cpu", resume=True, force=True)
+    merge(path, tmp_path / "undisturbed", backend="cpu")
+    assert files(out) == files(tmp_path / "undisturbed")

@@ -1,0 +1,142 @@
+"""Data files of derive and eval: every form, slices and filters, and errors that name the line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from safepatch_core.errors import InputError, UsageError
+from safepatch_core.rows import Row, read_rows
+
+CSV = 'q,a,label\nfirst,1,safe\n"two\nlines",2,unsafe\nthird,3,safe\n'
+RECORDS = [{"q": f"question {i}", "a": str(i), "n": i, "label": "even" if i % 2 == 0 else "odd"} for i in range(10)]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def jsonl(folder: Path, records: list[dict[str, object]] = RECORDS) -> Path:  # type: ignore[assignment]
+    return write(folder, "rows.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_csv_rows_know_the_line_they_start_on(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "rows.csv", CSV), {"question": "q"})
+    assert rows == [Row(2, {"question": "first"}), Row(3, {"question": "two\nlines"}), Row(5, {"question": "third"})]
+
+
+def test_csv_of_spreadsheets(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.csv", b"\xef\xbb\xbfq,a\r\nx,1\r\ny,2\r\n\r\n")
+    assert [r.values for r in read_rows(path, ["q", "a"])] == [{"q": "x", "a": "1"}, {"q": "y", "a": "2"}]
+
+
+def test_every_form_gives_the_same_rows(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(RECORDS), tmp_path / "rows.parquet")
+    lines = ["q,a,n,label", *(f"{r['q']},{r['a']},{r['n']},{r['label']}" for r in RECORDS)]
+    paths = [
+        jsonl(tmp_path),
+        write(tmp_path, "rows.json", json.dumps(RECORDS)),
+        write(tmp_path, "rows.csv", "\n".join(lines)),
+        tmp_path / "rows.parquet",
+    ]
+    for path in paths:
+        found = read_rows(path, {"question": "q", "answer": "a"}, "1:4", {"label": "odd"})
+        assert [r.values["answer"] for r in found] == ["3", "5", "7"], path
+        assert [r.values for r in read_rows(path, ["q"], where={"n": "4"})] == [{"q": "question 4"}], path
+
+
+def test_text_lines(tmp_path: Path) -> None:
+    assert read_rows(write(tmp_path, "a.txt", "one\r\ntwo\n\n"), ["text"]) == [
+        Row(1, {"text": "one"}),
+        Row(2, {"text": "two"}),
+    ]
+
+
+def test_nested_json_has_categories(tmp_path: Path) -> None:
+    tree = {"Theft": {"Cars": ["a", "b"], "Bikes": ["c"]}, "Fraud": {"Mail": ["d"]}}
+    path = write(tmp_path, "tree.json", json.dumps(tree))
+    columns = {"question": "text", "kind": "subcategory"}
+    rows = read_rows(path, columns, where={"category": ["Theft", "Murder"]})
+    assert [(r.line, *r.values.values()) for r in rows] == [(1, "a", "Cars"), (2, "b", "Cars"), (3, "c", "Bikes")]
+    assert len(read_rows(write(tmp_path, "list.json", '["a", "b"]'), ["text"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [("8:10", [8, 9]), ("8:", [8, 9]), (":2", [0, 1]), ("::4", [0, 4, 8]), ("1:8:3", [1, 4, 7])]
+)
+def test_slices(tmp_path: Path, rows: str, expected: list[int]) -> None:
+    assert [int(r.values["a"]) for r in read_rows(jsonl(tmp_path), ["a"], rows)] == expected
+
+
+@pytest.mark.parametrize("rows", ["", "3", "a:b", "-1:", "1:2:3:4", "::0", "3:3", "5:2", "1 : 2", "\u0663:"])
+def test_bad_slices(tmp_path: Path, rows: str) -> None:
+    with pytest.raises(UsageError, match="slice of rows"):
+        read_rows(jsonl(tmp_path), ["a"], rows)
+
+
+@pytest.mark.parametrize("rows", ["0:11", "10:", "10:12"])
+def test_a_slice_beyond_the_file_is_no_shorter_slice(tmp_path: Path, rows: str) -> None:
+    with pytest.raises(InputError, match=f"rows {rows} asked for: found 10 rows"):
+        read_rows(jsonl(tmp_path), ["a"], rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"q": "x"}\n{"q": \n', "line 2: not JSON"),
+        ("a.jsonl", '{"q": "x"}\n[1]\n', "line 2: not a JSON object: found list"),
+        ("a.jsonl", '{"q": "x"}\n\n{"q": "y"}\n', "line 2: empty row"),
+        ("a.jsonl", '{"q": "x"}\n{"a": "y"}\n', "line 2: no column 'q': found columns a"),
+        ("a.jsonl", '{"q": "x"}\n{"q": 3}\n', "line 2: column 'q': found int, expected text"),
+        ("a.jsonl", '{"q": null}\n', "line 1: column 'q': found null, expected text"),
+        ("a.jsonl", '{"q": "x"}\n{"q": "  "}\n', "line 2: column 'q' is empty"),
+        ("a.jsonl", '{"q": "\\ud800"}\n', "line 1: column 'q' holds half a surrogate pair"),
+        ("a.jsonl", b'{"q": "x"}\n{"q": "\xff"}\n', "line 2: not UTF-8"),
+        ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", "", "no rows"),
+        ("a.csv", "q,a\nx,1\n\ny,2\n", "line 3: empty row"),
+        ("a.csv", 'q,a\n"x\ny",1\nz\n', "line 4: wrong number of fields: found 1, expected 2"),
+        ("a.csv", 'q,a\nx,1\n"y,2\n', "line 3: not CSV"),
+        ("a.csv", "q,q\nx,1\n", "line 1: a column name appears twice"),
+        ("a.csv", "a,b\nx,1\n", "line 2: no column 'q': found columns a, b"),
+        ("a.csv", "q,a\n", "no rows"),
+        ("a.csv", b"q\nx\ny\n\xc3\n", "line 4: not UTF-8"),
+        ("a.txt", "one\n\nthree", "line 2: empty row"),
+        ("a.json", '[{"q": "x"},\n {"q": ]', "line 2: not JSON"),
+        ("a.json", '{"A": {"B": {"C": ["x"]}}}', "JSON under A / B: found dict, expected a list of rows"),
+        ("a.json", '{"A": ["x", 3]}', "item 2 under A: found int, expected text"),
+        ("a.json", "3", "JSON at the top: found int, expected a list of rows"),
+        ("a.parquet", b"PAR1 or not", "not a readable parquet file"),
+        ("a.xlsx", b"", "unknown kind of data file: found .xlsx"),
+    ],
+)
+def test_bad_files_are_refused_with_file_and_line(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(InputError) as caught:
+        read_rows(path, ["text" if name == "a.txt" else "q"])
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_only_wanted_rows_are_checked(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"q": "x"}, {"q": ""}, {"q": 3}])
+    assert len(read_rows(path, ["q"], ":1")) == 1
+
+
+def test_a_filter_that_nothing_passes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no row matches: expected label = purple"):
+        read_rows(jsonl(tmp_path), ["q"], where={"label": "purple"})
+
+
+def test_what_is_not_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    for name, message in (("folder.csv", "not a regular file"), ("none.csv", "no such file"), ("loop.csv", "")):
+        with pytest.raises(InputError, match=message):
+            read_rows(tmp_path / name, ["q"])
