@@ -168,7 +168,7 @@ def merge(
         )
     finally:
         progress.close()
-    for warning in result.warnings:
+    for warning in () if quiet else result.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
     if as_json:
         emit(
@@ -190,7 +190,7 @@ def size_option(text: str | None) -> int | None:
     try:
         return None if text is None else parse_size(text)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error), found=repr(text)) from None
 
 
 @cli.command()
@@ -220,10 +220,10 @@ def plan(
     if as_json:
         emit(data)
         return
-    for warning in made.warnings:
-        click.echo(f"warning: {printable(warning)}", err=True)
     if quiet:
         return
+    for warning in made.warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
     rows = [
         ("engine", data["engine"]),
         ("patches", ", ".join(f"{p['name']} ({p['kind']})" for p in data["patches"])),

@@ -25,7 +25,7 @@ def parse_size(text: str | int) -> int:
     """Bytes of "5GB" (decimal), "64MiB" (binary) or a plain number; raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if isinstance(text, bool) or match is None or match[2].upper() not in UNITS:
-        raise ValueError(f"not a size: {text!r} (like 500MB, 5GB or 2GiB)")
+        raise ValueError("not a size like 500MB, 5GB or 2GiB")
     size = int(float(match[1]) * UNITS[match[2].upper()])
     if size < 1:
         raise ValueError("a size must be at least one byte")
@@ -66,7 +66,7 @@ class PatchSpec(_Strict):
         if self.rescale and self.retain == 0:
             raise ValueError("rescale divides by retain, which is 0")
         if not np.isfinite(self.factor):
-            raise ValueError("scale does not fit float32")
+            raise ValueError("scale (divided by retain, with rescale) does not fit float32")
         return self
 
     @property
@@ -196,7 +196,7 @@ def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
 
 
 # Models that are one of several forms of a value: pydantic names them in the path of a complaint.
-_CHOICES = {"Scores", "Gradients", "Globs"}
+_CHOICES = {"Scores", "Gradients", "Globs", "str", "int"}
 
 
 def _model_at(kind: Any, path: Sequence[str | int]) -> type[BaseModel] | None:
@@ -233,8 +233,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         message = "Input should be 'linear', 'all' or {include: [globs], exclude: [globs]}"
     elif "importance" in parts and parts[-1] == "importance":
         message = "Input should be magnitude, {scores: PATH} or {gradients: PATH, weight: patched|base|delta}"
+    text = f"key '{key}': {message[0].lower()}{message[1:]}"
+    if isinstance(first["input"], dict | list) and first["type"] == "value_error":
+        return text  # a rule between several keys: the message says which
     found = repr(first["input"])
-    return f"key '{key}': {message[0].lower()}{message[1:]}, found {found if len(found) < 80 else found[:77] + '...'}"
+    return f"{text}, found {found if len(found) < 80 else found[:77] + '...'}"
 
 
 def parse_recipe(data: Any, *, origin: Path = Path("."), file: str | os.PathLike[str] | None = None) -> Recipe:

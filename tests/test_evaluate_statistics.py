@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from safepatch_core.evaluate import statistics
 from safepatch_core.evaluate.statistics import Pairs, bootstrap, difference_of_rates, mcnemar, pair, wilson
 
 
@@ -76,7 +78,7 @@ def test_difference_of_rates_covers_as_often_as_it_says() -> None:
 
 def test_bootstrap_of_a_mean_is_near_the_normal_interval() -> None:
     values = np.random.default_rng(2).normal(3.0, 2.0, 400)
-    interval = bootstrap(len(values), lambda units: float(values[units].mean()), seed=0)
+    interval = bootstrap(len(values), lambda units: values[units].mean(-1), seed=0)
     assert interval is not None
     error = 1.96 * values.std(ddof=1) / 20
     assert interval == pytest.approx((values.mean() - error, values.mean() + error), abs=0.03)
@@ -85,9 +87,16 @@ def test_bootstrap_of_a_mean_is_near_the_normal_interval() -> None:
 def test_bootstrap_repeats_with_its_seed_and_needs_two_units() -> None:
     values = np.arange(12.0) ** 2
 
-    def mean(units: np.ndarray) -> float:
-        return float(values[units].mean())
+    def mean(units: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray(values[units].mean(-1))
 
     assert bootstrap(12, mean, 5) == bootstrap(12, mean, 5)
     assert bootstrap(12, mean, 5) != bootstrap(12, mean, 6)
     assert bootstrap(1, mean, 5) is None
+
+
+def test_bootstrap_does_not_show_how_it_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(12.0) ** 2
+    whole = bootstrap(12, lambda units: values[units].mean(-1), 5)
+    monkeypatch.setattr(statistics, "CHUNK", 100)
+    assert bootstrap(12, lambda units: values[units].mean(-1), 5) == whole

@@ -84,7 +84,9 @@ def test_agreement_with_people() -> None:
     llama, mistral = (_labelled(DATA / f"completions_{name}.csv") for name in ("llama2orig", "mistralinstruct"))
     for rows, known in ((llama + mistral[::2], TUNED), (mistral[1::2], HELD_OUT)):
         full = [(answer, label) for answer, label in rows if label != "3_partial_refusal"]
-        measured = agreement([refuses(answer) for answer, _ in full], [label == "2_full_refusal" for _, label in full])
+        measured = agreement(
+            [refuses(answer) for answer, _ in full], [label == "2_full_refusal" for _, label in full]
+        )
         assert measured == pytest.approx(known)
         assert measured.accuracy >= 0.94 and measured.precision >= 0.92 and measured.recall >= 0.5
 

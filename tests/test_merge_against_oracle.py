@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from safepatch_core import merge as safepatch_merge
 from safepatch_core.errors import SafepatchError
 from tests import oracle
-from tests.oracle import OracleError, Result, Tensor, load_checkpoint
+from tests.oracle import OracleError, Result, Tensor, load_checkpoint, load_file
 from tests.recipes import write_plain, write_random
 
 RECIPES = int(os.environ.get("SAFEPATCH_RANDOM_RECIPES", "60"))
@@ -321,6 +322,32 @@ def compare(out: Path, expected: Result, label: str) -> None:
     assert counts == expected.counts, label
 
 
+SIZES = {"1KB": 1_000, "3KB": 3_000, "5GB": 5_000_000_000}
+
+
+def check_layout(out: Path, recipe_path: Path) -> None:
+    """The base's own shards or shards of the size asked for; an index and checksums that agree with them."""
+    recipe = yaml.safe_load(recipe_path.read_text())
+    shards = {file.name: load_file(file) for file in out.glob("*.safetensors")}
+    if recipe.get("max_shard_size") is None:
+        base = recipe_path.parent / recipe["base"]
+        sources = [base] if base.is_file() else list(base.glob("*.safetensors"))
+        held = {"model.safetensors" if file == base else file.name: set(load_file(file)) for file in sources}
+        assert {name: set(tensors) for name, tensors in shards.items()} == held
+    else:
+        for name, tensors in shards.items():
+            sizes = [len(t.data) for t in tensors.values() if t.data]
+            assert sum(sizes) <= SIZES[recipe["max_shard_size"]] or len(sizes) == 1, name
+    if set(shards) != {"model.safetensors"}:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {n: file for file, tensors in shards.items() for n in tensors}
+        assert index["metadata"]["total_size"] == sum(
+            len(t.data) for tensors in shards.values() for t in tensors.values()
+        )
+    sums = dict(line.split("  ")[::-1] for line in (out / "SHA256SUMS").read_text().splitlines())
+    assert sums == {name: digest for name, digest in tree(out).items() if name != "SHA256SUMS"}
+
+
 def settings(seed: int) -> list[dict[str, Any]]:
     """Engine, threads, host memory and entries per chunk: whole tensors and chunks on both engines."""
     chunk = (4, 5, 8, 16, 37, 64, 256)[seed % 7]
@@ -359,6 +386,8 @@ def test_random_recipe(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             safepatch_merge(recipe, out, **options)
             compare(out, expected, label)
             trees.append(tree(out))
+            if number == 0:
+                check_layout(out, recipe)
     assert all(other == trees[0] for other in trees), "one recipe, other bytes"
 
 

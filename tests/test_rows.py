@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-def jsonl(folder: Path, records: list[dict[str, object]] = RECORDS) -> Path:  # type: ignore[assignment]
+def jsonl(folder: Path, records: Sequence[Mapping[str, object]] = RECORDS) -> Path:
     return write(folder, "rows.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 
 
@@ -120,7 +121,7 @@ def test_bad_files_are_refused_with_file_and_line(
 ) -> None:
     path = write(tmp_path, name, content)
     with pytest.raises(InputError) as caught:
-        read_rows(path, ["text" if name == "a.txt" else "q"])
+        read_rows(path, ["text" if name in ("a.txt", "a.json") else "q"])
     assert str(caught.value).startswith(f"{path}: {message}")
 
 
@@ -137,6 +138,6 @@ def test_a_filter_that_nothing_passes(tmp_path: Path) -> None:
 def test_what_is_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
-    for name, message in (("folder.csv", "not a regular file"), ("none.csv", "no such file"), ("loop.csv", "")):
+    for name, message in (("folder.csv", "not a regular file"), ("none.csv", "no such"), ("loop.csv", "no such")):
         with pytest.raises(InputError, match=message):
             read_rows(tmp_path / name, ["q"])

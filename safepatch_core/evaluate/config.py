@@ -27,48 +27,58 @@ class EvalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: Path_ = Field(description="The model to measure: a checkpoint directory, or a hub id org/name[@revision].")
-    baseline: Path_ | None = Field(None, description="The model to compare with. Default none.")
+    baseline: Path_ | None = Field(default=None, description="The model to compare with. Default none.")
     out: Path_ = Field(description="The report directory; must be new or empty.")
 
-    harmful: Path_ | None = Field(None, description="Harmful prompts. Default none.")
-    harmful_column: str = Field("question", description="Their column. Default question.")
+    harmful: Path_ | None = Field(default=None, description="Harmful prompts. Default none.")
+    harmful_column: str = Field(default="question", description="Their column. Default question.")
     answer_column: str | None = Field(
-        None, description="Column of a harmful answer to each; its NLL is measured. Default none."
+        default=None, description="Column of a harmful answer to each; its NLL is measured. Default none."
     )
-    harmful_rows: str | None = Field(None, description="Slice of the rows, as 400:520. Default all.")
-    harmful_where: Where = Field({}, description="Only rows with these values, as {column: value}. Default all.")
+    harmful_rows: str | None = Field(default=None, description="Slice of the rows, as 400:520. Default all.")
+    harmful_where: Where = Field(
+        default={}, description="Only rows with these values, as {column: value}. Default all."
+    )
 
-    harmless: Path_ | None = Field(None, description="Harmless prompts that look harmful. Default none.")
-    harmless_column: str = Field("question", description="Their column. Default question.")
-    harmless_rows: str | None = Field(None, description="Slice of the rows that harmless_where leaves. Default all.")
-    harmless_where: Where = Field({}, description="Only rows with these values, as {label: safe}. Default all.")
+    harmless: Path_ | None = Field(default=None, description="Harmless prompts that look harmful. Default none.")
+    harmless_column: str = Field(default="question", description="Their column. Default question.")
+    harmless_rows: str | None = Field(
+        default=None, description="Slice of the rows that harmless_where leaves. Default all."
+    )
+    harmless_where: Where = Field(
+        default={}, description="Only rows with these values, as {label: safe}. Default all."
+    )
 
-    text: Path_ | None = Field(None, description="Plain text, for perplexity. Default none.")
-    text_rows: str | None = Field(None, description="Slice of its lines. Default all.")
+    text: Path_ | None = Field(default=None, description="Plain text, for perplexity. Default none.")
+    text_rows: str | None = Field(default=None, description="Slice of its lines. Default all.")
 
     system_prompt: str | None = Field(
-        None, description="System message before each prompt. Default none (the template's own, if any)."
+        default=None, description="System message before each prompt. Default none (the template's own, if any)."
     )
-    batch_size: int = Field(16, ge=1, description="Prompts or windows per forward pass. Default 16.")
+    batch_size: int = Field(default=16, ge=1, description="Prompts or windows per forward pass. Default 16.")
     max_new_tokens: int = Field(
-        32, ge=1, description="Length of the generated answers; the judge reads how they open. Default 32."
+        default=32, ge=1, description="Length of the generated answers; the judge reads how they open. Default 32."
     )
     max_length: int = Field(
-        512, ge=2, description="Tokens of a perplexity window, and of a prompt with its answer. Default 512."
+        default=512, ge=2, description="Tokens of a perplexity window, and of a prompt with its answer. Default 512."
     )
     stride: int = Field(
-        256,
+        default=256,
         ge=1,
         description="Tokens from one window to the next; the rest is context. Default 256.",
     )
-    samples: int = Field(4, ge=0, description="Answers shown side by side in the report, per set. Default 4.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Of the bootstrap intervals; answers are greedy. Default 0.")
+    samples: int = Field(default=4, ge=0, description="Answers shown side by side in the report, per set. Default 4.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Of the bootstrap intervals; answers are greedy. Default 0."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
+        default="auto",
         description="Of the weights; auto is float32 on the CPU, the checkpoint's own elsewhere. Default auto.",
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto: cuda where there is one. Default auto.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch. Default torch's own choice.")
+    device: str = Field(
+        default="auto", description="cpu, cuda, cuda:1, or auto: cuda where there is one. Default auto."
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch. Default torch's own choice.")
 
     @model_validator(mode="after")
     def _consistent(self) -> EvalConfig:

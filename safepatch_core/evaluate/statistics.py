@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 Z = 1.959963984540054  # the normal quantile of 0.975
 DRAWS = 2000
 
-Statistic = Callable[[NDArray[np.int64]], float]  # of a selection of units, by index
+CHUNK = 1 << 21  # unit indices drawn at once
+
+# Of selections of units, by index: [..., units] → [...]
+Statistic = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 
 
 class Interval(NamedTuple):
@@ -46,7 +49,9 @@ def bootstrap(units: int, statistic: Statistic, seed: int) -> Interval | None:
     if units < 2:
         return None
     random = np.random.default_rng(seed)
-    values = [statistic(random.integers(0, units, units)) for _ in range(DRAWS)]
+    step = max(1, CHUNK // units)
+    sizes = (min(step, DRAWS - done) for done in range(0, DRAWS, step))
+    values = np.concatenate([statistic(random.integers(0, units, (size, units))) for size in sizes])
     low, high = np.quantile(values, (0.025, 0.975))
     return Interval(float(low), float(high))
 
