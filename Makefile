@@ -33,7 +33,8 @@ demo: develop $(if $(wildcard $(MODEL)),,$(filter models/%,$(MODEL)))
 	$(BIN)/safepatch run examples/demo.yaml --set derive.model=$(MODEL) --set derive.data=$(DATA) $(ARGS) -o $(RUN) --resume
 
 test: develop
-	$(BIN)/python -m pytest -n 2 tests
+	# One thread a test: two processes of spinning OpenMP threads on two cores are several times slower.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 lint: develop
 	$(BIN)/ruff check .

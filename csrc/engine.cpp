@@ -53,20 +53,21 @@ void* Buffer::room_bytes(size_t n) {
 
 Chunks::Chunks(const sp_block& block)
     : entries_(block.entries), lead_(std::min<int64_t>(-block.start & 3, block.entries)), size_(kChunk) {
-    // A LoRA's factor is read once for four rows, where a chunk has so many.
+    // A LoRA's factor is read once for four rows, or as many as fit a chunk: then no row should be cut.
     for (size_t p = 0; p < block.patch_count; ++p) {
         const sp_patch& patch = block.patches[p];
-        if (!patch.present || patch.kind != SP_LORA) continue;
-        const int64_t row = patch.lora.cols;
-        if (row > 0 && 4 * row <= kChunk) size_ = kChunk / (4 * row) * (4 * row);
+        if (!patch.present || patch.kind != SP_LORA || patch.lora.cols == 0) continue;
+        const int64_t rows = std::min<int64_t>(4, kChunk / patch.lora.cols) * patch.lora.cols;
+        if (rows > 0 && rows % 4 == 0) size_ = kChunk / rows * rows;
     }
     count_ = (lead_ > 0 ? 1 : 0) + (entries_ - lead_ + size_ - 1) / size_;
 }
 
 Range Chunks::at(int64_t slot) const {
-    if (lead_ > 0 && slot == 0) return {0, lead_, 0};
+    const int64_t word = slot * ((size_ + 63) / 64);
+    if (lead_ > 0 && slot == 0) return {0, lead_, 0, word};
     const int64_t begin = lead_ + (slot - (lead_ > 0 ? 1 : 0)) * size_;
-    return {begin, std::min(size_, entries_ - begin), slot};
+    return {begin, std::min(size_, entries_ - begin), slot, word};
 }
 
 Engine::Engine(int threads, const Isa& isa) : isa_(isa), pool_(threads) {

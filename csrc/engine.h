@@ -42,6 +42,8 @@ class Chunks {
   public:
     explicit Chunks(const sp_block& block);
     int64_t count() const { return count_; }
+    // Words of marks for all of them.
+    int64_t words() const { return count_ * ((size_ + 63) / 64); }
     Range at(int64_t slot) const;
 
   private:
@@ -85,7 +87,8 @@ class Engine {
     };
     // Merge's findings for one patch between its passes.
     struct Notes {
-        Buffer marks, list, places, spans, ties;
+        Buffer keys;  // the list's, or in the same place the marks
+        Buffer places, spans, ties;
     };
     struct Narrowing;
     struct Search;

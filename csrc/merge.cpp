@@ -26,7 +26,7 @@ constexpr uint32_t kClose = 7;
 
 int64_t list_capacity(int64_t entries) { return std::max(entries / 8, kSmall); }
 
-uint32_t draw(uint32_t i) {
+uint32_t scatter(uint32_t i) {
     i *= 0x9E3779B9;
     i ^= i >> 16;
     i *= 0x85EBCA6B;
@@ -134,12 +134,12 @@ void Engine::guess(const sp_block& block, std::deque<Search>& searches) {
     const int64_t stride = (block.entries - 64) / runs;
     pool_.run(runs, [&](int i, int64_t run) {
         Thread& thread = *threads_[static_cast<size_t>(i)];
-        const int64_t begin = run * stride + draw(static_cast<uint32_t>(run)) % (stride - 63);
-        isa_.visit(pass, thread.space, {begin, 64, 0}, thread.sinks.data(), thread.overflow);
+        const int64_t begin = run * stride + scatter(static_cast<uint32_t>(run)) % (stride - 63);
+        isa_.visit(pass, thread.space, {begin, 64, 0, 0}, thread.sinks.data(), thread.overflow);
     });
 
     for (Search& search : searches) {
-        auto* keys = notes_[search.patch].list.room<uint32_t>(64 * kRuns + kSlack);
+        auto* keys = notes_[search.patch].keys.room<uint32_t>(64 * kRuns + kSlack);
         int64_t n = 0;
         for (const auto& thread : threads_) {
             const Sink& sink = thread->sinks[search.patch];
@@ -180,7 +180,7 @@ void Engine::guess(const sp_block& block, std::deque<Search>& searches) {
 
 // The pass over the inputs: what is eligible, the faults, and marks with a list or a histogram.
 void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
-    const auto chunks = static_cast<size_t>(Chunks(block).count());
+    const Chunks chunks(block);
     const int64_t capacity = list_capacity(block.entries);
     std::vector<Task> tasks = fresh_tasks(block);
     for (Task& task : tasks) task.patch = nullptr;
@@ -193,11 +193,11 @@ void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
         if (search->listed) {
             task.collect = true;
             task.floor = search->floor;
-            notes.list.room<uint32_t>(static_cast<size_t>(capacity) + kSlack);
+            notes.keys.room<uint32_t>(static_cast<size_t>(capacity) + kSlack);
             notes.places.room<uint16_t>(static_cast<size_t>(capacity));
-            notes.spans.room<Span>(chunks);
+            notes.spans.room<Span>(static_cast<size_t>(chunks.count()));
         } else {
-            task.save = notes.marks.room<uint64_t>(chunks * kChunkWords);
+            task.save = notes.keys.room<uint64_t>(static_cast<size_t>(chunks.words()));
             requests.push_back(request(*search));
         }
     }
@@ -209,7 +209,7 @@ void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
             const int64_t begin = search->used.fetch_add(sink.listed);
             if (begin + sink.listed <= capacity) {
                 const auto n = static_cast<size_t>(sink.listed);
-                std::memcpy(notes.list.get<uint32_t>() + begin, sink.list, n * sizeof(uint32_t));
+                std::memcpy(notes.keys.get<uint32_t>() + begin, sink.list, n * sizeof(uint32_t));
                 std::memcpy(notes.places.get<uint16_t>() + begin, sink.places, n * sizeof(uint16_t));
             }
             notes.spans.get<Span>()[range.slot] = {begin, sink.listed};
@@ -229,11 +229,11 @@ void Engine::recall(const sp_block& block, const Search& search, Task& task) {
     Notes& notes = notes_[search.patch];
     task.patch = &block.patches[search.patch];
     if (search.listed) {
-        task.list = notes.list.get<uint32_t>();
+        task.list = notes.keys.get<uint32_t>();
         task.places = notes.places.get<uint16_t>();
         task.spans = notes.spans.get<Span>();
     } else {
-        task.stored = notes.marks.get<uint64_t>();
+        task.stored = notes.keys.get<uint64_t>();
     }
 }
 
@@ -243,7 +243,7 @@ void Engine::narrow(const sp_block& block, std::deque<Search>& searches) {
     for (Search& search : searches) {
         if (search.takes_all()) continue;
         if (search.listed) {
-            do count_list(notes_[search.patch].list.get<uint32_t>(), search.used, search.narrowing);
+            do count_list(notes_[search.patch].keys.get<uint32_t>(), search.used, search.narrowing);
             while (!search.narrowing.done());
         } else if (!search.narrowing.done()) {
             left.push_back(&search);
@@ -282,7 +282,7 @@ void Engine::place_cuts(const sp_block& block, std::deque<Search>& searches) {
             const Span span = notes.spans.get<Span>()[slot];
             uint32_t counts[2] = {};
             Window window{search->narrowing.key, 0, 1, counts};
-            isa_.count(notes.list.get<uint32_t>() + span.begin, span.n, threads_[static_cast<size_t>(i)]->space,
+            isa_.count(notes.keys.get<uint32_t>() + span.begin, span.n, threads_[static_cast<size_t>(i)]->space,
                        window);
             notes.ties.get<int64_t>()[slot] = int64_t{counts[0]} + counts[1];
         }
@@ -318,21 +318,21 @@ int64_t Engine::last_tie(const sp_block& block, const Search& search, const Rang
     const uint32_t key = search.narrowing.key;
     if (search.listed) {
         int64_t i = notes.spans.get<Span>()[chunk.slot].begin;
-        while ((notes.list.get<uint32_t>()[i] & INT32_MAX) != key || --n > 0) ++i;
+        while ((notes.keys.get<uint32_t>()[i] & INT32_MAX) != key || --n > 0) ++i;
         return notes.places.get<uint16_t>()[i];
     }
-    std::vector<uint64_t> marks(kChunkWords);
+    std::vector<uint64_t> marks(kChunk / 64);
     std::vector<Task> tasks(block.patch_count);
     Task& task = tasks[search.patch];
     recall(block, search, task);
-    task.stored += chunk.slot * kChunkWords;
+    task.stored += chunk.word;
     task.only = true;
     task.only_key = key;
     task.save = marks.data();
     prepare(block, {}, false);
     Thread& thread = *threads_[0];
     const Pass pass{&block, &tasks, nullptr};
-    isa_.visit(pass, thread.space, {chunk.begin, chunk.n, 0}, thread.sinks.data(), thread.overflow);
+    isa_.visit(pass, thread.space, {chunk.begin, chunk.n, 0, 0}, thread.sinks.data(), thread.overflow);
     int64_t i = 0;
     while ((marks[static_cast<size_t>(i / 64)] >> i % 64 & 1) == 0 || --n > 0) ++i;
     return i;
@@ -391,14 +391,15 @@ void Engine::merge(const sp_block& block, const int64_t* quotas, void* out, sp_c
 }
 
 size_t Engine::scratch(int64_t entries, size_t patches) const {
-    const auto chunks = static_cast<size_t>(entries / (kChunk / 2)) + 2;  // LoRA's rows may shorten them
     const size_t tile =
         sizeof(Lane) + sizeof(Sink) + (kChunk + kSlack) * (sizeof(float) + sizeof(uint32_t) + sizeof(uint16_t));
     const size_t bins = 2 * kBins * sizeof(uint32_t);
     const size_t thread = sizeof(Thread) + std::max<size_t>(patches, 1) * (tile + bins + 256);
-    const size_t chunk = kChunkWords * sizeof(uint64_t) + sizeof(Span) + sizeof(int64_t);
-    const size_t list =
-        (static_cast<size_t>(list_capacity(entries)) + kSlack) * (sizeof(uint32_t) + sizeof(uint16_t));
+    const auto chunks = static_cast<size_t>(entries / (kChunk / 2)) + 2;  // LoRA's rows may shorten them
+    const size_t chunk = sizeof(Span) + sizeof(int64_t);
+    // Room for the list is more than enough for the marks.
+    const size_t key = sizeof(uint32_t) + sizeof(uint16_t);
+    const size_t list = (static_cast<size_t>(list_capacity(entries)) + kSlack) * key;
     const size_t search = sizeof(Search) + kBins * sizeof(int64_t);
     return static_cast<size_t>(threads()) * thread + patches * (chunks * chunk + list + search) + 65536;
 }

@@ -1,5 +1,4 @@
-// What the engine asks of an instruction set: two functions over chunks of a block, and the structures they
-// share.
+// What the engine asks of an instruction set: three functions, and the structures they share.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +24,6 @@ inline constexpr int kWords = kTile / 64;
 // Entries that a thread takes at once, at most.
 inline constexpr int kChunk = 32768;
 static_assert(kChunk <= 65536);  // places in a chunk have 16 bits
-inline constexpr int kChunkWords = kChunk / 64;
 // Buffers may be read or written this many entries beyond their end.
 inline constexpr int kSlack = 64;
 // Keys of finite scores lie below.
@@ -73,7 +71,7 @@ struct Task {
     bool retain_eligible = false;  // only retained entries are eligible
     bool retain_chosen = false;    // only retained entries of T are chosen
 
-    const uint64_t* stored = nullptr;  // eligible bits that an earlier pass saved, kChunkWords per chunk
+    const uint64_t* stored = nullptr;  // eligible bits that an earlier pass saved
     // Or the list of them that it made: keys and places within their chunks, in order, and where each chunk's
     // are. With magnitude importance a key keeps the sign of its delta, so that it stands for the delta as
     // well.
@@ -96,11 +94,12 @@ struct Pass {
     void* out;                       // null: select and write nothing
 };
 
-// A run of entries of the block; `slot` is its place in `stored`, `save` and `spans`.
+// A run of entries of the block, and its places in `spans` and in `stored` and `save`.
 struct Range {
     int64_t begin;
     int64_t n;
     int64_t slot;
+    int64_t word;
 };
 
 // What a pass found for one patch; every thread has its own.
@@ -145,7 +144,7 @@ struct alignas(64) Workspace {
 struct Isa {
     const char* name;
     // Run a pass over a range of at most kChunk entries that begins at a multiple of 4 of its tensor,
-    // or ends before the next one.
+    // or ends before the next one (which matters for random numbers only).
     void (*visit)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Fault& overflow);
     // Write a range from lists alone. Patches must either be null or have a list (and, if their keys aren't
     // their deltas, not be LoRA); entries of several patches are left alone, and sinks have room for lists.

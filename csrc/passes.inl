@@ -597,7 +597,7 @@ static void score(const sp_patch& patch, const Tile& tile, const float* base, co
 }
 
 // Lay a list out over the tile: lane.d, lane.k and the eligible entries.
-static void spread_list(const Task& task, const Tile& tile, const float* base, const float* lora, int64_t slot,
+static void spread_list(const Task& task, const Tile& tile, const float* base, const float* lora, const Range& range,
                         Workspace& space, Lane& lane) {
     const sp_patch& patch = *task.patch;
     void* keys = lane.key;
@@ -609,7 +609,7 @@ static void spread_list(const Task& task, const Tile& tile, const float* base, c
     }
     lane.k = keys;
     for (int w = 0; w < tile.words; ++w) lane.eligible[w] = 0;
-    const int64_t end = task.spans[slot].begin + task.spans[slot].n;
+    const int64_t end = task.spans[range.slot].begin + task.spans[range.slot].n;
     for (; lane.next < end; ++lane.next) {
         const int64_t place = task.places[lane.next] - tile.within;
         if (place >= tile.n) break;
@@ -618,12 +618,12 @@ static void spread_list(const Task& task, const Tile& tile, const float* base, c
     }
 }
 
-static void visit_patch(const Task& task, const Tile& tile, const float* base, const float* lora, int64_t slot,
+static void visit_patch(const Task& task, const Tile& tile, const float* base, const float* lora, const Range& range,
                         Workspace& space, Lane& lane, Sink& sink) {
     const int words = tile.words;
-    const int64_t first_word = slot * kChunkWords + tile.within / 64;
+    const int64_t first_word = range.word + tile.within / 64;
     if (task.list != nullptr) {
-        spread_list(task, tile, base, lora, slot, space, lane);
+        spread_list(task, tile, base, lora, range, space, lane);
         return;
     }
 
@@ -692,7 +692,7 @@ static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, 
         for (size_t p = 0; p < tasks.size(); ++p) {
             Lane& lane = space.lanes[p];
             if (tasks[p].patch != nullptr) {
-                visit_patch(tasks[p], tile, base, space.lora[p], range.slot, space, lane, sinks[p]);
+                visit_patch(tasks[p], tile, base, space.lora[p], range, space, lane, sinks[p]);
             }
             if (pass.out == nullptr) continue;
             if (tasks[p].patch == nullptr) {

@@ -40,8 +40,13 @@ SP_OP M less(U a, U b) { return _mm512_cmplt_epi32_mask(a, b); }
 SP_OP M equal(U a, U b) { return _mm512_cmpeq_epi32_mask(a, b); }
 SP_OP U select(M m, U yes, U no) { return _mm512_mask_blend_epi32(m, no, yes); }
 
-SP_OP uint32_t bits(M m) { return m; }
-SP_OP M mask(uint32_t b) { return static_cast<M>(b); }
+// Not by conversion: GCC 12 may spill a mask as 2 bytes and load it back as 8.
+SP_OP uint32_t bits(M m) {
+    uint32_t b;
+    asm("kmovw %1, %0" : "=r"(b) : "k"(m));
+    return b;
+}
+SP_OP M mask(uint32_t b) { return _cvtu32_mask16(b); }
 
 // Move the chosen lanes to the front; `p` may be written as far as a whole vector.
 SP_OP uint32_t compress(void* p, U a, uint32_t chosen) {
@@ -79,8 +84,8 @@ SP_OP uint64_t below(Q a, Q b, Q c, Q d, uint32_t limit) {
     const U ab = _mm512_mask_shuffle_epi32(a, 0xaaaa, b, _MM_PERM_CDAB);
     const U cd = _mm512_mask_shuffle_epi32(c, 0xaaaa, d, _MM_PERM_CDAB);
     const U low = _mm512_unpacklo_epi64(ab, cd), up = _mm512_unpackhi_epi64(ab, cd);
-    return _mm512_cmplt_epu32_mask(low, set_u(limit)) |
-           static_cast<uint64_t>(_mm512_cmplt_epu32_mask(up, set_u(limit))) << 16;
+    return bits(_mm512_cmplt_epu32_mask(low, set_u(limit))) |
+           static_cast<uint64_t>(bits(_mm512_cmplt_epu32_mask(up, set_u(limit)))) << 16;
 }
 
 SP_OP int count_bits(uint64_t a) { return static_cast<int>(_mm_popcnt_u64(a)); }

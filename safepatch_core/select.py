@@ -23,7 +23,7 @@ LOW_BITS = 15
 COARSE = 1 << (KEY_BITS - LOW_BITS)
 FINE = 1 << LOW_BITS
 # A guess covers the sampled rank plus and minus five standard errors, at most so many coarse bins (256 KiB each).
-GUESS_BINS = 8
+GUESS_BINS = 4
 GUESS_SIGMAS = 5.0
 TIE_BINS = 1024
 

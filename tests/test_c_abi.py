@@ -1,0 +1,182 @@
+"""The C interface from C: its header is C99, and a program without Python gets the same bits."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safepatch_core.backends import Bits, Block, PatchData
+from safepatch_core.backends.reference import ReferenceBackend
+
+CSRC = Path(__file__).parents[1] / "csrc"
+CC, CXX = shutil.which("gcc"), shutil.which("g++")
+
+pytestmark = [
+    pytest.mark.skipif(CC is None or CXX is None, reason="needs gcc and g++"),
+    pytest.mark.skipif(not CSRC.is_dir(), reason="needs the sources"),
+]
+
+PROGRAM = r"""
+#include <safepatch.h>
+
+#include <stdio.h>
+#include <string.h>
+
+#define N 5000
+
+static void refuse(sp_status status, sp_status expected) {
+    printf("%s: %s\n", status == expected ? "refused" : "WRONG", sp_last_error());
+}
+
+int main(void) {
+    static float base[N], values[N], out[N];
+    int i, p;
+    for (i = 0; i < N; ++i) {
+        base[i] = (float)(i % 17) - 8.0f;
+        values[i] = base[i] + (float)(i * 7 % 31 - 15) / 16.0f;
+    }
+
+    sp_engine *engine = NULL;
+    refuse(sp_engine_open(0, NULL, &engine), SP_BAD_ARGUMENT);
+    refuse(sp_engine_open(1, "sse9", &engine), SP_BAD_ARGUMENT);
+    if (engine != NULL || sp_engine_open(2, NULL, &engine) != SP_OK) return 1;
+    printf("version %d, %d threads, %s\n", (int)(sp_version() - SP_VERSION), (int)sp_engine_threads(engine),
+           sp_isa_usable(sp_engine_isa(engine)) && !sp_isa_usable("sse9") ? "usable" : "WRONG");
+
+    sp_patch patches[3];
+    memset(patches, 0, sizeof patches);
+    for (p = 0; p < 2; ++p) {
+        patches[p].present = 1;
+        patches[p].kind = p == 0 ? SP_CHECKPOINT : SP_DELTA;
+        patches[p].importance = SP_MAGNITUDE;
+        patches[p].values.data = values;
+        patches[p].values.dtype = SP_F32;
+        patches[p].key = 42u + (unsigned)p;
+        patches[p].keep = p == 0 ? UINT64_C(1) << 31 : SP_KEEP_ALL;
+        patches[p].scale = 0.5f;
+    }
+    sp_block block;
+    memset(&block, 0, sizeof block);
+    block.base.data = base;
+    block.base.dtype = SP_F32;
+    block.entries = N;
+    block.start = 3;
+    block.patches = patches;
+    block.patch_count = 3;
+    block.combine = SP_DIFFERENCE;
+    block.order = SP_RETAIN_FIRST;
+
+    const int64_t quotas[3] = {300, 400, 500};
+    sp_cut cuts[3];
+    sp_patch_report found[3];
+    sp_report report = {found, {0, 0}};
+    if (sp_merge(engine, &block, quotas, out, cuts, &report) != SP_OK) return 1;
+    for (p = 0; p < 3; ++p) {
+        printf("%u %lld %lld %lld %lld\n", (unsigned)cuts[p].key, (long long)cuts[p].before,
+               (long long)found[p].eligible, (long long)found[p].selected, (long long)found[p].applied);
+    }
+    uint32_t keys[3] = {0, 0, 0};
+    int64_t ties[3], counts[8] = {0};
+    sp_window window = {1, 0, 28, 8, counts};
+    keys[0] = cuts[0].key;
+    if (sp_ties(engine, &block, keys, ties) != SP_OK) return 1;
+    if (sp_histogram(engine, &block, &window, 1, &report) != SP_OK) return 1;
+    printf("%lld %lld\n", (long long)ties[0], (long long)(counts[3] + counts[4]));
+    for (i = 0; i < N; ++i) {
+        uint32_t bits;
+        memcpy(&bits, &out[i], 4);
+        printf("%08x", (unsigned)bits);
+    }
+    printf("\n");
+    if (sp_apply(engine, &block, cuts, base, &report) != SP_OK || memcmp(base, out, sizeof out) != 0) return 1;
+
+    refuse(sp_merge(engine, &block, NULL, out, cuts, &report), SP_BAD_ARGUMENT);
+    refuse(sp_ties(NULL, &block, keys, ties), SP_BAD_ARGUMENT);
+    window.patch = 3;
+    refuse(sp_histogram(engine, &block, &window, 1, &report), SP_BAD_ARGUMENT);
+    patches[1].kind = 9;
+    refuse(sp_apply(engine, &block, cuts, out, &report), SP_BAD_ARGUMENT);
+    block.entries = -1;
+    refuse(sp_apply(engine, &block, cuts, out, &report), SP_BAD_ARGUMENT);
+    printf("%s\n", sp_strerror(SP_NO_MEMORY));
+    sp_engine_close(engine);
+    sp_engine_close(NULL);
+    return 0;
+}
+"""
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What the program prints, line by line."""
+    folder = tmp_path_factory.mktemp("c")
+    source = folder / "program.c"
+    source.write_text(PROGRAM)
+    strict = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Wstrict-prototypes", "-Werror"]
+    run(CC, *strict, "-I", CSRC / "include", "-c", source, "-o", folder / "program.o")
+    sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "bindings.cpp"]
+    objects = [folder / f"{path.stem}.o" for path in sources]
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-I", CSRC / "include"]
+    with ThreadPoolExecutor(2) as pool:
+        list(
+            pool.map(lambda pair: run(CXX, *flags, "-c", pair[0], "-o", pair[1]), zip(sources, objects, strict=True))
+        )
+    run(CXX, folder / "program.o", *objects, "-pthread", "-o", folder / "program")
+    return run(folder / "program").splitlines()
+
+
+def test_the_header_is_c99_and_cxx_and_stands_alone(tmp_path: Path) -> None:
+    for name, command in [("a.c", [CC, "-std=c99"]), ("a.cpp", [CXX, "-std=c++20"])]:
+        source = tmp_path / name
+        source.write_text("#include <safepatch.h>\nint main(void) { return SP_OK; }\n")
+        run(*command, "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-I", CSRC / "include", source)
+
+
+def test_a_c_program_gets_the_reference_bits(program: list[str]) -> None:
+    i = np.arange(5000)
+    base = (i % 17 - 8).astype(np.float32)
+    values = base + (i * 7 % 31 - 15).astype(np.float32) / np.float32(16)
+    bits = Bits(values.view(np.uint32), "F32")
+    patches = (
+        PatchData("checkpoint", bits, "magnitude", None, "patched", 42, 1 << 31, 0.5),
+        PatchData("delta", bits, "magnitude", None, "patched", 43, 1 << 32, 0.5),
+        None,
+    )
+    block = Block(Bits(base.view(np.uint32), "F32"), 3, 1, patches, "difference", "retain-first", "error")
+    out = np.empty(5000, np.uint32)
+    reference = ReferenceBackend()
+    cuts, report = reference.merge(block, [300, 400, 500], out)
+    expected = [
+        f"{c.key} {c.before} {p.eligible} {p.selected} {p.applied}" for c, p in zip(cuts, report.patches, strict=True)
+    ]
+    assert program[3:6] == expected
+    ties = reference.ties(block, [cuts[0].key, 0, 0])[0]
+    assert program[6] == f"{ties} {report.patches[1].eligible}"
+    assert program[7] == "".join(f"{word:08x}" for word in out)
+
+
+def test_a_c_program_is_told_what_is_wrong(program: list[str]) -> None:
+    assert program[:3] == [
+        "refused: threads: expected at least 1",
+        "refused: instruction set: found 'sse9', expected avx512, avx2 or scalar",
+        "version 0, 2 threads, usable",
+    ]
+    assert program[8:] == [
+        "refused: null array",
+        "refused: null engine or block",
+        "refused: window patch",
+        "refused: patch kind",
+        "refused: block range",
+        "out of memory",
+    ]
