@@ -19,6 +19,7 @@ from safepatch_core.backends import Backend, Report, open_backend
 from safepatch_core.pipeline import Trace
 from safepatch_core.plan import Plan, make_plan
 from safepatch_core.ranks import ranks_of_this_run
+from safepatch_core.rates import load_rates, predict
 from safepatch_core.recipe import Recipe, load_recipe, parse_size
 from safepatch_core.spec import SPEC_VERSION
 from safepatch_core.stream import Merge
@@ -129,8 +130,8 @@ def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -
     place = Path(os.path.abspath(where))
     while not place.exists():
         place = place.parent
-    quotas = plan.model_quotas() if plan.whole_model else None
-    return {
+    quotas = plan.model_quotas if plan.whole_model else None
+    data: dict[str, Any] = {
         "engine": engine.describe(),
         "patches": [
             {"name": spec.name, "kind": kind, "top": spec.top, "retain": spec.retain, "scale": spec.factor}
@@ -161,6 +162,10 @@ def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -
             for t in targets
         ],
     }
+    rates = load_rates()
+    # Cold inputs, as for a model that was just fetched; None until `safepatch bench floor --save` has measured.
+    data["seconds"] = None if rates is None else predict(data, rates)
+    return data
 
 
 def identity(plan: Plan) -> dict[str, str]:

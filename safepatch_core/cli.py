@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from safepatch_core import __version__
-from safepatch_core.errors import SafepatchError, Stopped, UsageError, printable
+from safepatch_core.errors import IOFailure, SafepatchError, Stopped, UsageError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -233,7 +233,10 @@ def plan(
         ("memory", f"{human(data['memory'])} of buffers (limit {human(data['memory_limit'])})"),
         ("in chunks", f"{data['chunked']} target(s)"),
         ("free space", human(data["free_space"])),
+        ("time", "unknown: `safepatch bench floor --save` measures this machine's rates"),
     ]
+    if data["seconds"] is not None:
+        rows[-1] = ("time", f"about {data['seconds']:.1f} s, inputs not in the page cache")
     for key, value in rows:
         click.echo(f"{key + ':':12} {printable(value)}")
     if tensors:
@@ -287,6 +290,9 @@ def verify(
 
 
 def _stop(number: int, frame: object) -> NoReturn:
+    """The first signal unwinds; a second one ends the process where it stands, which a kill may do at any time."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, lambda number, frame: os._exit(Stopped.status))
     raise Stopped(f"stopped by {signal.Signals(number).name}; --resume goes on")
 
 
@@ -311,6 +317,10 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 74
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"safepatch: {printable(f'{where}{error.strerror or error}')}", err=True)
+        status = IOFailure.status
     except Exception as error:
         if os.environ.get("SAFEPATCH_DEBUG"):
             raise

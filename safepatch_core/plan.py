@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -164,28 +165,28 @@ class Plan:
     def whole_model(self) -> bool:
         return self.recipe.scope == "model"
 
+    @cached_property
     def model_quotas(self) -> tuple[int, ...]:
         """k per patch over all targets, for scope: model."""
-        entries = sum(t.entry.entries for t in self.targets.values())
-        return tuple(quota(p.top, entries) for p in self.recipe.patches)
+        return tuple(quota(p.top, self.total_entries) for p in self.recipe.patches)
 
     def sweeps(self, target: Target) -> int:
         """How often a target's inputs are read: once where no selection is needed or it is held whole, else twice.
 
         A third time only where the sampled guess of a threshold fails its exact check.
         """
-        quotas = self.model_quotas() if self.whole_model else target.quotas
-        entries = self.total_entries if self.whole_model else target.entry.entries
-        selects = any(p and 0 < k < entries for p, k in zip(target.patches, quotas, strict=True))
+        if target.whole:
+            return 1
         if self.whole_model:
-            selects = any(0 < k < entries for k in quotas)
-        return 2 if selects and not target.whole else 1
+            return 2 if any(0 < k < self.total_entries for k in self.model_quotas) else 1
+        given = zip(target.patches, target.quotas, strict=True)
+        return 2 if any(p and 0 < k < target.entry.entries for p, k in given) else 1
 
-    @property
+    @cached_property
     def total_entries(self) -> int:
         return sum(t.entry.entries for t in self.targets.values())
 
-    @property
+    @cached_property
     def bytes_to_read(self) -> int:
         """Tensor bytes read in the normal case, samples for the guesses not counted."""
         total = 0
@@ -198,11 +199,11 @@ class Plan:
                     total += self.sweeps(target) * target.entry_bytes * entry.entries + target.factor_file_bytes
         return total
 
-    @property
+    @cached_property
     def bytes_to_write(self) -> int:
         return sum(o.size for o in self.outputs)
 
-    @property
+    @cached_property
     def larger_than_memory(self) -> bool:
         """Whether the page cache can't hold the files anyway, so that their pages are better given back at once."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -22,6 +22,7 @@ WRITE = "write_bytes_per_s"  # into the page cache
 HASH = "hash_bytes_per_s"
 STARTUP = "startup_s"  # a merge of next to nothing
 CORES = "cores"
+STALLS = "stalls"  # how many times longer than its slowest part a merge takes
 PASSES = ("merge", "histogram", "apply")
 KINDS: tuple[Kind, ...] = ("checkpoint", "delta", "lora")
 
@@ -31,7 +32,7 @@ def engine_rate(pass_: str, kind: str) -> str:
     return f"{pass_}_{kind}_entries_per_s"
 
 
-NAMES = (DISK_READ, DISK_WRITE, READ, WRITE, HASH, STARTUP, CORES) + tuple(
+NAMES = (DISK_READ, DISK_WRITE, READ, WRITE, HASH, STARTUP, CORES, STALLS) + tuple(
     engine_rate(pass_, kind) for pass_ in PASSES for kind in KINDS
 )
 
@@ -70,7 +71,7 @@ def predict(description: Mapping[str, Any], rates: Mapping[str, float], *, cache
     cached: the share of the inputs that is in the page cache.
 
     Reader, engine and writer work at once, so the slowest of them counts, or the processor that they share, or the
-    disk. Writes reach the disk while inputs are still read, but not faster than it takes them.
+    disk. How well they do that, `bench floor` has seen in a merge.
     """
     read, written = int(description["bytes_read"]), int(description["bytes_written"])
     kinds = [patch["kind"] for patch in description["patches"]]
@@ -82,4 +83,4 @@ def predict(description: Mapping[str, Any], rates: Mapping[str, float], *, cache
     reader, writer = read / rates[READ], max(written / rates[WRITE], written / rates[HASH])
     processor = (reader + engine + written / rates[WRITE] + written / rates[HASH]) / rates[CORES]
     disk = (1 - cached) * read / rates[DISK_READ] + written / rates[DISK_WRITE]
-    return rates[STARTUP] + max(reader, engine / threads, writer, processor, disk)
+    return rates[STARTUP] + rates[STALLS] * max(reader, engine / threads, writer, processor, disk)

@@ -27,6 +27,9 @@ from safepatch_core.spec import Combine, Missing, NonFinite, Order, Scope
 from safepatch_core.verification import verify
 
 
+PATHS = {"model", "data", "harmful", "harmless", "text"}
+
+
 class MergeSettings(BaseModel):
     """What the merge does beside the patches; keys left out stay as `derive` wrote them."""
 
@@ -171,16 +174,13 @@ def _set(data: Any, change: str) -> None:
 
 
 def _rooted(section: dict[str, Any], origin: Path) -> dict[str, Any]:
-    """Paths that exist relative to the run file, as paths from here; anything else (hub ids, numbers) as it is."""
-
-    def rooted(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: rooted(v) for k, v in value.items()}
-        if isinstance(value, str) and value and not os.path.isabs(value) and (origin / value).exists():
-            return os.path.relpath(origin / value)
-        return value
-
-    return {key: rooted(value) for key, value in section.items()}
+    """Paths relative to the run file (or, given by --set, to here) made absolute; hub ids stay as they are."""
+    rooted = dict(section)
+    for key in PATHS & section.keys():
+        if isinstance(section[key], str) and section[key]:
+            places = [p for p in (origin / section[key], Path(section[key])) if p.exists()]
+            rooted[key] = os.path.abspath(places[0]) if places else section[key]
+    return rooted
 
 
 def _recipe(written: Path, settings: MergeSettings) -> Path:

@@ -85,20 +85,24 @@ class Inputs:
             except OSError as error:
                 raise IOFailure(f"cannot open an input: {error.strerror}", file=path) from None
             self._fds[path] = fd
-            self._check(path, fd)
+            self._check(path, os.fstat(fd))
             if is_sparse(os.fstat(fd)):
                 self._sparse.add(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._fds[path]
 
-    def _check(self, path: Path, fd: int) -> None:
-        if identify(os.fstat(fd)) != self._identity[path]:
+    def _check(self, path: Path, status: os.stat_result) -> None:
+        if identify(status) != self._identity[path]:
             raise IOFailure("the input changed while it was being read", file=path)
 
     def check_unchanged(self) -> None:
         """Raises IOFailure if any input that was opened is no longer the file the plan saw."""
         for path, fd in self._fds.items():
-            self._check(path, fd)
+            self._check(path, os.fstat(fd))
+            try:
+                self._check(path, os.stat(path))
+            except OSError as error:
+                raise IOFailure(f"the input went away while it was being read: {error.strerror}", file=path) from None
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -158,7 +162,7 @@ class Merge:
         counts: Counts = {}
         try:
             if self.plan.whole_model:
-                self._select(list(self.plan.targets.values()), self.plan.model_quotas(), self._ranks)
+                self._select(list(self.plan.targets.values()), self.plan.model_quotas, self._ranks)
             for part in self.plan.parts(self._ranks.rank, self._ranks.size):
                 if sink.begin(part):
                     if part.lo == 0:

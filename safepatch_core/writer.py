@@ -43,6 +43,7 @@ _AT_FDCWD = -100
 _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
 # Written pages stay this long (bytes) before their writing is waited for, so that the disk is never idle.
 _DROP_LAG = 256 << 20
+SUMS = "SHA256SUMS"
 # Zeros are left out of sparse files in steps of this many bytes.
 _HOLE = 64 << 10
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,14 +51,17 @@ _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def failures_named(path: Path, needed: int | None = None) -> Iterator[None]:
+def failures_named(
+    path: Path, needed: int | None = None, what: str = "writing failed", kind: type[SafepatchError] = IOFailure
+) -> Iterator[None]:
     """Turn an OSError into one line that names the file and says what to do."""
     try:
         yield
     except OSError as error:
-        room = f"; {needed} bytes are needed" if needed and error.errno in _OUT_OF_ROOM else ""
-        hint = "; free some and go on with --resume" if error.errno in _OUT_OF_ROOM else ""
-        raise IOFailure(f"writing failed: {error.strerror or error}{room}{hint}", file=path) from None
+        hint = "go on with --resume"
+        if error.errno in _OUT_OF_ROOM:
+            hint = f"{f'{needed} bytes are needed; ' if needed else ''}free some and {hint}"
+        raise kind(f"{what}: {error.strerror or error}; {hint}", file=path) from None
 
 
 def sync_directory(path: Path) -> None:
@@ -112,11 +116,13 @@ class Journal:
         return lines
 
     def rewrite(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        with os.fdopen(fd, "wb") as file:
+        """Replace all lines, in one step: a full disk must not cost what is remembered."""
+        part = self.path.with_name(f"{self.path.name}.part")
+        with open(part, "wb") as file:
             file.write(b"".join(map(self._line, lines)))
             file.flush()
             os.fsync(file.fileno())
+        os.rename(part, self.path)
         sync_directory(self.path.parent)
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -142,8 +148,8 @@ class Staging:
     needed: bytes of the whole output.
     ranks: the processes that write together; the first checks, locks and publishes.
 
-    Raises InputError if the output may not be replaced, OutputError if it can't be created, Busy if another
-    run holds it, UsageError where `resume` meets a different run.
+    Raises InputError if the output may not be replaced or `resume` meets a different run, OutputError if it can't
+    be created, Busy if another run holds it.
     """
 
     def __init__(
@@ -164,32 +170,40 @@ class Staging:
         self._journal = Journal(self.out.parent / f"{self._journals}{self._ranks.rank}")
         self._lock_path = self.out.parent / f".{self.out.name}.safepatch-lock"
         self._lock = -1
-        self.needed = needed
+        self.needed, self._force = needed, force
+        self._published = False  # the run that is resumed had got as far as the rename
         self.files: dict[str, dict[str, Any]] = {}  # name → size, sha256
         self.finished: dict[str, dict[str, Any]] = {}  # journal lines of complete files
         self._parts: dict[str, Mapping[str, Report]] = {}  # files written in part by this rank
         refusal: SafepatchError | None = None
         try:
             if self._ranks.rank == 0:
-                self._open(inputs, identity, force, resume)
+                self._open(inputs, identity, resume)
         except SafepatchError as error:
             refusal = error
-        refusal, self.finished = self._ranks.gather((refusal, self.finished))[0]
-        if refusal is not None:
-            raise refusal
-        self._journal.rewrite([{"identity": dict(identity)}, *(self.finished.values() if self._lock >= 0 else ())])
-
-    def _open(self, inputs: Sequence[Path], identity: Mapping[str, str], force: bool, resume: bool) -> None:
-        self._may_be_replaced(inputs, force)
-        self._acquire()
         try:
-            self._prepare(identity, resume)
-            self._room()
+            refusal, self.finished = self._ranks.gather((refusal, self.finished))[0]
+            if refusal is not None:
+                raise refusal
+            known = self.finished.values() if self._ranks.rank == 0 else ()
+            with failures_named(self.out, needed):
+                self._journal.rewrite([{"identity": dict(identity)}, *known])
         except BaseException:
             self._release()
             raise
 
-    def _may_be_replaced(self, inputs: Sequence[Path], force: bool) -> None:
+    def _open(self, inputs: Sequence[Path], identity: Mapping[str, str], resume: bool) -> None:
+        try:
+            with failures_named(self.out, self.needed, "cannot create the output", OutputError):
+                self._may_be_replaced(inputs)
+                self._acquire()
+                self._prepare(identity, resume)
+                self._room()
+        except BaseException:
+            self._release()
+            raise
+
+    def _may_be_replaced(self, inputs: Sequence[Path]) -> None:
         if not self.out.name:
             raise InputError("the output can't be the root directory", file=self.out)
         if self.out.is_symlink():
@@ -203,79 +217,104 @@ class Staging:
             return
         if not self.out.is_dir():
             raise InputError("the output exists and is not a directory", file=self.out)
-        with os.scandir(self.out) as entries:
-            present = list(entries)
-        if present and not force:
-            raise InputError("the output exists and is not empty; --force replaces it", file=self.out)
         linked = {(info.st_dev, info.st_ino) for info in map(os.stat, inputs)}
-        for entry in present:
-            info = entry.stat(follow_symlinks=False)
-            if (info.st_dev, info.st_ino) in linked:
-                raise InputError("a file of the output is hard-linked to an input", file=Path(entry.path))
+        with os.scandir(self.out) as entries:
+            for entry in entries:
+                info = entry.stat(follow_symlinks=False)
+                if (info.st_dev, info.st_ino) in linked:
+                    raise InputError("a file of the output is hard-linked to an input", file=Path(entry.path))
 
     def _acquire(self) -> None:
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-                try:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(self._lock)
-                    raise Busy("another run is writing this output", file=self.out) from None
-                # The holder before us may have removed the file between our open and our lock.
-                try:
-                    if os.path.samestat(os.fstat(self._lock), os.stat(self._lock_path)):
-                        return
-                except FileNotFoundError:
-                    pass
+        parent = self.out.parent
+        missing = [path for path in (parent, *parent.parents) if not path.exists()]
+        parent.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            sync_directory(path.parent)
+        while True:
+            self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 os.close(self._lock)
-        except OSError as error:
-            raise OutputError(f"cannot create the output: {error.strerror}", file=self.out) from None
+                self._lock = -1
+                raise Busy("another run is writing this output", file=self.out) from None
+            # The holder before us may have removed the file between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock), os.stat(self._lock_path)):
+                    return
+            os.close(self._lock)
 
     def _release(self) -> None:
         if self._lock >= 0:
-            self._lock_path.unlink(missing_ok=True)
+            # A lock file that stays is no lock.
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = -1
 
-    def _prepare(self, identity: Mapping[str, str], resume: bool) -> None:
-        try:
-            journals = [Journal(p).read() for p in sorted(self.out.parent.glob(glob.escape(self._journals) + "*"))]
-            if resume and self.stage.is_dir() and any(journals):
-                for lines in filter(None, journals):
-                    known = lines[0]["identity"]
-                    differ = sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k))
-                    if differ:
-                        raise InputError(
-                            f"--resume: the interrupted run had another {', '.join(differ)}", file=self.out
-                        )
-                    self._keep_finished(lines[1:])
-                for path in self.stage.iterdir():
-                    if path.name not in self.finished:
-                        path.unlink()
-            else:
-                self.discard()
-                self.stage.mkdir()
-        except OSError as error:
-            raise OutputError(f"cannot create the output: {error.strerror}", file=self.out) from None
+    def _journal_files(self) -> list[Path]:
+        return sorted(self.out.parent.glob(glob.escape(self._journals) + "*"))
 
-    def _keep_finished(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Believe the journal where the file has its size and its hash."""
-        for line in lines:
-            path = self.stage / line["file"]
-            if path.is_file() and path.stat().st_size == line["size"] and hash_file(path) == line["sha256"]:
-                self.finished[line["file"]] = line
+    def _prepare(self, identity: Mapping[str, str], resume: bool) -> None:
+        journals = []
+        if resume:
+            paths = [path for path in self._journal_files() if path.suffix != ".part"]
+            journals = [lines for path in paths if (lines := Journal(path).read())]
+        for lines in journals:
+            known = lines[0]["identity"]
+            differ = sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k))
+            if differ:
+                raise InputError(f"--resume: the interrupted run had another {', '.join(differ)}", file=self.out)
+        written = {line["file"]: line for lines in journals for line in lines[1:]}
+        self._published = bool(written) and self._holds(written)
+        if self._published:
+            self.finished = written
+            return
+        if not self._force and self.out.is_dir() and any(os.scandir(self.out)):
+            raise InputError("the output exists and is not empty; --force replaces it", file=self.out)
+        if journals and self.stage.is_dir():
+            # Believe the journal where the file has its size and its hash.
+            self.finished = {
+                n: line for n, line in written.items() if _is(self.stage / n, line["size"], line["sha256"])
+            }
+            for path in self.stage.iterdir():
+                if path.name not in self.finished:
+                    _remove(path)
+        else:
+            self.discard()
+            self.stage.mkdir()
+
+    def _holds(self, written: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether the output is what these journal lines say, and complete."""
+        try:
+            sums = (self.out / SUMS).read_text().splitlines()
+        except (OSError, ValueError):
+            return False
+        listed = {line for line in sums if line.endswith(".safetensors")}
+        return listed == {f"{line['sha256']}  {name}" for name, line in written.items()} and all(
+            _is(self.out / name, line["size"], line["sha256"]) for name, line in written.items()
+        )
 
     def _room(self) -> None:
+        if self._published:
+            return
         needed = self.needed - sum(line["size"] for line in self.finished.values())
         free = shutil.disk_usage(self.stage).free
         if free < needed:
-            self.discard()
+            if not self.finished:
+                self.discard()
             raise IOFailure("no space for the output", file=self.out, found=f"{free} bytes", expected=f"{needed}")
 
     def add(self, name: str, data: bytes) -> None:
         """A small file of the output."""
+        if self._published:
+            self.files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            with failures_named(self.out / name, what="reading failed"):
+                if not _is(self.out / name, **self.files[name]):
+                    raise InputError(
+                        "differs from what the interrupted run published; --force replaces it", file=self.out / name
+                    )
+            return
         file = self.open(name, len(data))
         try:
             file.write(memoryview(data))
@@ -330,26 +369,33 @@ class Staging:
     def publish(self) -> None:
         """Make the directory appear under its name, in one step."""
         sums = "".join(f"{self.files[n]['sha256']}  {n}\n" for n in sorted(self.files))
-        self.add("SHA256SUMS", sums.encode())
-        with failures_named(self.out):
-            if self.out.is_dir() and any(os.scandir(self.out)):
-                try:
-                    _exchange(self.stage, self.out)
-                except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.ENOSYS):
-                        raise
-                    raise OutputError(
-                        "this filesystem can't exchange directories; remove the old output first", file=self.out
-                    ) from None
-            else:
-                os.rename(self.stage, self.out)
+        self.add(SUMS, sums.encode())
+        if not self._published:
+            with failures_named(self.out):
+                self._appear()
+        # What was replaced is removed only when the new output would survive a power cut.
+        with failures_named(self.out, what="the output is complete, but cleaning up failed"):
             sync_directory(self.out.parent)
             self.discard()
 
+    def _appear(self) -> None:
+        if not (self._force and self.out.is_dir() and any(os.scandir(self.out))):
+            os.rename(self.stage, self.out)
+            return
+        try:
+            _exchange(self.stage, self.out)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
+            raise IOFailure(
+                "this filesystem can't exchange directories; remove the old output and go on with --resume",
+                file=self.out,
+            ) from None
+
     def discard(self) -> None:
         """Leave neither stage nor journal behind."""
-        shutil.rmtree(self.stage, ignore_errors=True)
-        for path in self.out.parent.glob(glob.escape(self._journals) + "*"):
+        _remove(self.stage)
+        for path in self._journal_files():
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> Staging:
@@ -358,7 +404,8 @@ class Staging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         # A refused input can't be resumed; anything else can.
         if self._lock >= 0 and isinstance(error, InputError | UsageError | OutputError):
-            self.discard()
+            with contextlib.suppress(OSError):
+                self.discard()
         self._release()
 
 
@@ -445,6 +492,19 @@ class HashedFile:
             self._hasher.shutdown()
             os.close(self._fd)
             self._fd = -1
+
+
+def _remove(path: Path) -> None:
+    """A file or a whole directory; nothing where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is(path: Path, size: int, sha256: str) -> bool:
+    """Whether there is a file of that size and hash."""
+    return path.is_file() and path.stat().st_size == size and hash_file(path) == sha256
 
 
 def hash_file(path: Path) -> str:

@@ -328,15 +328,15 @@ def test_a_finished_run_resumes_to_nothing_and_heals_a_lost_step(undisturbed: Pa
 
 def test_resuming_another_run_is_refused_by_the_key_that_differs(undisturbed: Path, tmp_path: Path) -> None:
     before = content(undisturbed / "run")
-    with pytest.raises(UsageError, match=r"another batch_size, seed: found 2, expected 3"):
+    with pytest.raises(InputError, match=r"another batch_size, seed: found 2, expected 3"):
         go(settings(undisturbed, seed=1, batch_size=2), resume=True)
-    with pytest.raises(UsageError, match=r"another safety\.max_steps: found 3, expected 2"):
+    with pytest.raises(InputError, match=r"another safety\.max_steps: found 3, expected 2"):
         go(settings(undisturbed, safety={"max_steps": 3}), resume=True)
     rows = (undisturbed / "rows.jsonl").read_text()
     try:
         write_rows(undisturbed / "rows.jsonl", 7)
         with pytest.raises(
-            UsageError, match=r"another inputs\.data\.answer_tokens, inputs\.data\.rows, inputs\.data\.sha256"
+            InputError, match=r"another inputs\.data\.answer_tokens, inputs\.data\.rows, inputs\.data\.sha256"
         ):
             go(settings(undisturbed), resume=True)
     finally:
@@ -354,7 +354,7 @@ def test_a_directory_in_use_or_not_empty_is_refused(where: Path) -> None:
     os.close(handle)
     (run / "mine.txt").touch()
     for resume in (False, True):
-        with pytest.raises(OutputError, match="not empty"):
+        with pytest.raises(InputError, match="not empty"):
             go(settings(where), resume=resume)
     assert [p.name for p in run.iterdir()] == ["mine.txt"]
     (where / "file").touch()
@@ -427,15 +427,38 @@ def test_models_that_cannot_be_trained_are_input_errors(where: Path) -> None:
     refused("quantised")
     (base / "config.json").write_text(json.dumps(config | {"model_type": "x", "auto_map": {"AutoConfig": "code.X"}}))
     (base / "code.py").write_text(f"open({str(where / 'executed')!r}, 'w')\nclass X: pass\n")
-    refused("can't be opened")
+    refused("config can't be opened")
     assert not (where / "executed").exists()
     (base / "config.json").write_text(json.dumps(config))
-    tensors = weights(base)
+    good = weights(base)
+    tensors = dict(good)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     refused("model.layers.1.mlp.up_proj.weight.*missing")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].double()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    refused("model.layers.0.mlp.up_proj.weight.*found F64")
+    save_file(good, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    refused("don't belong together")
     (base / "tokenizer.json").unlink()
     refused("tokenizer can't be opened")
+
+
+def test_rows_longer_than_the_models_positions_are_cut_and_counted(where: Path) -> None:
+    row = {"question": "Go on?", "answer": "on and " * 60}
+    (where / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "answer": "No."}) + "\n")
+    data = go(settings(where, importance="none")).summary["inputs"]["data"]
+    prompt = len("Suser\nGo on?E\nSassistant\n")  # S and E for the special tokens, a token per byte
+    assert data["truncated_rows"] == 1
+    assert data["answer_tokens"] == 256 - prompt + len("No.E")
+
+
+def test_a_library_that_is_missing_is_named(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safepatch_core.derive.find_spec", lambda name: None if name == "peft" else name)
+    with pytest.raises(UsageError, match="derive needs peft"):
+        go(settings(where, method="lora"))
+    go(settings(where, importance="none"))
 
 
 def test_config_refuses_unknown_keys_and_values_out_of_range() -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.derive.config import DeriveConfig, OverSafetyPatch, PatchConfig, SafetyPatch
+from safepatch_core.derive.config import DeriveConfig, OverSafetyPatch, PatchConfig, SafetyPatch, libraries
 from safepatch_core.errors import UsageError
 
 __all__ = ["DeriveConfig", "DeriveResult", "OverSafetyPatch", "PatchConfig", "SafetyPatch", "derive"]
@@ -42,14 +43,15 @@ def derive(
 
     `quiet` silences stderr; `report` gets progress events: {phase, done, total, tokens_per_second, …} or {warning}.
 
-    Raises UsageError for settings that don't work (training diverged, no room below the ascent bound, another
-    configuration than the resumed run's, missing libraries), InputError for a bad model, tokenizer or data file,
-    OutputError or Busy for the run directory, IOFailure where writing or memory fails.
+    Raises UsageError for settings that don't work (training diverged, no room below the ascent bound, missing
+    libraries), InputError for a bad model, tokenizer or data file, or a run directory that is not empty or was begun
+    with another configuration, OutputError or Busy for the run directory, IOFailure where writing or memory fails.
     """
-    try:
-        from safepatch_core.derive import steps
-    except ImportError as error:
-        raise UsageError(f"derive needs {error.name}", expected="pip install 'safepatch[derive]'") from error
+    for library in libraries(config):
+        if find_spec(library) is None:
+            raise UsageError(f"derive needs {library}", expected="pip install 'safepatch[derive]'")
+    from safepatch_core.derive import steps
+
     summary = steps.run(config, resume=resume, quiet=quiet, report=report)
     run = Path(config.out)
     return DeriveResult(run, run / steps.RECIPE, summary)

@@ -132,3 +132,8 @@ class DeriveConfig(_Strict):
     def settings(self) -> dict[str, Any]:
         """Every field but `out`, as JSON types: what a resumed run must share with the one it goes on with."""
         return self.model_dump(mode="json", exclude={"out"})
+
+
+def libraries(config: DeriveConfig) -> tuple[str, ...]:
+    """The packages that a run trains with."""
+    return ("torch", "transformers", "peft") if config.method == "lora" else ("torch", "transformers")

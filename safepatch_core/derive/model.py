@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safepatch_core.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry, open_checkpoint, read_json
+from safepatch_core.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, TensorEntry, open_checkpoint, read_json
 from safepatch_core.derive.config import DeriveConfig
 from safepatch_core.errors import InputError, UsageError
 
@@ -47,8 +47,12 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 
 def targets(base: Checkpoint, is_target: Target) -> list[TensorEntry]:
-    """The tensors that the recipe will patch. Raises InputError if there is none."""
-    found = [e for e in base.tensors.values() if e.dtype in DTYPES and is_target(e.name, len(e.shape))]
+    """The tensors that the recipe will patch. Raises InputError if there is none, or a merge wouldn't take one."""
+    found = [e for e in base.tensors.values() if e.dtype in FLOATS and is_target(e.name, len(e.shape))]
+    for entry in found:
+        if entry.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise InputError("dtype", file=entry.path, tensor=entry.name, found=entry.dtype, expected=known)
     if not found:
         raise InputError("no float tensor with two dimensions or more to patch", file=base.ref)
     return found
@@ -81,6 +85,25 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a broken tokenizer file makes the library raise
         raise InputError(f"tokenizer can't be opened ({_first_line(error)})", file=folder) from error
+
+
+class Limits(NamedTuple):
+    """What a model can be fed: the longest sequence, where there is a limit, and how many token ids it knows."""
+
+    positions: int | None
+    vocabulary: int
+
+
+def limits(folder: Path) -> Limits:
+    """The limits in the checkpoint's config. Raises InputError if transformers doesn't know the model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text: Any = config.get_text_config()
+        return Limits(getattr(text, "max_position_embeddings", None), int(text.vocab_size))
+    except Exception as error:  # as above
+        raise InputError(f"config can't be opened ({_first_line(error)})", file=folder) from error
 
 
 def load_model(folder: Path, config: DeriveConfig) -> Any:

@@ -25,8 +25,8 @@ class RunDirectory:
     of RUN/derive.json: a step counts as done once the record names it, and whatever else lies there is done again.
     A run that is refused before a step is done leaves nothing.
 
-    Raises OutputError if the directory can't be created, or isn't empty without `resume`; UsageError where `resume`
-    meets a run with other settings or inputs; Busy if another run holds it.
+    Raises OutputError if the directory can't be created; InputError if it isn't empty without `resume`, or where
+    `resume` meets a run with other settings or inputs; Busy if another run holds it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any], *, resume: bool) -> None:
@@ -126,7 +126,7 @@ class RunDirectory:
         file = self.path / RECORD
         if not self._resume or not file.is_file():
             hint = "; --resume goes on with it" if file.is_file() else ""
-            raise OutputError(f"the run directory exists and is not empty{hint}", file=self.path)
+            raise InputError(f"the run directory exists and is not empty{hint}", file=self.path)
         try:
             known = json.loads(file.read_text("utf-8"))
             before = _identity(known)
@@ -135,7 +135,7 @@ class RunDirectory:
         now = _identity(self.record)
         differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differ:
-            raise UsageError(
+            raise InputError(
                 f"--resume: the run was started with another {', '.join(differ)}",
                 file=self.path,
                 found=now.get(differ[0]),

@@ -16,14 +16,16 @@ import yaml
 from safetensors import SafetensorError
 
 from safepatch_core.checkpoint import Checkpoint
-from safepatch_core.derive.config import DeriveConfig
+from safepatch_core.derive.config import DeriveConfig, libraries
 from safepatch_core.derive.importance import snip
 from safepatch_core.derive.loop import planned_steps, train
 from safepatch_core.derive.model import (
+    Limits,
     adapted,
     add_adapter,
     changed_entries,
     device,
+    limits,
     load_model,
     load_tokenizer,
     merge_adapter,
@@ -40,7 +42,7 @@ from safepatch_core.derive.progress import Progress, Report, warn
 from safepatch_core.derive.rundir import RunDirectory
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.recipe import Recipe, parse_recipe
-from safepatch_core.rows import read_rows
+from safepatch_core.rows import Row, read_rows
 from safepatch_core.writer import hash_file
 
 RECIPE = "recipe.yaml"
@@ -94,16 +96,13 @@ class Job:
         self._progress = partial(Progress, quiet=quiet, report=report)
         if config.dtype == "bfloat16":
             warn("dtype bfloat16: an update below half a step of its weight vanishes", quiet, report)
-        self._recipe = make_recipe(config)
         self._base, self._root = open_backbone(config.model)
+        self._recipe = make_recipe(config, self._base.revision)
         self._targets = targets(self._base, self._recipe.is_target)
         columns = {"question": config.question_column, "answer": config.answer_column}
         rows = read_rows(config.data, columns, config.rows)
         self._tokenizer = load_tokenizer(self._root)
-        chat = Format(self._tokenizer, config.system_prompt)
-        self._examples = [
-            _encode(chat, row.line, row.values["question"], row.values["answer"], config) for row in rows
-        ]
+        self._examples = _encode(rows, self._tokenizer, limits(self._root), config)
         self._probe = _sample(self._examples, config)
         self.inputs = {
             "data": {
@@ -113,7 +112,7 @@ class Job:
                 "truncated_rows": sum(e.truncated for e in self._examples),
             },
             "model": _fingerprint(self._base, self._root),
-            "libraries": {name: version(name) for name in ("torch", "transformers", "peft")},
+            "libraries": {name: version(name) for name in libraries(config)},
         }
 
     def train(self, out: RunDirectory, name: str) -> None:
@@ -195,10 +194,15 @@ class Job:
         return model
 
 
-def make_recipe(config: DeriveConfig) -> Recipe:
-    """The recipe of the run's two patches. A relative path of the base becomes relative to RUN."""
+def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
+    """The recipe of the run's two patches. A relative path of the base becomes relative to RUN.
+
+    A hub id is pinned to the commit that was trained: against any other, the patches would be other deltas.
+    """
     base = config.model
-    if not os.path.isabs(base) and os.path.lexists(base):
+    if revision is not None:
+        base = f"{base.partition('@')[0]}@{revision}"
+    elif not os.path.isabs(base):
         base = os.path.relpath(os.path.abspath(base), os.path.realpath(config.out))
     patches = []
     for name, patch in zip(PATCHES, (config.safety, config.over_safety), strict=True):
@@ -217,12 +221,26 @@ def make_recipe(config: DeriveConfig) -> Recipe:
     return parse_recipe({"base": base, "patches": patches, "seed": config.seed})
 
 
-def _encode(chat: Format, line: int, question: str, answer: str, config: DeriveConfig) -> Example:
-    try:
-        return chat.encode(question, answer, config.max_length)
-    except InputError as error:
-        unit = "row" if config.data.endswith((".json", ".parquet")) else "line"
-        raise InputError(f"{unit} {line}: {error}", file=config.data) from error
+def _encode(rows: Sequence[Row], tokenizer: Any, limits: Limits, config: DeriveConfig) -> list[Example]:
+    """The rows as the model reads them. Raises InputError, naming the row, for one that it can't read."""
+    chat = Format(tokenizer, config.system_prompt)
+    length = min(config.max_length, limits.positions or config.max_length)
+    examples = []
+    for row in rows:
+        try:
+            example = chat.encode(row.values["question"], row.values["answer"], length)
+        except InputError as error:
+            unit = "row" if config.data.endswith((".json", ".parquet")) else "line"
+            raise InputError(f"{unit} {row.line}: {error}", file=config.data) from error
+        if max(example.ids) >= limits.vocabulary:
+            raise InputError(
+                "tokenizer and model don't belong together",
+                file=config.model,
+                found=f"token {max(example.ids)}",
+                expected=f"less than {limits.vocabulary}",
+            )
+        examples.append(example)
+    return examples
 
 
 def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:
