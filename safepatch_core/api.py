@@ -16,6 +16,8 @@ import yaml
 
 from safepatch_core import __version__
 from safepatch_core.backends import Backend, Report, open_backend
+from safepatch_core.checkpoint import Identity, identify
+from safepatch_core.errors import IOFailure
 from safepatch_core.pipeline import Trace
 from safepatch_core.plan import Plan, make_plan
 from safepatch_core.ranks import ranks_of_this_run
@@ -80,6 +82,7 @@ def merge(
         + sum(path.stat().st_size for path in plan.companions)
         + SMALL_FILES
     )
+    small = {path: _fingerprint(path) for path in plan.companions}
     done = 0
 
     def advance(nbytes: int) -> None:
@@ -99,8 +102,11 @@ def merge(
         if ranks.rank == 0:
             if plan.index is not None:
                 staging.add("model.safetensors.index.json", plan.index)
-            for path in plan.companions:
-                staging.add(path.name, path.read_bytes())
+            for path, before in small.items():
+                data = path.read_bytes()
+                if _fingerprint(path) != before:
+                    raise IOFailure("the file changed during the merge", file=path)
+                staging.add(path.name, data)
             staging.add("README.md", model_card(plan).encode())
             staging.add(MANIFEST, manifest(plan, counts, staging.files).encode())
             staging.publish()
@@ -185,8 +191,13 @@ def identity(plan: Plan) -> dict[str, str]:
                 for checkpoint in plan.inputs
                 for shard in checkpoint.shards
             ]
+            + [(str(path), _fingerprint(path)) for path in plan.companions]
         ),
     }
+
+
+def _fingerprint(path: Path) -> Identity:
+    return identify(path.stat())
 
 
 def totals(plan: Plan, counts: Mapping[str, Report]) -> dict[str, dict[str, int]]:

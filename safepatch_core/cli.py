@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -54,7 +55,7 @@ class Commands(click.Group):
     elsewhere = {
         "derive": ("safepatch_core.derive.command", "Train the two patches of a model and rank their entries."),
         "eval": ("safepatch_core.evaluate.command", "Measure harmful rate, over-refusal and utility of a model."),
-        "bench": ("safepatch_core.bench.command", "Measure the engine on this machine, beside its limits and its peers."),
+        "bench": ("safepatch_core.bench.command", "Measure the engine here, beside its limits and its peers."),
         "run": ("safepatch_core.run", "Derive, merge and evaluate, from one YAML file."),
     }
 
@@ -311,20 +312,38 @@ def main() -> NoReturn:
     except SafepatchError as error:
         click.echo(f"safepatch: {error}", err=True)
         status = error.status
-    except MemoryError:
-        click.echo("safepatch: out of memory; a smaller --memory-limit needs less", err=True)
-        status = 74
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 74
-    except OSError as error:
+    except Exception as error:
+        status = _failed(error)
+    # The outcome stands: a signal that comes now changes nothing.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
+
+
+def _failed(error: Exception) -> int:
+    """Say what no command foresaw; the exit status."""
+    if _lacks_memory(error):
+        click.echo("safepatch: out of memory; a smaller --memory-limit or fewer --threads need less", err=True)
+        return IOFailure.status
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"safepatch: {printable(f'{where}{error.strerror or error}')}", err=True)
-        status = IOFailure.status
-    except Exception as error:
-        if os.environ.get("SAFEPATCH_DEBUG"):
-            raise
-        text = printable(" ".join(str(error).split()))
-        click.echo(f"safepatch: a bug: {type(error).__name__}: {text} (SAFEPATCH_DEBUG=1 shows where)", err=True)
-        status = 70
-    sys.exit(status)
+        return IOFailure.status
+    if os.environ.get("SAFEPATCH_DEBUG"):
+        raise error
+    text = printable(" ".join(str(error).split()))
+    click.echo(f"safepatch: a bug: {type(error).__name__}: {text} (SAFEPATCH_DEBUG=1 shows where)", err=True)
+    return SafepatchError.status
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Memory may also lack for a mapping, a thread or a library that is loaded late."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "can't start new thread" in str(error))
+        or (isinstance(error, ImportError) and ("failed to map segment" in str(error) or "cannot allocate" in str(error)))
+    )

@@ -7,15 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T")
 U = TypeVar("U")
-A = TypeVar("A")
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -88,11 +89,13 @@ class Ring:
 Trace = Callable[[str, Any, float, float], None]
 
 
-def _traced(stage: str, function: Callable[[A], R], trace: Trace) -> Callable[[A], R]:
-    def timed(item: A) -> R:
+def traced(stage: str, function: Callable[P, R], trace: Trace) -> Callable[P, R]:
+    """`function`, telling `trace` when it began and ended; the unit is its first argument."""
+
+    def timed(*args: P.args, **kwargs: P.kwargs) -> R:
         begin = time.perf_counter()
-        result = function(item)
-        trace(stage, item, begin, time.perf_counter())
+        result = function(*args, **kwargs)
+        trace(stage, args[0] if args else None, begin, time.perf_counter())
         return result
 
     return timed
@@ -100,20 +103,25 @@ def _traced(stage: str, function: Callable[[A], R], trace: Trace) -> Callable[[A
 
 def run(
     units: Iterable[T],
-    read: Callable[[T], tuple[Region, U]],
+    room: Callable[[T], int],
+    read: Callable[[T, Region], U],
     work: Callable[[U], None],
-    write: Callable[[U], None] | None,
+    write: Callable[[U], Future[None] | None] | None,
     ring: Ring,
     trace: Trace | None = None,
 ) -> None:
-    """For each unit, in order: `read` on a thread, `work` on the caller's, `write` on another.
+    """For each unit, in order: `read` into `room` bytes of the ring, `work`, `write`; the caller's thread works.
 
-    The first exception of any stage stops the others and is raised here; the ring bounds what is in flight.
-    `trace` gets the stage, the unit and the times (time.perf_counter) at which the stage began and ended it.
+    Where `write` returns a future, the unit's region is still read until that is done; the next unit is written
+    meanwhile. The first exception of any stage stops the others and is raised here; the ring bounds what is in
+    flight.
+    `trace` gets the stage (wait: the reader had no room), the unit (its bytes for wait) and the times
+    (time.perf_counter) at which the stage began and ended it.
     """
+    take = ring.take
     if trace is not None:
-        read, work = _traced("read", read, trace), _traced("work", work, trace)
-        write = write and _traced("write", write, trace)
+        take, read = traced("wait", take, trace), traced("read", read, trace)
+        work, write = traced("work", work, trace), write and traced("write", write, trace)
     loaded: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
     failures: list[BaseException] = []
@@ -132,15 +140,23 @@ def run(
             for unit in units:
                 if failures:
                     return
-                loaded.put(read(unit))
+                region = take(room(unit))
+                loaded.put((region, read(unit, region)))
         finally:
             loaded.put(None)
 
     def writer() -> None:
         assert write is not None
+        last: Future[None] | None = None
         while (item := done.get()) is not None:
-            write(item[1])
-            ring.give(item[0])
+            region, unit = item
+            last = write(unit)
+            if last is None:
+                ring.give(region)
+            else:
+                last.add_done_callback(lambda _, region=region: ring.give(region))  # type: ignore[misc]
+        if last is not None:
+            last.result()
 
     threads = [threading.Thread(target=guarded, args=(reader,), name="safepatch-reader", daemon=True)]
     if write is not None:

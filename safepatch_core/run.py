@@ -26,7 +26,6 @@ from safepatch_core.recipe import Globs, Loader, load_recipe, read_yaml
 from safepatch_core.spec import Combine, Missing, NonFinite, Order, Scope
 from safepatch_core.verification import verify
 
-
 PATHS = {"model", "data", "harmful", "harmless", "text"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,8 +38,11 @@ class Sink(Protocol):
     def begin(self, part: OutputPart) -> bool:
         """A part of a file starts; False to skip it (the file is complete already)."""
 
-    def write(self, data: memoryview, source: Source | None = None) -> None:
-        """The next bytes of the part, which also lie at `source` if they are a plain copy; `data` is not kept."""
+    def write(self, data: memoryview, source: Source | None = None) -> Future[None] | None:
+        """The next bytes of the part, which also lie at `source` if they are a plain copy.
+
+        `data` is read until the future is done, if one is returned; otherwise it is not kept.
+        """
 
     def end(self, counts: Counts) -> None:
         """The part is complete; `counts` are those of its tensors."""
@@ -168,7 +172,8 @@ class Merge:
                     if part.lo == 0:
                         sink.write(memoryview(part.output.header))
                     written = self._write(part, sink)
-                    sink.end(written)
+                    end = sink.end if self._trace is None else pipeline.traced("sync", sink.end, self._trace)
+                    end(written)
                     counts.update(written)
             self._inputs.check_unchanged()
         finally:
@@ -238,19 +243,18 @@ class Merge:
         return blocks
 
     def _sweep(
-        self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], None] | None
+        self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], Future[None] | None] | None
     ) -> None:
         ring = Ring(self._memory)
 
-        def read(unit: Unit) -> tuple[Region, Work]:
-            region = ring.take(unit.ring_bytes)
+        def read(unit: Unit, region: Region) -> Work:
             loaded = self._load(unit, region.memory)
             if write is not None:
                 self._drop(unit)
             self._advance((unit.hi - unit.lo) * (unit.target.entry_bytes if unit.target else 1))
-            return region, loaded
+            return loaded
 
-        pipeline.run(units, read, work, write, ring, self._trace)
+        pipeline.run(units, lambda unit: unit.ring_bytes, read, work, write, ring, self._trace)
 
     def _drop(self, unit: Unit) -> None:
         """The last reader of a unit has read it."""

@@ -18,7 +18,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ SUMS = "SHA256SUMS"
 # Zeros are left out of sparse files in steps of this many bytes.
 _HOLE = 64 << 10
 _libc = ctypes.CDLL(None, use_errno=True)
-_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -59,7 +59,9 @@ def failures_named(
         yield
     except OSError as error:
         hint = "go on with --resume"
-        if error.errno in _OUT_OF_ROOM:
+        if error.errno == errno.EFBIG:
+            hint = f"raise the limit on file sizes (ulimit -f) and {hint}"
+        elif error.errno in _OUT_OF_ROOM:
             hint = f"{f'{needed} bytes are needed; ' if needed else ''}free some and {hint}"
         raise kind(f"{what}: {error.strerror or error}; {hint}", file=path) from None
 
@@ -81,7 +83,7 @@ def _runs_of_data(data: memoryview) -> list[tuple[int, int]]:
     """The runs [lo, hi) of steps that are not all zero."""
     flat = np.frombuffer(data, dtype=np.uint8)
     steps = len(flat) // _HOLE
-    full = np.bitwise_or.reduce(flat[: steps * _HOLE].view(np.uint64).reshape(steps, -1), axis=1) != 0
+    full = np.bitwise_or.reduce(flat[: steps * _HOLE].view(np.uint64).reshape(steps, _HOLE // 8), axis=1) != 0
     edges = np.flatnonzero(np.diff(np.concatenate(([False], full, [False])).astype(np.int8))) * _HOLE
     runs = [(int(lo), int(hi)) for lo, hi in edges.reshape(-1, 2)]
     if flat[steps * _HOLE :].any():
@@ -437,19 +439,16 @@ class HashedFile:
             self.close()
             raise
 
-    def write(self, data: memoryview, source: Source | None = None) -> None:
-        """The next bytes, which also lie at `source`, if given. They may be reused when this returns."""
+    def write(self, data: memoryview, source: Source | None = None) -> Future[None] | None:
+        """The next bytes, which also lie at `source`, if given. They are read until the future is done, if any."""
         data = data.cast("B")
         hashed = self._hasher.submit(self._hash.update, data) if self.whole else None
-        try:
-            with failures_named(self.shown, self._needed):
-                for lo, hi in _runs_of_data(data) if self._sparse else [(0, len(data))]:
-                    self._put(data[lo:hi], self._at + lo, source and Source(source.fd, source.offset + lo))
-                self._at += len(data)
-                self._start_writeback(self._at - len(data), len(data))
-        finally:
-            if hashed is not None:
-                hashed.result()
+        with failures_named(self.shown, self._needed):
+            for lo, hi in _runs_of_data(data) if self._sparse else [(0, len(data))]:
+                self._put(data[lo:hi], self._at + lo, source and Source(source.fd, source.offset + lo))
+            self._at += len(data)
+            self._start_writeback(self._at - len(data), len(data))
+        return hashed
 
     def _put(self, data: memoryview, at: int, source: Source | None) -> None:
         written = 0
@@ -485,6 +484,7 @@ class HashedFile:
             os.fsync(self._fd)
 
     def hexdigest(self) -> str:
+        self._hasher.shutdown()
         return self._hash.hexdigest()
 
     def close(self) -> None:
@@ -533,9 +533,9 @@ class CheckpointSink:
         )
         return True
 
-    def write(self, data: memoryview, source: Source | None = None) -> None:
+    def write(self, data: memoryview, source: Source | None = None) -> Future[None] | None:
         assert self._file is not None
-        self._file.write(data, source)
+        return self._file.write(data, source)
 
     def end(self, counts: Mapping[str, Report]) -> None:
         assert self._file is not None

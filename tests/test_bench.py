@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safepatch_core.bench import kernels, measure, merges, models, profile, registry, report, results, shape
-from safepatch_core.bench.command import command
-from safepatch_core.bench.measure import Failed, Red, Skipped
 
 from safepatch_core import rates
 from safepatch_core.api import describe, prepare
 from safepatch_core.backends.reference import ReferenceBackend
+from safepatch_core.bench import kernels, measure, merges, models, registry, report, results, shape, tracing
+from safepatch_core.bench.command import command
+from safepatch_core.bench.measure import Failed, Red, Skipped
 from safepatch_core.checkpoint import open_checkpoint
 from safepatch_core.errors import InputError, UsageError
 
@@ -251,6 +251,15 @@ def test_the_models_of_other_cases_make_room(tmp_path: Path) -> None:
     assert not (folder / "safety").exists() and (folder / "safety-delta").exists()
 
 
+def test_models_that_the_user_linked_to_are_left_alone(tmp_path: Path) -> None:
+    models.write_set(tmp_path / "mine", models.SHAPES["0.1B"], sparse=1)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "0.1B").symlink_to(tmp_path / "mine")
+    bench = registry.Bench(workdir=tmp_path, threads=1, disk=4 * TINY.nbytes + 40_000)
+    bench.models(TINY)
+    assert (tmp_path / "mine" / "safety").exists()
+
+
 def test_a_sample_of_a_model_is_recomputed(tmp_path: Path, bench: registry.Bench) -> None:
     from safepatch_core.api import merge
 
@@ -401,7 +410,7 @@ def test_a_page_of_nothing_to_draw(tmp_path: Path) -> None:
 
 
 def test_a_trace_has_a_lane_per_thread(bench: registry.Bench) -> None:
-    measured = profile._measure("tiny", "checkpoint", "tensor", "warm", bench)
+    measured = tracing._measure("tiny", "checkpoint", "tensor", "warm", bench)
     (name, text), *_ = measured.files.items()
     assert name == measured.facts["trace"] == "trace-tiny-checkpoint-tensor-warm.json"
     events = json.loads(text)["traceEvents"]
@@ -414,8 +423,8 @@ def test_a_trace_has_a_lane_per_thread(bench: registry.Bench) -> None:
 
 
 def test_a_summary_adds_up() -> None:
-    spans = [profile.Span("a", "read", "x", 1.0, 2.0), profile.Span("b", "work", "x", 2.0, 4.0)]
-    assert profile.summary(spans, 5.0) == {
+    spans = [tracing.Span("a", "read", "x", 1.0, 2.0), tracing.Span("b", "work", "x", 2.0, 4.0)]
+    assert tracing.summary(spans, 5.0) == {
         "a": {"read": 1.0, "waiting": 2.0},
         "b": {"work": 2.0, "waiting": 1.0},
         "ends": {"before": 1.0, "after": 1.0},
@@ -435,7 +444,7 @@ def test_rates_are_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
 def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
     folder = bench.models(TINY, ("checkpoint", "lora"))
-    known = dict.fromkeys(rates.NAMES, 1e6) | {rates.STARTUP: 1.0, rates.CORES: 2.0}
+    known = dict.fromkeys(rates.NAMES, 1e6) | {rates.STARTUP: 1.0, rates.CORES: 2.0, rates.STALLS: 1.0}
 
     def seconds(kind: models.Kind, scope: str, cached: float, **changed: float) -> float:
         plan, engine = prepare(models.recipe_path(folder, kind, scope), "reference")
@@ -443,6 +452,8 @@ def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
 
     warm = seconds("checkpoint", "tensor", 1.0)
     assert 1.0 < warm < seconds("checkpoint", "tensor", 0.0) < seconds("checkpoint", "model", 0.0)
+    stalled = seconds("checkpoint", "tensor", 1.0, **{rates.STALLS: 2.0})
+    assert stalled == pytest.approx(1.0 + 2.0 * (warm - 1.0))
     # A disk ten times slower is all that counts, and takes what its bytes take.
     plan, engine = prepare(models.recipe_path(folder), "reference")
     slow = seconds("checkpoint", "tensor", 0.0, **{rates.DISK_READ: 1e4, rates.DISK_WRITE: 1e9})
@@ -458,9 +469,8 @@ def test_plain_torch_computes_the_recipe() -> None:
     pytest.importorskip("safetensors")
     from dataclasses import replace
 
-    from safepatch_core.bench import plain_torch
-
     from safepatch_core.backends import Bits
+    from safepatch_core.bench import plain_torch
     from safepatch_core.spec import KEEP_ALL
 
     draw = np.random.default_rng(0)

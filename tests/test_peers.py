@@ -92,7 +92,7 @@ def test_equals_mergekit_within_one_rounding(models: Path, tmp_path: Path, metho
         mine, start = ordered(entry), ordered(base[name])
         step = np.abs(mine - ordered(b[name]))
         if combine == "ties":
-            # Deltas that cancel exactly have no majority: the contract leaves the entry, mergekit takes the positive one.
+            # Deltas that cancel exactly have no majority: the contract leaves the entry, mergekit the positive one.
             w = value(base[name])
             tied = (value(one[name]) - w) + (value(two[name]) - w) == 0
             assert np.array_equal(mine[tied], start[tied])

@@ -47,18 +47,17 @@ def test_cancel_wakes_a_waiting_stage() -> None:
 def test_units_pass_in_order_and_the_ring_bounds_what_is_in_flight() -> None:
     arena, written, in_flight, most = ring(30), [], set(), 0  # type: Ring, list[int], set[int], int
 
-    def read(unit: int) -> tuple[Region, int]:
+    def read(unit: int, region: Region) -> int:
         nonlocal most
-        region = arena.take(10)
         in_flight.add(unit)
         most = max(most, len(in_flight))
-        return region, unit
+        return unit
 
     def write(unit: int) -> None:
         in_flight.discard(unit)
         written.append(unit)
 
-    run(range(100), read, lambda unit: None, write, arena)
+    run(range(100), lambda unit: 10, read, lambda unit: None, write, arena)
     assert written == list(range(100))
     assert most <= 4  # three regions, and one given back before its unit was discarded here
 
@@ -71,9 +70,9 @@ def test_a_failing_stage_is_raised_and_nothing_hangs(stage: str) -> None:
         if name == stage and unit == 5:
             raise OSError(f"{name} failed")
 
-    def read(unit: int) -> tuple[Region, int]:
+    def read(unit: int, region: Region) -> int:
         fail("read", unit)
-        return arena.take(10), unit
+        return unit
 
     def work(unit: int) -> None:
         fail("work", unit)
@@ -83,5 +82,5 @@ def test_a_failing_stage_is_raised_and_nothing_hangs(stage: str) -> None:
 
     before = threading.active_count()
     with pytest.raises(OSError, match=f"{stage} failed"):
-        run(range(1000), read, work, write, arena)
+        run(range(1000), lambda unit: 10, read, work, write, arena)
     assert threading.active_count() == before

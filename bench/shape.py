@@ -1,0 +1,132 @@
+"""Any model's shapes on any disk: sparse files with real values scattered in every tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safepatch_core.api import merge
+from safepatch_core.checkpoint import TensorEntry, open_checkpoint
+from safepatch_core.recipe import parse_size
+
+from . import models
+from .measure import Red, alternate, remove, run, safepatch
+from .merges import SPARSE, equals_reference, merge_subject
+from .models import SHAPES, Shape, is_target
+from .registry import Bench, Case, Measured
+
+NAMES = ("SmolLM2-135M", "6B", "Llama-3-8B", "Mixtral-8x7B", "Llama-3-70B", "Llama-3.1-405B")
+LIMIT = "1GiB"
+SAMPLE_ENTRIES = 200_000_000  # at most so many, in all, are recomputed by the reference engine
+PIECE = 16 << 20
+
+
+def sample(shape: Shape) -> list[str]:
+    """Tensors to recompute with the reference engine: one of each kind of target, from different layers, the
+    smallest first as long as they are not too many entries."""
+    kinds: dict[str, list[str]] = {}
+    sizes = {name: math.prod(dims) for name, dims in shape.tensors() if is_target(name, dims)}
+    for name in sizes:
+        kinds.setdefault(name.split(".", 3)[-1], []).append(name)
+    chosen, left = [], SAMPLE_ENTRIES
+    for i, names in enumerate(sorted(kinds.values(), key=lambda names: sizes[names[0]])):
+        if sizes[names[0]] <= left:
+            chosen.append(names[i * len(names) // len(kinds)])
+            left -= sizes[names[0]]
+    return chosen
+
+
+def _pieces(entry: TensorEntry) -> Iterator[bytes]:
+    """The bytes of a tensor, a piece at a time."""
+    with open(entry.path, "rb") as file:
+        file.seek(entry.start)
+        for lo in range(0, entry.nbytes, PIECE):
+            yield file.read(min(PIECE, entry.nbytes - lo))
+
+
+def _extract(entries: Sequence[TensorEntry], folder: Path) -> None:
+    """A checkpoint of a few tensors of another, byte for byte."""
+    folder.mkdir()
+    table, offset = {}, 0
+    for entry in entries:
+        table[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(table).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            file.writelines(_pieces(entry))
+
+
+def check_sample(folder: Path, out: Path, names: Sequence[str], scratch: Path) -> None:
+    """Raises Red unless `out` holds, for these tensors, the bytes that the reference engine computes."""
+    merged = open_checkpoint(out)
+    for name in names:
+        part = scratch / "sample"
+        remove(part)
+        part.mkdir()
+        for source in ("base", *models.PATCHES):
+            _extract([open_checkpoint(folder / source).tensors[name]], part / source)
+        recipe = models.write_recipe(part / "recipe.yaml", targets="all")
+        merge(recipe, part / "out", backend="reference", memory_limit="2GiB")
+        expected = open_checkpoint(part / "out").tensors[name]
+        if any(a != b for a, b in zip(_pieces(expected), _pieces(merged.tensors[name]), strict=True)):
+            raise Red(f"'{name}' differs from what the reference engine computes")
+        remove(part)
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes that the weight files of a directory take on the disk, holes not counted."""
+    return sum(512 * os.stat(path).st_blocks for path in folder.glob("*.safetensors"))
+
+
+def _measure(name: str, bench: Bench) -> Measured:
+    shape = SHAPES[name]
+    folder = bench.models(shape, sparse=SPARSE)
+    limit = bench.memory_limit or LIMIT
+    recipe = models.recipe_path(folder)
+    facts: dict[str, Any] = {"entries": shape.entries, "limit_bytes": parse_size(limit), "sample": sample(shape)}
+    with bench.scratch() as scratch:
+        out = scratch / "out"
+
+        def plan() -> dict[str, float]:
+            words = ("--json", "--threads", str(bench.threads), "--memory-limit", limit)
+            cost, text = run(safepatch("plan", recipe, *words))
+            planned = json.loads(text)
+            facts["planned_bytes"] = planned["bytes_read"] + planned["bytes_written"]
+            facts["planned_memory_bytes"] = planned["memory"]
+            return cost._asdict()
+
+        def check() -> None:
+            facts["input_disk_bytes"] = sum(disk_bytes(folder / part) for part in ("base", *models.PATCHES))
+            facts["output_disk_bytes"] = disk_bytes(out)
+            check_sample(folder, out, facts["sample"], scratch)
+
+        subject = merge_subject(bench, recipe, out, facts, limit, check)
+        series = alternate({"plan": plan, "merge": subject}, bench.rounds)
+    facts["beyond_plan_bytes"] = facts["bytes_read"] + facts["bytes_written"] - facts["planned_bytes"]
+    return Measured(series, [], facts)
+
+
+def cases() -> list[Case]:
+    """Cases of the group `shape`."""
+    return [
+        Case(
+            f"shape/{name}",
+            f"a merge of {SHAPES[name].entries / 1e9:.1f} B parameters in {name}'s shapes, sparse files",
+            {"size": name, "entries": SHAPES[name].entries},
+            partial(equals_reference, jobs=[("checkpoint", "tensor")]),
+            partial(_measure, name),
+            short=name == "SmolLM2-135M",
+        )
+        for name in NAMES
+    ]
