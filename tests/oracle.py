@@ -297,9 +297,7 @@ def load_patch(entry: Mapping[str, Any], root: Path) -> Patch:
         scores = load_checkpoint(root / importance[given])
     retain, scale = float(entry.get("retain", 1.0)), float(entry.get("scale", 1.0))
     c = np.float32(scale / retain) if entry.get("rescale", False) else np.float32(scale)
-    return Patch(
-        entry["name"], kind, tensors, adapter, weight, scores, float(entry.get("top", 1.0)), retain, c
-    )
+    return Patch(entry["name"], kind, tensors, adapter, weight, scores, float(entry.get("top", 1.0)), retain, c)
 
 
 # The merge
@@ -396,9 +394,7 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
     return Selection(d, e, T)
 
 
-def combine(
-    how: str, w: F32Array, held: list[BoolArray], cd: list[F32Array]
-) -> tuple[F32Array, list[BoolArray]]:
+def combine(how: str, w: F32Array, held: list[BoolArray], cd: list[F32Array]) -> tuple[F32Array, list[BoolArray]]:
     """What each entry becomes in float32, and where each patch acts on it."""
     if how == "ties":
         total = np.zeros_like(w)

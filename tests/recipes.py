@@ -68,9 +68,7 @@ class Generator:
     # Shapes and numbers
 
     def dim(self) -> int:
-        return self.py.choice(
-            (1, 2, 3, 5, 7, 8, self.py.randint(1, self.size), self.py.randint(1, self.size))
-        )
+        return self.py.choice((1, 2, 3, 5, 7, 8, self.py.randint(1, self.size), self.py.randint(1, self.size)))
 
     def shape(self, ndim: int) -> tuple[int, ...]:
         dims = [self.dim() for _ in range(ndim)]
@@ -190,9 +188,7 @@ class Generator:
         config: dict[str, Any] = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none"}
         config |= {"use_rslora": self.chance(0.3), "fan_in_fan_out": transposed}
         config |= {"base_model_name_or_path": None, "target_modules": []}
-        matrices = [
-            n for n, t in base.items() if n.endswith(".weight") and t.dtype in FLOATS and len(t.shape) == 2
-        ]
+        matrices = [n for n, t in base.items() if n.endswith(".weight") and t.dtype in FLOATS and len(t.shape) == 2]
         matrices = [n for n in matrices if self.chance(0.75)] or matrices[:1]
         ranks, alphas, tensors = {}, {}, {}
         dtype, style = self.py.choice(DTYPES), self.py.choice(("steps", "normal", "normal", "bits"))

@@ -77,9 +77,7 @@ def test_k_rounds_half_to_even(engine: str, n: int, k: int, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_equal_scores_go_to_the_lower_position_in_bytewise_order_of_names(
-    engine: str, tmp_path: Path
-) -> None:
+def test_equal_scores_go_to_the_lower_position_in_bytewise_order_of_names(engine: str, tmp_path: Path) -> None:
     names = ("b", "a2", "a10", "\uffee", "\U0001f600")  # UTF-16 would put the last one before its neighbour
     base = {name: f32(0, 0) for name in names}
     patch = ({name: f32(-1, 1) for name in names}, {"kind": "delta", "top": 0.7})
@@ -152,9 +150,7 @@ def test_rescale_divides_in_float64_and_retention_follows_philox(engine: str, tm
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("above", "kept"), [(0, False), (0.99, False), (1, True)])
-def test_retention_compares_with_the_floor_of_p(
-    engine: str, above: float, kept: bool, tmp_path: Path
-) -> None:
+def test_retention_compares_with_the_floor_of_p(engine: str, above: float, kept: bool, tmp_path: Path) -> None:
     u = int(oracle.philox([0, 0, 0, 0], oracle.random_key(7, "safety", "w"))[0])
     patch = ({"w": f32(1)}, {"kind": "delta", "retain": (u + above) / 2**32})
     recipe = write_plain(tmp_path, {"w": f32(0)}, {"safety": patch}, targets="all", seed=7)
@@ -218,9 +214,7 @@ def test_skipped_entries_are_not_eligible_for_that_patch_alone(engine: str, tmp_
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("weight", "touched"), [("patched", 2), ("base", 0), ("delta", 1), (None, 2)])
-def test_gradients_weigh_what_the_recipe_says(
-    engine: str, weight: str | None, touched: int, tmp_path: Path
-) -> None:
+def test_gradients_weigh_what_the_recipe_says(engine: str, weight: str | None, touched: int, tmp_path: Path) -> None:
     base, patched = [10.0, 0.0, 5.0], [9.0, 3.0, 7.0]
     # |patched g| = 5.4 3 7, |w g| = 6 0 5, |d g| = 0.6 3 2
     keys: dict[str, Any] = {"top": 0.4, "gradients": {"w": f32(-0.6, 1, 1)}}

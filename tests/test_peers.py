@@ -69,7 +69,8 @@ def test_equals_mergekit_within_one_rounding(models: Path, tmp_path: Path, metho
         "out_dtype": "bfloat16",
     }
     (tmp_path / "mergekit.yaml").write_text(yaml.safe_dump(theirs))
-    command = [MERGEKIT, tmp_path / "mergekit.yaml", tmp_path / "theirs", "--quiet", "--no-copy-tokenizer"]
+    command: list[str | Path] = [MERGEKIT, tmp_path / "mergekit.yaml", tmp_path / "theirs"]
+    command += ["--quiet", "--no-copy-tokenizer"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
 

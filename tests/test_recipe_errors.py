@@ -132,9 +132,7 @@ TOP_LEVEL: list[tuple[str, Any, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), TOP_LEVEL)
-def test_top_level_keys(
-    key: str, value: Any, allowed: tuple[str, ...], refused: Refusal, tmp_path: Path
-) -> None:
+def test_top_level_keys(key: str, value: Any, allowed: tuple[str, ...], refused: Refusal, tmp_path: Path) -> None:
     recipe = write_valid(tmp_path)
     recipe.pop(key, None)
     if value is not GONE:
@@ -202,9 +200,7 @@ PATCH_LEVEL: list[tuple[str, Any, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), PATCH_LEVEL)
-def test_keys_of_a_patch(
-    key: str, value: Any, allowed: tuple[str, ...], refused: Refusal, tmp_path: Path
-) -> None:
+def test_keys_of_a_patch(key: str, value: Any, allowed: tuple[str, ...], refused: Refusal, tmp_path: Path) -> None:
     recipe = write_valid(tmp_path)
     recipe["patches"][1].pop(key, None)
     if value is not GONE:
@@ -262,9 +258,7 @@ TEXTS: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("what", "text", "word"), TEXTS, ids=[what for what, _, _ in TEXTS])
-def test_texts_that_are_no_recipe(
-    what: str, text: bytes, word: str, refused: Refusal, tmp_path: Path
-) -> None:
+def test_texts_that_are_no_recipe(what: str, text: bytes, word: str, refused: Refusal, tmp_path: Path) -> None:
     write_valid(tmp_path)
     (tmp_path / "recipe.yaml").write_bytes(text)
     line = refused(tmp_path / "recipe.yaml", 64)
@@ -303,13 +297,9 @@ def test_a_recipe_that_is_a_directory(refused: Refusal, tmp_path: Path) -> None:
 # Inputs: status 65
 
 
-@pytest.mark.parametrize(
-    "where", (("base",), ("patches", 0, "source"), ("patches", 1, "importance", "scores"))
-)
+@pytest.mark.parametrize("where", (("base",), ("patches", 0, "source"), ("patches", 1, "importance", "scores")))
 @pytest.mark.parametrize("path", ("./gone", "gone.safetensors", "gone/too/far"))
-def test_files_that_are_not_there(
-    where: tuple[Any, ...], path: str, refused: Refusal, tmp_path: Path
-) -> None:
+def test_files_that_are_not_there(where: tuple[Any, ...], path: str, refused: Refusal, tmp_path: Path) -> None:
     recipe = write_valid(tmp_path)
     recipe["patches"][1]["importance"] = {"scores": "other.safetensors"}
     place = recipe
@@ -517,9 +507,7 @@ def test_adapter_tensors_that_are_refused(
     assert "adapter" in line and word in line
 
 
-@pytest.mark.parametrize(
-    "text", (b"", b"{", b"[]", b"\xff\xfe", b'{"peft_type": "LORA", "peft_type": "LORA"}')
-)
+@pytest.mark.parametrize("text", (b"", b"{", b"[]", b"\xff\xfe", b'{"peft_type": "LORA", "peft_type": "LORA"}'))
 def test_adapter_configs_that_are_no_json_object(text: bytes, refused: Refusal, tmp_path: Path) -> None:
     recipe = write_adapter(tmp_path)
     (tmp_path / "adapter" / "adapter_config.json").write_bytes(text)

@@ -18,8 +18,10 @@ from safepatch_core.writer import CheckpointSink, Journal, Staging
 IDENTITY = {"recipe": "r", "input": "i", "seed": "0", "version": "1"}
 
 
-def stage(out: Path, *, inputs: list[Path] | None = None, needed: int = 0, **options: bool) -> Staging:
-    return Staging(out, inputs or [], IDENTITY, needed=needed, **options)
+def stage(
+    out: Path, *, inputs: list[Path] | None = None, needed: int = 0, force: bool = False, resume: bool = False
+) -> Staging:
+    return Staging(out, inputs or [], IDENTITY, needed=needed, force=force, resume=resume)
 
 
 def write_all(staging: Staging, files: Mapping[str, bytes], stop_before: str | None = None) -> None:
