@@ -44,7 +44,6 @@ setup(
         "safepatch_core.backends",
         "safepatch_core.derive",
         "safepatch_core.evaluate",
-        "safepatch_core.integrations",
         "safepatch_core.include",
         "safepatch_core.kernels",
         "safepatch_core.bench",

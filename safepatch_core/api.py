@@ -50,6 +50,7 @@ def merge(
     device: str | None = None,
     threads: int | None = None,
     memory_limit: int | str | None = None,
+    vram_limit: int | str | None = None,
     force: bool = False,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -63,6 +64,7 @@ def merge(
     out: directory to create; it appears complete, by one rename, or not at all.
     backend: auto, cpu, triton or reference, or an engine that is already open.
     memory_limit: bytes (or "2GiB") of buffers on the host; tensors that don't fit are done in chunks.
+    device, vram_limit: GPU and bytes of its memory for the triton engine; threads: of the cpu engine.
     force: replace an existing output, in one step.
     resume: finish an interrupted run of the same recipe, to the same bytes.
     progress: called with (bytes done, bytes in all) as inputs are read.
@@ -73,7 +75,9 @@ def merge(
     Raises a `SafepatchError`: UsageError for the recipe, InputError for the inputs, OutputError, IOFailure,
     Busy.
     """
-    plan, engine = prepare(recipe, backend, device=device, threads=threads, memory_limit=memory_limit)
+    plan, engine = prepare(
+        recipe, backend, device=device, threads=threads, memory_limit=memory_limit, vram_limit=vram_limit
+    )
     inputs = [shard.path for checkpoint in plan.inputs for shard in checkpoint.shards]
     inputs += [checkpoint.root for checkpoint in plan.inputs if checkpoint.root is not None]
     # A sparse output takes what its base takes, and a little more where patches act: it is not asked for up front.
@@ -121,13 +125,15 @@ def prepare(
     device: str | None = None,
     threads: int | None = None,
     memory_limit: int | str | None = None,
+    vram_limit: int | str | None = None,
 ) -> tuple[Plan, Backend]:
     """The plan of a recipe and the engine that would run it. Reads tables, no tensor data; writes nothing."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    engine = open_backend(backend, threads=threads, device=device) if isinstance(backend, str) else backend
-    limit = None if memory_limit is None else parse_size(memory_limit)
-    return make_plan(recipe, engine, limit), engine
+    limit, vram = (None if size is None else parse_size(size) for size in (memory_limit, vram_limit))
+    if isinstance(backend, str):
+        backend = open_backend(backend, threads=threads, device=device, vram_limit=vram)
+    return make_plan(recipe, backend, limit), backend
 
 
 def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -> dict[str, Any]:

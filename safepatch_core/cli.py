@@ -38,6 +38,7 @@ engine_options = _options(
     click.option("--device", metavar="DEV", help="GPU of the triton engine, like cuda:0."),
     click.option("--threads", type=click.IntRange(min=1), help="Threads of the cpu engine [default: all cores]."),
     click.option("--memory-limit", metavar="SIZE", help="Host memory for buffers, like 2GiB [default: 2GiB]."),
+    click.option("--vram-limit", metavar="SIZE", help="GPU memory of the triton engine, like 8GiB [default: 4GiB]."),
 )
 output_options = _options(
     click.option("--quiet", is_flag=True, help="No progress and no summary."),
@@ -146,6 +147,7 @@ def merge(
     device: str | None,
     threads: int | None,
     memory_limit: str | None,
+    vram_limit: str | None,
     force: bool,
     resume: bool,
     quiet: bool,
@@ -163,6 +165,7 @@ def merge(
             device=device,
             threads=threads,
             memory_limit=size_option(memory_limit),
+            vram_limit=size_option(vram_limit),
             force=force,
             resume=resume,
             progress=progress,
@@ -208,13 +211,21 @@ def plan(
     device: str | None,
     threads: int | None,
     memory_limit: str | None,
+    vram_limit: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """What a merge of RECIPE will do: bytes, passes, memory, free space. Writes nothing."""
     from safepatch_core.api import describe, prepare
 
-    made, engine = prepare(recipe, backend, device=device, threads=threads, memory_limit=size_option(memory_limit))
+    made, engine = prepare(
+        recipe,
+        backend,
+        device=device,
+        threads=threads,
+        memory_limit=size_option(memory_limit),
+        vram_limit=size_option(vram_limit),
+    )
     data = describe(made, engine, out or ".")
     if not tensors:
         data.pop("tensors")
@@ -261,6 +272,7 @@ def verify(
     device: str | None,
     threads: int | None,
     memory_limit: str | None,
+    vram_limit: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -268,7 +280,13 @@ def verify(
     from safepatch_core.verification import verify as run
 
     verdict = run(
-        out, recipe, backend=backend, device=device, threads=threads, memory_limit=size_option(memory_limit)
+        out,
+        recipe,
+        backend=backend,
+        device=device,
+        threads=threads,
+        memory_limit=size_option(memory_limit),
+        vram_limit=size_option(vram_limit),
     )
     if as_json:
         emit(
@@ -345,5 +363,8 @@ def _lacks_memory(error: Exception) -> bool:
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, RuntimeError) and "can't start new thread" in str(error))
-        or (isinstance(error, ImportError) and ("failed to map segment" in str(error) or "cannot allocate" in str(error)))
+        or (
+            isinstance(error, ImportError)
+            and ("failed to map segment" in str(error) or "cannot allocate" in str(error))
+        )
     )

@@ -161,9 +161,9 @@ def run(
     threads = [threading.Thread(target=guarded, args=(reader,), name="safepatch-reader", daemon=True)]
     if write is not None:
         threads.append(threading.Thread(target=guarded, args=(writer,), name="safepatch-writer", daemon=True))
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         while (item := loaded.get()) is not None and not failures:
             work(item[1])
             if write is None:
@@ -176,7 +176,8 @@ def run(
     finally:
         done.put(None)
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it was started; memory may lack for that
+                thread.join()
     if failures:
         raise failures[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,9 @@ ALIGN = 64
 # Chunks of tensors that are not held whole: the reader's copy is still in the last-level cache when the engine
 # reads it, and the Python work per unit stays under a percent.
 CHUNK_BYTES = 6 << 20
+# Entries read to guess the thresholds of a scope that is swept in chunks, in runs of SAMPLE_RUN.
+SAMPLE_ENTRIES = 1 << 20
+SAMPLE_RUN = 1 << 12
 # Python, numpy and the thread stacks are not counted against the limit; this is for histograms and small objects.
 FIXED_BYTES = 4 << 20
 SMALLEST_LIMIT = 16 << 20
@@ -188,16 +191,41 @@ class Plan:
 
     @cached_property
     def bytes_to_read(self) -> int:
-        """Tensor bytes read in the normal case, samples for the guesses not counted."""
-        total = 0
-        for output in self.outputs:
-            for entry in output.tensors:
-                target = self.targets.get(entry.name)
-                if target is None:
-                    total += entry.nbytes
-                else:
-                    total += self.sweeps(target) * target.entry_bytes * entry.entries + target.factor_file_bytes
+        """Tensor bytes read in the normal case, where every sampled guess of a threshold passes its exact check."""
+        total = sum(t.nbytes for output in self.outputs for t in output.tensors if t.name not in self.targets)
+        sampled: list[Unit] = []
+        for scope in self.sampled_scopes:
+            sampled += self.sample_units(scope)
+        total += sum((u.hi - u.lo) * u.target.entry_bytes for u in sampled if u.target)
+        names = {u.entry.name for u in sampled}
+        for name, target in self.targets.items():
+            if target.entry.entries:
+                sweeps = self.sweeps(target)
+                total += sweeps * target.entry_bytes * target.entry.entries
+                total += (sweeps + (name in names)) * target.factor_file_bytes
         return total
+
+    @property
+    def sampled_scopes(self) -> list[list[Target]]:
+        """The scopes whose thresholds are guessed from a sample before they are swept."""
+        swept = [t for t in self.targets.values() if self.sweeps(t) > 1]
+        if self.whole_model:
+            return [list(self.targets.values())] if swept else []
+        return [[t] for t in swept]
+
+    def sample_units(self, scope: Sequence[Target]) -> list[Unit]:
+        """Short units spread evenly over a scope."""
+        entries = sum(t.entry.entries for t in scope)
+        room = min(SAMPLE_ENTRIES, self.ring_bytes // max(t.entry_bytes for t in scope) // 2)
+        stride = max(entries // max(room // SAMPLE_RUN, 1), SAMPLE_RUN)
+        units, at = [], 0
+        for target in scope:
+            size = target.entry.entries
+            for lo in range(at, size, stride):
+                hi = min(lo + SAMPLE_RUN, size)
+                units.append(Unit(target.entry, target, lo, hi, 0, target.unit_bytes(hi - lo)))
+            at = (at - size) % stride if at < size else at - size
+        return units
 
     @cached_property
     def bytes_to_write(self) -> int:

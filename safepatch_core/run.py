@@ -70,6 +70,7 @@ def command(
     device: str | None,
     threads: int | None,
     memory_limit: str | None,
+    vram_limit: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -95,7 +96,12 @@ def command(
     recipe = _recipe(derived.recipe, settings.merge)
     merged = root / "merged"
     plan, engine = prepare(
-        load_recipe(recipe), backend, device=device, threads=threads, memory_limit=size_option(memory_limit)
+        load_recipe(recipe),
+        backend,
+        device=device,
+        threads=threads,
+        memory_limit=size_option(memory_limit),
+        vram_limit=size_option(vram_limit),
     )
     done = _Done(root / "run.json")
     if not done.holds("merge", identity(plan), merged / MANIFEST):

@@ -25,10 +25,6 @@ from safepatch_core.sources import Factors
 from safepatch_core.spec import ITEMSIZE
 from safepatch_core.writer import Source
 
-# Entries read to guess the thresholds of a scope that is swept in chunks, in runs of SAMPLE_RUN.
-SAMPLE_ENTRIES = 1 << 20
-SAMPLE_RUN = 1 << 12
-
 Counts = dict[str, Report]
 
 
@@ -154,7 +150,7 @@ class Merge:
         self._ranks = ranks or Alone()
         self._inputs = Inputs(plan)
         self._memory = engine.allocate(plan.ring_bytes)
-        self._factors = pipeline.Once(self._load_factors)
+        self._factors: pipeline.Once[dict[int, Lora]] = pipeline.Once(self._load_factors)
         self._tallies: dict[str, list[Tally]] = {}
 
     @property
@@ -226,26 +222,21 @@ class Merge:
         self._tallies.update(selection.tallies())
 
     def _sample(self, targets: Sequence[Target]) -> list[Block]:
-        """Blocks spread evenly over the scope."""
-        entries = sum(t.entry.entries for t in targets)
-        room = min(SAMPLE_ENTRIES, self.plan.ring_bytes // max(t.entry_bytes for t in targets) // 2)
-        stride = max(entries // max(room // SAMPLE_RUN, 1), SAMPLE_RUN)
-        blocks, at = [], 0
-        for target in targets:
-            size = target.entry.entries
-            for lo in range(at, size, stride):
-                hi = min(lo + SAMPLE_RUN, size)
-                unit = Unit(target.entry, target, lo, hi, 0, target.unit_bytes(hi - lo))
-                work = self._load(unit, np.empty(unit.ring_bytes, dtype=np.uint8))
-                assert work.block is not None
-                blocks.append(work.block)
-            at = (at - size) % stride if at < size else at - size
+        """Blocks spread evenly over the scope. They lie in the ring's memory, which is idle before a sweep."""
+        self._factors = pipeline.Once(self._load_factors)
+        blocks, used = [], 0
+        for unit in self.plan.sample_units(targets):
+            block = self._load(unit, self._memory[used : used + unit.ring_bytes]).block
+            assert block is not None
+            blocks.append(block)
+            used += unit.ring_bytes
         return blocks
 
     def _sweep(
         self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], Future[None] | None] | None
     ) -> None:
         ring = Ring(self._memory)
+        self._factors = pipeline.Once(self._load_factors)
 
         def read(unit: Unit, region: Region) -> Work:
             loaded = self._load(unit, region.memory)
@@ -328,6 +319,7 @@ class Merge:
 
     def _load_factors(self, name: str) -> dict[int, Lora]:
         given = self.plan.targets[name].patches
+        self._inputs.bytes_read += self.plan.targets[name].factor_file_bytes
         return {p: g.delta.load() for p, g in enumerate(given) if g and isinstance(g.delta, Factors)}
 
 

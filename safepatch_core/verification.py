@@ -13,7 +13,7 @@ from safepatch_core.api import MANIFEST, manifest, model_card, prepare
 from safepatch_core.backends import Backend, Report
 from safepatch_core.checkpoint import open_checkpoint
 from safepatch_core.errors import InputError, SafepatchError
-from safepatch_core.plan import OutputPart
+from safepatch_core.plan import OutputPart, Plan
 from safepatch_core.recipe import Recipe
 from safepatch_core.stream import Merge
 from safepatch_core.writer import Source, hash_file
@@ -43,6 +43,7 @@ def verify(
     device: str | None = None,
     threads: int | None = None,
     memory_limit: int | str | None = None,
+    vram_limit: int | str | None = None,
 ) -> Verdict:
     """Check a merged checkpoint; with a recipe, also recompute every byte and compare.
 
@@ -67,7 +68,10 @@ def verify(
     except SafepatchError as error:
         verdict.problems.append(str(error))
     if recipe is not None:
-        _recompute(root, recipe, verdict, backend, device, threads, memory_limit)
+        plan, engine = prepare(
+            recipe, backend, device=device, threads=threads, memory_limit=memory_limit, vram_limit=vram_limit
+        )
+        _recompute(root, plan, engine, verdict)
     return verdict
 
 
@@ -138,16 +142,7 @@ class _Compare:
         self._file.close()
 
 
-def _recompute(
-    root: Path,
-    recipe: str | os.PathLike[str] | Recipe,
-    verdict: Verdict,
-    backend: str | Backend,
-    device: str | None,
-    threads: int | None,
-    memory_limit: int | str | None,
-) -> None:
-    plan, engine = prepare(recipe, backend, device=device, threads=threads, memory_limit=memory_limit)
+def _recompute(root: Path, plan: Plan, engine: Backend, verdict: Verdict) -> None:
     sink = _Compare(root, verdict)
     try:
         Merge(plan, engine).run(sink)

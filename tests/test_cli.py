@@ -165,3 +165,15 @@ def test_merge_is_the_same_for_any_way_of_doing_it(recipe: Path, tmp_path: Path)
         assert safepatch("merge", recipe, "-o", out, *options, **env).returncode == 0
         digests.add((out / "SHA256SUMS").read_bytes())
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("chunk", ["", "40"])
+def test_the_plan_foretells_every_byte(recipe: Path, tmp_path: Path, scope: str, chunk: str) -> None:
+    recipe.write_text(recipe.read_text() + f"scope: {scope}\n")
+    env = {"SAFEPATCH_CHUNK": chunk} if chunk else {}
+    planned = json.loads(safepatch("plan", recipe, "--json", **env).stdout)
+    merged = json.loads(safepatch("merge", recipe, "-o", tmp_path / "out", "--json", **env).stdout)
+    assert planned["passes"] == (2 if chunk or scope == "model" else 1)
+    assert merged["bytes_read"] == planned["bytes_read"]
+    assert merged["bytes_written"] == planned["bytes_written"]

@@ -197,24 +197,18 @@ class Backend(Protocol):
         """A whole tensor at once: find each patch's cut for its quota k, then apply. `out` as in `apply`."""
 
 
-def available(name: str) -> str | None:
-    """None where the engine can run here, else the reason why not."""
-    try:
-        open_backend(name)
-    except UsageError as error:
-        return str(error)
-    return None
+def open_backend(
+    name: str = "auto", *, threads: int | None = None, device: str | None = None, vram_limit: int | None = None
+) -> Backend:
+    """The engine called `name`; `auto` is triton where a GPU is usable (or a device is named), else cpu.
 
-
-def open_backend(name: str = "auto", *, threads: int | None = None, device: str | None = None) -> Backend:
-    """The engine called `name`; `auto` is triton where a GPU is usable, else cpu.
-
-    Raises UsageError if an engine asked for by name can't run here.
+    threads: of the cpu engine; device, vram_limit (bytes): of the triton engine. Raises UsageError if an engine
+    asked for by name can't run here.
     """
     if name == "auto":
-        name = "triton" if device is not None else "cpu"
-    # Ranks on one machine share its cores.
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        from safepatch_core.backends.device import usable
+
+        name = "triton" if device is not None or usable() is None else "cpu"
     if name == "reference":
         from safepatch_core.backends.reference import ReferenceBackend
 
@@ -222,5 +216,11 @@ def open_backend(name: str = "auto", *, threads: int | None = None, device: str 
     if name == "cpu":
         from safepatch_core.backends.cpu import CpuBackend
 
-        return CpuBackend(threads)
+        # Ranks on one machine share its cores.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return CpuBackend(threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    if name == "triton":
+        from safepatch_core.backends.triton import TritonBackend
+
+        return TritonBackend(device, vram_limit)
     raise UsageError("unknown backend", found=repr(name), expected="auto, cpu, triton or reference")
