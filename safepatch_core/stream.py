@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -68,6 +69,12 @@ class Inputs:
             position = hole
         if position < end:
             read_exact(fd, buffer[position - at :], position, entry)
+
+    def prefetch(self, entry: TensorEntry, lo: int, hi: int) -> None:
+        """Bytes [lo, hi) of the tensor are needed next: let the disk start on all inputs at once."""
+        fd = self.fd(entry)
+        if fd not in self._sparse:
+            os.posix_fadvise(fd, entry.start + lo, hi - lo, os.POSIX_FADV_WILLNEED)
 
     def drop(self, entry: TensorEntry, lo: int, hi: int) -> None:
         """Bytes [lo, hi) of the tensor are not needed again: give their pages back, where files outgrow memory."""
@@ -150,7 +157,7 @@ class Merge:
         self._ranks = ranks or Alone()
         self._inputs = Inputs(plan)
         self._memory = engine.allocate(plan.ring_bytes)
-        self._factors: pipeline.Once[dict[int, Lora]] = pipeline.Once(self._load_factors)
+        self._factors = self._fresh_factors()
         self._tallies: dict[str, list[Tally]] = {}
 
     @property
@@ -223,7 +230,7 @@ class Merge:
 
     def _sample(self, targets: Sequence[Target]) -> list[Block]:
         """Blocks spread evenly over the scope. They lie in the ring's memory, which is idle before a sweep."""
-        self._factors = pipeline.Once(self._load_factors)
+        self._factors = self._fresh_factors()
         blocks, used = [], 0
         for unit in self.plan.sample_units(targets):
             block = self._load(unit, self._memory[used : used + unit.ring_bytes]).block
@@ -236,27 +243,23 @@ class Merge:
         self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], Future[None] | None] | None
     ) -> None:
         ring = Ring(self._memory)
-        self._factors = pipeline.Once(self._load_factors)
+        self._factors = self._fresh_factors()
+
+        ahead = iter(units)
+        next(ahead, None)
 
         def read(unit: Unit, region: Region) -> Work:
+            if (following := next(ahead, None)) is not None:
+                for entry, lo, hi in _ranges(following):
+                    self._inputs.prefetch(entry, lo, hi)
             loaded = self._load(unit, region.memory)
             if write is not None:
-                self._drop(unit)
+                for entry, lo, hi in _ranges(unit):
+                    self._inputs.drop(entry, lo, hi)
             self._advance((unit.hi - unit.lo) * (unit.target.entry_bytes if unit.target else 1))
             return loaded
 
         pipeline.run(units, lambda unit: unit.ring_bytes, read, work, write, ring, self._trace)
-
-    def _drop(self, unit: Unit) -> None:
-        """The last reader of a unit has read it."""
-        inputs = [unit.entry]
-        for given in unit.target.patches if unit.target else ():
-            if given is not None:
-                inputs += [] if isinstance(given.delta, Factors) else [given.delta]
-                inputs += [given.scores] if given.scores else []
-        for entry in inputs:
-            size = ITEMSIZE[entry.dtype] if unit.target else 1
-            self._inputs.drop(entry, unit.lo * size, unit.hi * size)
 
     def _load(self, unit: Unit, memory: NDArray[np.uint8]) -> Work:
         """Read a unit's inputs into `memory`, one aligned buffer after another."""
@@ -317,10 +320,26 @@ class Merge:
         )
         return Work(unit, base_bits.data.view(np.uint8), block)
 
-    def _load_factors(self, name: str) -> dict[int, Lora]:
-        given = self.plan.targets[name].patches
-        self._inputs.bytes_read += self.plan.targets[name].factor_file_bytes
-        return {p: g.delta.load() for p, g in enumerate(given) if g and isinstance(g.delta, Factors)}
+    def _fresh_factors(self) -> pipeline.Once[dict[int, Lora]]:
+        # Not a method of self: that cycle would keep the ring and the engine until the garbage collector comes by.
+        return pipeline.Once(partial(_load_factors, self.plan, self._inputs))
+
+
+def _ranges(unit: Unit) -> list[tuple[TensorEntry, int, int]]:
+    """The bytes of each tensor that a unit reads; LoRA factors are small and left out."""
+    inputs = [unit.entry]
+    for given in unit.target.patches if unit.target else ():
+        if given is not None:
+            inputs += [] if isinstance(given.delta, Factors) else [given.delta]
+            inputs += [given.scores] if given.scores else []
+    sizes = [ITEMSIZE[entry.dtype] if unit.target else 1 for entry in inputs]
+    return [(entry, unit.lo * size, unit.hi * size) for entry, size in zip(inputs, sizes, strict=True)]
+
+
+def _load_factors(plan: Plan, inputs: Inputs, name: str) -> dict[int, Lora]:
+    target = plan.targets[name]
+    inputs.bytes_read += target.factor_file_bytes
+    return {p: g.delta.load() for p, g in enumerate(target.patches) if g and isinstance(g.delta, Factors)}
 
 
 class _Apply:
