@@ -308,6 +308,24 @@ def verify(
         sys.exit(65)
 
 
+@cli.command()
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "cpu", "triton", "reference"]),
+    default="auto",
+    show_default=True,
+    help="The engine to test.",
+)
+@click.option("--device", metavar="DEV", help="GPU of the triton engine, like cuda:0.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=60, show_default=True, help="About how long.")
+def selftest(backend: str, device: str | None, seconds: float) -> None:
+    """Compare an engine with the reference on this machine, bit for bit."""
+    from safepatch_core.selftest import selftest as run
+
+    if any(check.failure for check in run(backend, device, seconds, say=click.echo)):
+        sys.exit(SafepatchError.status)
+
+
 def _stop(number: int, frame: object) -> NoReturn:
     """The first signal unwinds; a second one ends the process where it stands, which a kill may do at any time."""
     for other in (signal.SIGTERM, signal.SIGINT):

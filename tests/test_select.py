@@ -20,7 +20,7 @@ def block_of(rng: np.random.Generator, n: int, spread: str, patches: int = 2) ->
 
     def deltas() -> np.ndarray:
         if spread == "ties":
-            return rng.choice(np.float32([0, 1, -1, 2, 3e-40, -7]), n)
+            return rng.choice(np.array([0, 1, -1, 2, 3e-40, -7], np.float32), n)
         if spread == "steps":
             return np.round(rng.standard_normal(n).astype(np.float32), 2)
         return rng.standard_normal(n).astype(np.float32)

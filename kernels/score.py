@@ -1,0 +1,188 @@
+"""Score: the delta of an entry, whether retention keeps it, and its importance as an integer key."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from .bits import below, finite, to_float, unpack
+from .launch import BLOCK, Launch
+
+if TYPE_CHECKING:
+    import torch
+
+# Columns of the patch table (int64): what differs between patches, tensors and passes without changing the code.
+KEY, KEEP, SCALE, CUT, BEFORE, FACTOR, RANK = (tl.constexpr(i) for i in range(7))
+FIELDS = tl.constexpr(7)
+# Columns of a tally row, for each patch: counts of entries, then EVERY - first index of each kind of fault.
+ELIGIBLE, SELECTED, APPLIED, BAD_DELTA, BAD_SCORE, NEGATIVE = (tl.constexpr(i) for i in range(6))
+COUNTS = tl.constexpr(9)
+# Behind the patches' columns: entries that overflow, EVERY - first of them, and programs that met any fault.
+ENDING = tl.constexpr(3)
+EVERY = tl.constexpr((1 << 63) - 1)
+INFINITE = tl.constexpr(0x7F800000)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the code of one patch depends on; names as in `safepatch_core.spec`."""
+
+    kind: str
+    values: str  # dtype, "" for LoRA
+    importance: str
+    scores: str  # dtype, "" for magnitude
+    weight: str
+    retain: bool  # False where every entry is retained
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the code of a pass depends on."""
+
+    dtype: str  # of the base
+    patches: tuple[Form, ...]
+    combine: str
+    order: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a block in device memory. Entry buffers hold `padded(head + count)` entries, 16-byte aligned.
+
+    base, values, scores: uint16 or uint32 bit patterns; for LoRA, `values[p]` is the pair of float32
+    factors (a [rank, cols], b [rows, rank]) of the whole tensor; `scores[p]` is None for magnitude.
+    table: int64 [patches, FIELDS]; tally: int64 [COPIES, patches * COUNTS + ENDING], added to.
+    """
+
+    plan: Plan
+    base: torch.Tensor
+    values: tuple[Any, ...]
+    scores: tuple[Any, ...]
+    table: torch.Tensor
+    tally: torch.Tensor
+    first: int  # index in the tensor of the buffers' first entry, a multiple of ALIGN
+    head: int  # entries at the front that belong to the neighbour
+    count: int
+    cols: int
+
+    @property
+    def programs(self) -> int:
+        return triton.cdiv(self.head + self.count, BLOCK) if self.count else 0
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments that all passes begin with."""
+        sources = (self.base, self.values, self.scores, self.table)
+        return *sources, self.first, self.head, self.count, self.cols
+
+
+@triton.jit
+def uniform(key, origin, BLOCK: tl.constexpr):
+    """Random uint32 of the entries [origin, origin + BLOCK): lane i mod 4 of Philox counter i div 4."""
+    counter = origin // 4 + tl.arange(0, BLOCK // 4)
+    zero = tl.zeros([BLOCK // 4], tl.uint32)
+    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    u0, u1, u2, u3 = tl.philox(key.to(tl.uint64), low, high, zero, zero)
+    return tl.interleave(tl.interleave(u0, u2), tl.interleave(u1, u3))
+
+
+@triton.jit
+def product(a, b, rank, factor, origin, cols, end, BLOCK: tl.constexpr):
+    """factor * (b @ a) of the entries [origin, origin + BLOCK) below `end`, summed in order of rank from 0."""
+    above = origin // cols
+    offset = (origin - above * cols).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
+    # Entries from `end` on have no row of their own; a mask would cost the loads their width.
+    row = tl.minimum(above + (offset // cols.to(tl.uint32)).to(tl.int64), (end - 1) // cols)
+    col = offset % cols.to(tl.uint32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for r in range(rank):
+        total = total + tl.load(b + row * rank + r) * tl.load(a + r * cols + col)
+    return factor * total
+
+
+@triton.jit
+def delta(w, values, row, start, origin, cols, end, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
+    """d of one patch and the patched value x = w + d; `row` is its row of the table."""
+    if plan.patches[p].kind == "lora":
+        factor = tl.load(row + FACTOR).to(tl.uint32).to(tl.float32, bitcast=True)
+        d = product(values[0], values[1], tl.load(row + RANK), factor, origin, cols, end, BLOCK)
+        return d, w + d
+    else:
+        v = to_float(tl.load(values + start + tl.arange(0, BLOCK)), tl.constexpr(plan.patches[p].values))
+        if plan.patches[p].kind == "delta":
+            return v, w + v
+        else:
+            return v - w, v
+
+
+@triton.jit
+def importance(w, d, x, scores, start, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
+    """s of one patch; only `scores` can be negative."""
+    if plan.patches[p].importance == "magnitude":
+        return tl.abs(d)
+    else:
+        s = to_float(tl.load(scores + start + tl.arange(0, BLOCK)), tl.constexpr(plan.patches[p].scores))
+        if plan.patches[p].importance == "scores":
+            return s
+        elif plan.patches[p].weight == "base":
+            return tl.abs(w * s)
+        elif plan.patches[p].weight == "delta":
+            return tl.abs(d * s)
+        else:
+            return tl.abs(x * s)
+
+
+@triton.jit
+def score(w, values, scores, row, start, origin, cols, end, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
+    """d and the key of one patch: 0 where s is 0, INFINITE or more at a fault."""
+    d, x = delta(w, values, row, start, origin, cols, end, plan, p, BLOCK)
+    s = importance(w, d, x, scores, start, plan, p, BLOCK)
+    if plan.patches[p].importance == "scores":
+        s += 0.0  # -0 becomes 0; a negative score keeps its sign bit and so is a key above all others
+    return d, tl.where(finite(d), s.to(tl.uint32, bitcast=True), INFINITE)
+
+
+@triton.jit
+def retained(row, origin, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
+    """Which entries survive random retention."""
+    if plan.patches[p].retain:
+        return uniform(tl.load(row + KEY), origin, BLOCK) < tl.load(row + KEEP).to(tl.uint32)
+    else:
+        return tl.full([BLOCK], True, tl.int1)
+
+
+@triton.jit
+def place(first, head, size, BLOCK: tl.constexpr):
+    """Of this program: its first entry in the buffers and in the tensor, and the sets of entries of the piece."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    return start, first + start, below(head + size - start, BLOCK) & ~below(head - start, BLOCK)
+
+
+@triton.jit(do_not_specialize=["head", "size"])
+def score_kernel(
+    base, values, scores, table,
+    first: tl.int64, head: tl.int32, size: tl.int32, cols: tl.int64,
+    keys, stride: tl.int64,
+    plan: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start, origin, inside = place(first, head, size, BLOCK)
+    end = first + head + size
+    lanes = tl.arange(0, BLOCK)
+    w = to_float(tl.load(base + start + lanes), tl.constexpr(plan.dtype))
+    for p in tl.static_range(len(plan.patches)):
+        row = table + p * FIELDS
+        d, key = score(w, values[p], scores[p], row, start, origin, cols, end, plan, p, BLOCK)
+        eligible = (key < INFINITE) & unpack(inside)
+        if plan.order == "retain-first":
+            eligible = eligible & retained(row, origin, plan, p, BLOCK)
+        tl.store(keys + p * stride + start + lanes, tl.where(eligible, key, 0))
+
+
+def score_keys(piece: Piece, keys: torch.Tensor) -> Launch:
+    """Write the key of every eligible entry and 0 for the others: `keys` is uint32 [patches, padded entries]."""
+    args = (*piece.arguments, keys, keys.shape[1], piece.plan, BLOCK)
+    return Launch(score_kernel, piece.programs, args)

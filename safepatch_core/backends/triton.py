@@ -1,0 +1,118 @@
+"""The Triton engine: blocks stream through a GPU's memory in pieces, and the kernels meet them there.
+
+`TRITON_INTERPRET=1` runs the same kernels on the CPU, for their meaning and not for their speed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safepatch_core.backends import SELECT_NONE, Block, Cut, Report, Window
+from safepatch_core.backends.device import Device, open_device
+from safepatch_core.select import COARSE, FINE, Selection, Tally
+from safepatch_core.spec import EVERY
+
+if TYPE_CHECKING:
+    from safepatch_core.backends.passes import Call
+
+
+class TritonBackend:
+    """The engine on a GPU. Its methods are documented on `Backend`.
+
+    device: a GPU as torch names it, by default this rank's, or a device that is open already; vram_limit: bytes
+    of its memory to use, all taken at once. Raises UsageError where there is no GPU or less memory than that.
+    Calls from several threads take turns; one that the limit doesn't suffice for raises UsageError.
+    """
+
+    name = "triton"
+    lanes = 1
+
+    def __init__(self, device: str | Device | None = None, vram_limit: int | None = None) -> None:
+        self._device = open_device(device) if device is None or isinstance(device, str) else device
+        from safepatch_core.backends.passes import Arena, Streams
+
+        self._arena = Arena(self._device, vram_limit or self._device.default_memory())
+        self._streams = Streams(self._device.stream(), self._device.stream(), self._device.stream())
+        self._turn = threading.Lock()
+
+    def describe(self) -> str:
+        import triton
+
+        return f"triton {triton.__version__} ({self._device.name}, {self._arena.nbytes / (1 << 30):.3g} GiB)"
+
+    def allocate(self, nbytes: int) -> NDArray[np.uint8]:
+        return self._device.pinned(nbytes)
+
+    def scratch(self, entries: int, patches: int) -> int:
+        """Upper bound in bytes of `merge`'s host memory: histograms, their sums, and ties by segment."""
+        from safepatch_core.kernels.launch import BLOCK
+
+        segments, block = entries // int(BLOCK) + 2, int(BLOCK)
+        return patches * (8 * 8 * (COARSE + FINE) + 32 * segments + 8 * block) + (1 << 20)
+
+    @contextmanager
+    def _call(self, block: Block, windows: int = 0, bins: int = 0, select: bool = False) -> Iterator[Call]:
+        from safepatch_core.backends.passes import Call
+
+        with self._turn:
+            try:
+                yield Call(self._device, self._arena, self._streams, block, windows, bins, select)
+            except BaseException:
+                # Copies may still be on their way to or from the caller's memory.
+                with suppress(Exception):
+                    self._device.synchronize()
+                raise
+
+    def histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
+        flat = [w for patch, wanted in zip(block.patches, windows, strict=True) if patch for w in wanted]
+        with self._call(block, len(flat), sum(len(w.counts) for w in flat)) as call:
+            call.prepare([SELECT_NONE] * len(block.patches))
+            call.histogram(windows)
+            return call.report()
+
+    def ties(self, block: Block, keys: Sequence[int]) -> list[int]:
+        with self._call(block, select=True) as call:
+            call.prepare([Cut(key, 0) for key in keys])
+            return [int(counts.sum()) for counts in call.ties()]
+
+    def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:
+        with self._call(block) as call:
+            call.prepare(cuts)
+            call.apply(out)
+            return call.report()
+
+    def merge(
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
+    ) -> tuple[list[Cut], Report]:
+        wanted = [0 if patch is None else k for patch, k in zip(block.patches, quotas, strict=True)]
+        selection = Selection([""], wanted, len(block))
+        with self._call(block, len(wanted), len(wanted) * COARSE, select=True) as call:
+            while selection.pending:
+                call.prepare([SELECT_NONE] * len(wanted))
+                call.histogram(selection.windows(""), tell=False)
+                selection.advance()
+            cuts = _cuts(call, selection.tallies()[""])
+            call.prepare(cuts)
+            call.apply(out)
+            return cuts, call.report()
+
+
+def _cuts(call: Call, tallies: Sequence[Tally]) -> list[Cut]:
+    """Where each patch's ties end: the segment that the last one lies in is counted out key by key."""
+    cuts = [Cut(t.key, EVERY if t.left else 0) for t in tallies]
+    if any(0 < t.left < EVERY for t in tallies):
+        call.prepare([Cut(t.key, 0) for t in tallies])
+        for p, (tally, counts) in enumerate(zip(tallies, call.ties(), strict=True)):
+            if 0 < tally.left < EVERY:
+                sums = np.cumsum(counts, dtype=np.int64)
+                segment = int(np.searchsorted(sums, tally.left))
+                rank = tally.left - int(sums[segment] - counts[segment])
+                equal = np.flatnonzero(call.keys(segment)[p] == tally.key)
+                cuts[p] = Cut(tally.key, call.start_of(segment) + int(equal[rank - 1]) + 1)
+    return cuts
