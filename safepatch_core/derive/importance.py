@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safepatch_core.backends.device import interpreted
 from safepatch_core.derive.model import Target
 from safepatch_core.derive.objective import Example, answer_nll
 from safepatch_core.derive.progress import Progress
@@ -30,7 +31,9 @@ def snip(
         parameter.requires_grad_(is_target(name, parameter.ndim))
         if parameter.requires_grad:
             sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
-            hooks.append(parameter.register_post_accumulate_grad_hook(_folder(sums[name])))
+            # Plain torch needs three temporaries of a gradient's size; the kernel reads and adds in one pass.
+            fold = _fused(sums[name]) if parameter.is_cuda or interpreted() else _folder(sums[name])
+            hooks.append(parameter.register_post_accumulate_grad_hook(fold))
     nats = 0.0
     try:
         for example in examples:
@@ -46,6 +49,18 @@ def snip(
         if not bool(torch.isfinite(total).all()):
             raise InputError("importance is not finite", tensor=name)
     return sums, nats / sum(e.answer_tokens for e in examples)
+
+
+def _fused(total: Tensor) -> Any:
+    from safepatch_core.kernels.importance import accumulate
+
+    def fold(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        with torch.cuda.device_of(parameter):
+            accumulate(total, parameter.detach(), parameter.grad.contiguous()).run()
+        parameter.grad = None
+
+    return fold
 
 
 def _folder(total: Tensor) -> Any:
