@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,10 +75,8 @@ def test_plan_and_merge_never_import_torch(recipe: Path, tmp_path: Path) -> None
 def test_every_command_has_help() -> None:
     listing = safepatch("--help")
     assert listing.returncode == 0
-    commands = [
-        line.split()[0] for line in listing.stdout.split("Commands:")[1].splitlines() if line.startswith("  ")
-    ]
-    assert {"merge", "plan", "verify", "derive", "eval", "run"} <= set(commands)
+    commands = re.findall(r"^  ([a-z]+)  ", listing.stdout.split("Commands:")[1], re.MULTILINE)
+    assert {"merge", "plan", "verify", "derive", "eval", "run", "bench", "selftest"} <= set(commands)
     for command in commands:
         assert safepatch(command, "--help").returncode == 0, command
 

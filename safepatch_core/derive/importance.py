@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def _fused(total: Tensor) -> Any:
 
     def fold(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        with torch.cuda.device_of(parameter):
+        with torch.cuda.device(parameter.device) if parameter.is_cuda else nullcontext():
             accumulate(total, parameter.detach(), parameter.grad.contiguous()).run()
         parameter.grad = None
 
