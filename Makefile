@@ -50,6 +50,8 @@ format: develop
 bench: develop
 	$(BIN)/safepatch bench short
 
+include tests/faults.mk
+
 clean:
 	rm -rf build dist *.egg-info demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.so' \) -exec rm -rf {} +

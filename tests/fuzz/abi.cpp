@@ -1,0 +1,200 @@
+// libFuzzer target for the C interface: any call that passes memory of the size it claims returns a status, keeps
+// within that memory, and gives the same bytes on every instruction set. Sizes are small so that an input costs
+// microseconds.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "safepatch.h"
+
+namespace {
+
+class Input {
+  public:
+    Input(const uint8_t* data, size_t size) : at_(data), end_(data + size) {}
+
+    template <class T>
+    T take() {
+        T value{};
+        const size_t n = std::min(sizeof(T), static_cast<size_t>(end_ - at_));
+        if (n != 0) std::memcpy(&value, at_, n);
+        at_ += n;
+        return value;
+    }
+    // Mostly small and allowed values; one in 32 is anything.
+    int32_t choice(int32_t count) {
+        const auto byte = take<uint8_t>();
+        return byte >= 248 ? take<int32_t>() : byte % count;
+    }
+    int64_t number(int64_t below) {
+        const auto word = take<uint16_t>();
+        return word >= 65024 ? take<int64_t>() : word % below;
+    }
+    // A buffer of exactly so many bytes, so that the sanitizer sees the first byte beyond.
+    uint8_t* buffer(size_t bytes) {
+        memory_.push_back(std::make_unique<uint8_t[]>(bytes));
+        uint8_t* data = memory_.back().get();
+        const size_t n = std::min(bytes, static_cast<size_t>(end_ - at_));
+        if (n != 0) std::memcpy(data, at_, n);
+        for (size_t i = n; i < bytes; ++i) data[i] = static_cast<uint8_t>(i * 37 + n);
+        at_ += n;
+        return data;
+    }
+
+  private:
+    const uint8_t *at_, *end_;
+    std::vector<std::unique_ptr<uint8_t[]>> memory_;
+};
+
+constexpr int64_t kMost = 600;
+
+// As many bytes as the entries of a valid call need; a call that is refused may name any number.
+sp_bits bits(Input& in, int64_t entries) {
+    sp_bits of{nullptr, in.choice(3)};
+    const int64_t n = entries >= 0 && entries <= kMost ? entries : 0;
+    if (in.choice(32) != 0) of.data = in.buffer(static_cast<size_t>(n) * (of.dtype == SP_F32 ? 4 : 2));
+    return of;
+}
+
+// One engine per instruction set, alone and with a helper thread.
+std::vector<sp_engine*> open_all() {
+    std::vector<sp_engine*> engines;
+    for (const char* isa : {"scalar", "avx2", "avx512"}) {
+        for (int32_t threads : {1, 2}) {
+            sp_engine* engine = nullptr;
+            if (sp_isa_usable(isa) && sp_engine_open(threads, isa, &engine) == SP_OK) engines.push_back(engine);
+        }
+    }
+    std::fprintf(stderr, "%zu engines\n", engines.size());
+    return engines;
+}
+
+[[noreturn]] void wrong(const char* what) {
+    std::fprintf(stderr, "wrong: %s\n", what);
+    std::abort();
+}
+
+bool same(const sp_fault& a, const sp_fault& b) {
+    return a.count == b.count && a.first == b.first;
+}
+
+bool same(const sp_patch_report& a, const sp_patch_report& b) {
+    return a.eligible == b.eligible && a.selected == b.selected && a.applied == b.applied &&
+           same(a.bad_delta, b.bad_delta) && same(a.bad_score, b.bad_score) && same(a.negative, b.negative);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    static const std::vector<sp_engine*> engines = open_all();
+    Input in(data, size);
+    const int what = in.take<uint8_t>() % 4;
+    // The plain engine and one of the others.
+    const size_t other = in.take<uint8_t>() % engines.size();
+    sp_block block{};
+    block.entries = in.number(kMost);
+    block.start = in.number(1 << 16);
+    block.combine = in.choice(3);
+    block.order = in.choice(2);
+    // A range that would be valid has its memory; one that is too long must be refused before it is read.
+    if (block.entries > kMost) block.entries = INT64_MAX - block.entries % 1000, block.start |= 1 << 20;
+    block.base = bits(in, block.entries);
+    std::vector<sp_patch> patches(static_cast<size_t>(in.take<uint8_t>() % 5));
+    for (sp_patch& patch : patches) {
+        patch.present = in.choice(4) != 0;
+        patch.kind = in.choice(3);
+        patch.importance = in.choice(3);
+        patch.weight = in.choice(3);
+        patch.key = in.take<uint64_t>();
+        patch.keep = in.choice(3) == 0 ? SP_KEEP_ALL : in.take<uint64_t>();
+        patch.scale = in.take<float>();
+        patch.values = bits(in, block.entries);
+        patch.scores = bits(in, block.entries);
+        if (patch.kind != SP_LORA) continue;
+        sp_lora& lora = patch.lora;
+        lora.rank = in.number(5), lora.cols = in.number(40), lora.scale = in.take<float>();
+        const bool usable = lora.rank >= 0 && lora.rank <= 64 && lora.cols > 0 && lora.cols <= 4096 &&
+                            block.start >= 0 && block.start <= (1 << 20) && block.entries >= 0 &&
+                            block.entries <= kMost;
+        lora.rows = usable ? (block.start + block.entries) / lora.cols + in.choice(2) : in.number(100);
+        if (!usable || lora.rows < 0 || lora.rows > (1 << 21)) {
+            lora.rows = 0;  // refused unless the block is empty
+            continue;
+        }
+        lora.a = reinterpret_cast<const float*>(in.buffer(static_cast<size_t>(lora.rank * lora.cols) * 4));
+        lora.b = reinterpret_cast<const float*>(in.buffer(static_cast<size_t>(lora.rank * lora.rows) * 4));
+    }
+    block.patches = patches.data();
+    block.patch_count = patches.size();
+
+    std::vector<sp_cut> cuts(patches.size());
+    std::vector<int64_t> quotas(patches.size());
+    std::vector<uint32_t> keys(patches.size());
+    for (size_t p = 0; p < patches.size(); ++p) {
+        cuts[p] = {in.take<uint32_t>(), in.number(1 << 16)};
+        quotas[p] = in.number(kMost);
+        keys[p] = in.take<uint32_t>();
+    }
+    std::vector<std::vector<int64_t>> counts;
+    std::vector<sp_window> windows(static_cast<size_t>(in.take<uint8_t>() % 4));
+    for (sp_window& window : windows) {
+        window = {static_cast<size_t>(in.choice(4)), in.take<uint32_t>(), static_cast<uint32_t>(in.choice(32)), 0,
+                  nullptr};
+        window.bins = in.take<uint8_t>();
+        counts.emplace_back(window.bins);
+        window.counts = counts.back().data();
+    }
+
+    const bool valid = block.entries >= 0 && block.entries <= kMost;
+    const size_t bytes = valid ? static_cast<size_t>(block.entries) * (block.base.dtype == SP_F32 ? 4 : 2) : 0;
+    struct Outcome {
+        sp_status status;
+        std::vector<uint8_t> out;
+        std::vector<sp_patch_report> reports;
+        sp_fault overflow;
+        std::vector<int64_t> numbers;
+    };
+    std::vector<Outcome> outcomes;
+    for (sp_engine* engine : {engines[0], engines[other]}) {
+        Outcome o{SP_OK, std::vector<uint8_t>(bytes), std::vector<sp_patch_report>(patches.size()), {}, {}};
+        auto out = std::make_unique<uint8_t[]>(bytes);
+        sp_report report{o.reports.data(), {}};
+        if (what == 0) {
+            for (auto& of : counts) std::fill(of.begin(), of.end(), 0);
+            o.status = sp_histogram(engine, &block, windows.data(), windows.size(), &report);
+            for (const auto& of : counts) o.numbers.insert(o.numbers.end(), of.begin(), of.end());
+        } else if (what == 1) {
+            o.numbers.resize(patches.size());
+            o.status = sp_ties(engine, &block, keys.data(), o.numbers.data());
+        } else if (what == 2) {
+            o.status = sp_apply(engine, &block, cuts.data(), out.get(), &report);
+        } else {
+            std::vector<sp_cut> found(patches.size());
+            o.status = sp_merge(engine, &block, quotas.data(), out.get(), found.data(), &report);
+            for (size_t p = 0; o.status == SP_OK && p < found.size(); ++p) {
+                if (o.reports[p].selected > std::max<int64_t>(quotas[p], 0)) wrong("more selected than the quota");
+            }
+        }
+        if (o.status == SP_INTERNAL) wrong("an internal error");
+        if (o.status != SP_OK && std::strlen(sp_last_error()) == 0) wrong("no reason given");
+        if (bytes != 0) std::memcpy(o.out.data(), out.get(), bytes);
+        o.overflow = report.overflow;
+        outcomes.push_back(std::move(o));
+    }
+    const Outcome& first = outcomes.front();
+    for (const Outcome& o : outcomes) {
+        if (o.status != first.status) wrong("another status");
+        if (o.status != SP_OK) continue;
+        if (o.numbers != first.numbers) wrong("other counts");
+        if (what == 1) continue;
+        for (size_t p = 0; p < patches.size(); ++p) {
+            if (!same(o.reports[p], first.reports[p])) wrong("another report");
+        }
+        if (what >= 2 && (o.out != first.out || !same(o.overflow, first.overflow))) wrong("other bytes");
+    }
+    return 0;
+}
