@@ -35,8 +35,12 @@ def main() -> None:
         "-rss_limit_mb=2048",
     ]
     options += [f"-artifact_prefix={findings}/", "-print_final_stats=1", "-verbosity=0"]
-    atheris.Setup([sys.argv[0], *options, str(found), str(seeds)], TARGETS[name])
-    atheris.Fuzz()
+    # libFuzzer ends its process without any clean-up, so that is a child; the scratch directory is ours to remove.
+    child = os.fork()
+    if child == 0:
+        atheris.Setup([sys.argv[0], *options, str(found), str(seeds)], TARGETS[name])
+        atheris.Fuzz()
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 if __name__ == "__main__":
