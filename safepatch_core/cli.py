@@ -345,7 +345,7 @@ def main() -> NoReturn:
     except click.ClickException as error:
         click.echo(f"safepatch: {printable(error.format_message())}", err=True)
         status = UsageError.status
-    except SafepatchError as error:
+    except (SafepatchError, Stopped) as error:
         click.echo(f"safepatch: {error}", err=True)
         status = error.status
     except BrokenPipeError:

@@ -77,7 +77,11 @@ class Busy(SafepatchError):
     status = 75
 
 
-class Stopped(SafepatchError):
-    """Stopped by a signal; `--resume` goes on."""
+class Stopped(BaseException):
+    """Stopped by a signal; `--resume` goes on.
+
+    Like KeyboardInterrupt it may be raised anywhere, so it is no Exception: what handles any failure of a library,
+    and what the standard library does where a thread can't be started, must not take it for one.
+    """
 
     status = 75
