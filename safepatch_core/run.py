@@ -163,7 +163,10 @@ class _Done:
     def note(self, step: str, made_from: dict[str, str]) -> None:
         self._steps[step] = self._digest(made_from)
         part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self._steps, indent=2) + "\n")
+        with open(part, "w") as file:
+            file.write(json.dumps(self._steps, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, self._path)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from safepatch_core.errors import InputError
+
 HEAVY = ("torch", "transformers", "triton", "peft", "safetensors")
 
 
@@ -176,3 +178,9 @@ def test_the_plan_foretells_every_byte(recipe: Path, tmp_path: Path, scope: str,
     assert planned["passes"] == (2 if chunk or scope == "model" else 1)
     assert merged["bytes_read"] == planned["bytes_read"]
     assert merged["bytes_written"] == planned["bytes_written"]
+
+
+@pytest.mark.parametrize("mark", ["\x1b[2J", "\u200b", "\u200f", "\u061c", "\ufeff", "\u202e", "\n"])
+def test_names_cannot_drive_a_terminal(mark: str) -> None:
+    line = str(InputError("refused", file=f"a{mark}b", tensor=f"c{mark}d"))
+    assert line.isprintable() and mark not in line and "\\" in line
