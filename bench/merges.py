@@ -65,8 +65,13 @@ def merge_command(bench: Bench, recipe: Path, out: Path, memory_limit: str | Non
     """`safepatch merge` with the options of the run."""
     command = safepatch("merge", recipe, "-o", out, "--json", "--threads", str(bench.threads))
     command += ["--backend", bench.backend]
-    limit = memory_limit or bench.memory_limit
-    return [*command, "--memory-limit", limit] if limit else command
+    for option, value in (
+        ("--device", bench.device),
+        ("--vram-limit", bench.vram_limit),
+        ("--memory-limit", memory_limit or bench.memory_limit),
+    ):
+        command += [option, value] if value else []
+    return command
 
 
 def merge_subject(

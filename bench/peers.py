@@ -38,7 +38,7 @@ PYTHON = [sys.executable, "-P"]
 Command = Callable[[Bench, Path, Path], list[str]]  # run, set of models, output → words
 
 
-def _mergekit(method: str, bench: Bench, folder: Path, out: Path) -> list[str]:
+def mergekit(method: str, bench: Bench, folder: Path, out: Path) -> list[str]:
     program = bench.mergekit or shutil.which("mergekit-yaml")
     if program is None:
         raise Skipped("mergekit-yaml is not on the PATH (--mergekit names it)")
@@ -63,7 +63,7 @@ def _needs(*modules: str) -> None:
         raise Skipped(f"{', '.join(missing)} is not installed")
 
 
-def _plain_torch(scope: str, bench: Bench, folder: Path, out: Path) -> list[str]:
+def plain_torch(scope: str, bench: Bench, folder: Path, out: Path) -> list[str]:
     _needs("torch", "safetensors")
     return [*PYTHON, str(HERE / "plain_torch.py"), str(models.recipe_path(folder, scope=scope)), str(out)]
 
@@ -74,7 +74,7 @@ def _peft(method: str, bench: Bench, folder: Path, out: Path) -> list[str]:
     return [*PYTHON, str(HERE / "peft_merge.py"), method, str(folder / "base"), *adapters, str(out)]
 
 
-def _peer_output(base: Path, out: Path) -> None:
+def check_output(base: Path, out: Path) -> None:
     """Raises Red unless a peer's output is a whole model that differs from its base."""
     try:
         before, after = open_checkpoint(base), open_checkpoint(out)
@@ -98,7 +98,7 @@ def _gate(command: Command, kind: Kind, scope: str, bench: Bench) -> None:
             if words[0] == sys.executable:  # a script of the suite itself
                 raise
             raise Skipped(str(error)) from None
-        _peer_output(folder / "base", scratch / "peer")
+        check_output(folder / "base", scratch / "peer")
 
 
 def _measure(size: str, peer: str, command: Command, kind: Kind, scope: str, bench: Bench) -> Measured:
@@ -126,10 +126,10 @@ def _measure(size: str, peer: str, command: Command, kind: Kind, scope: str, ben
 def cases() -> list[Case]:
     """Cases of the group `peers`."""
     peers: dict[str, tuple[Command, Kind, str]] = {
-        f"mergekit-{method}": (partial(_mergekit, method), "checkpoint", "tensor") for method in MERGEKIT
+        f"mergekit-{method}": (partial(mergekit, method), "checkpoint", "tensor") for method in MERGEKIT
     }
     for scope in ("tensor", "model"):
-        peers[f"plain-torch-{scope}"] = (partial(_plain_torch, scope), "checkpoint", scope)
+        peers[f"plain-torch-{scope}"] = (partial(plain_torch, scope), "checkpoint", scope)
     for method in PEFT:
         peers[f"peft-{method}"] = (partial(_peft, method), "lora", "tensor")
     return [

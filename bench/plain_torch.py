@@ -1,7 +1,7 @@
 """The suite's recipe as one would write it with torch: whole tensors, torch.topk, Bernoulli draws.
 
-`python plain_torch.py RECIPE OUT` takes the recipes that the suite writes (JSON, magnitude importance, `difference`,
-checkpoint sources). It is a peer to measure against and shares no code with safepatch.
+`python plain_torch.py RECIPE OUT [DEVICE]` takes the recipes that the suite writes (JSON, magnitude importance,
+`difference`, checkpoint sources). It is a peer to measure against and shares no code with safepatch.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 NOT_LINEAR = ("embed", "lm_head")
 
 
-def load(folder: Path) -> dict[str, torch.Tensor]:
+def load(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
+        tensors |= load_file(path, device=device)
     return tensors
 
 
 def top_mask(score: torch.Tensor, top: float) -> torch.Tensor:
     """True at the round(top * N) largest entries of `score`."""
     flat = score.flatten()
-    mask = torch.zeros(flat.numel(), dtype=torch.bool)
+    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     mask[torch.topk(flat, round(top * flat.numel()), sorted=False).indices] = True
     return mask.view(score.shape)
 
@@ -65,8 +65,9 @@ def main() -> None:
     recipe_path, out = Path(sys.argv[1]), Path(sys.argv[2])
     recipe = json.loads(recipe_path.read_text())
     home, patches = recipe_path.parent, recipe["patches"]
-    base = load(home / recipe["base"])
-    patched = [load(home / p["source"]) for p in patches]
+    device = sys.argv[3] if len(sys.argv) > 3 else "cpu"
+    base = load(home / recipe["base"], device)
+    patched = [load(home / p["source"], device) for p in patches]
     names = [n for n, t in base.items() if t.dim() >= 2 and not any(part in n for part in NOT_LINEAR)]
     torch.manual_seed(recipe["seed"])
     merged = dict(base)
@@ -81,7 +82,7 @@ def main() -> None:
     out.mkdir()
     for path in sorted((home / recipe["base"]).glob("*.safetensors")):
         tensors = load_file(path)
-        save_file({n: merged[n] for n in tensors}, out / path.name, metadata={"format": "pt"})
+        save_file({n: merged[n].cpu() for n in tensors}, out / path.name, metadata={"format": "pt"})
     for path in (home / recipe["base"]).glob("*.json"):
         shutil.copy(path, out)
 

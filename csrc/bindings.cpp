@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -86,14 +85,15 @@ struct Found {
 
 py::tuple fault(const sp_fault& f) { return py::make_tuple(f.count, f.first); }
 
-// ([(eligible, selected, applied, bad delta, bad score, negative)], overflow), a fault being (count, first).
+// ([(eligible, selected, applied, bad delta, bad score, negative)], overflow, acted, changed), a fault being
+// (count, first).
 py::tuple report(const Found& found) {
     py::list patches;
     for (const sp_patch_report& p : found.patches) {
         patches.append(py::make_tuple(p.eligible, p.selected, p.applied, fault(p.bad_delta), fault(p.bad_score),
                                       fault(p.negative)));
     }
-    return py::make_tuple(patches, fault(found.report.overflow));
+    return py::make_tuple(patches, fault(found.report.overflow), found.report.acted, found.report.changed);
 }
 
 struct Unsupported : std::runtime_error {
@@ -102,7 +102,10 @@ struct Unsupported : std::runtime_error {
 
 void raise(sp_status status) {
     if (status == SP_OK) return;
-    if (status == SP_NO_MEMORY) throw std::bad_alloc();
+    if (status == SP_NO_MEMORY) {
+        PyErr_SetString(PyExc_MemoryError, sp_last_error());
+        throw py::error_already_set();
+    }
     if (status == SP_UNSUPPORTED) throw Unsupported(sp_last_error());
     throw std::runtime_error(std::string(sp_strerror(status)) + ": " + sp_last_error());
 }

@@ -3,6 +3,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 #include "dispatch.h"
 #include "engine.h"
@@ -83,6 +84,9 @@ sp_status guarded(const Body& body) {
         return failed(SP_UNSUPPORTED, error.what());
     } catch (const std::invalid_argument& error) {
         return failed(SP_BAD_ARGUMENT, error.what());
+    } catch (const std::system_error& error) {
+        const bool full = error.code() == std::errc::resource_unavailable_try_again;
+        return full ? failed(SP_NO_MEMORY, "no thread can be started") : failed(SP_INTERNAL, error.what());
     } catch (const std::exception& error) {
         return failed(SP_INTERNAL, error.what());
     } catch (...) {

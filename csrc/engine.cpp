@@ -99,7 +99,7 @@ void Engine::prepare(const sp_block& block, const std::vector<Request>& requests
         if (thread->places.size() < patches) thread->places.resize(patches);
         thread->sinks.assign(patches, Sink{});
         thread->space.lora.assign(patches, nullptr);
-        thread->overflow = {};
+        thread->written = {};
         thread->uncollected = 0;
         for (size_t p = 0; p < patches; ++p) {
             const sp_patch& patch = block.patches[p];
@@ -147,7 +147,7 @@ void Engine::sweep(const Pass& pass, const std::vector<Request>& requests,
     pool_.run(chunks.count(), [&](int i, int64_t slot) {
         Thread& thread = *threads_[static_cast<size_t>(i)];
         const Range range = chunks.at(slot);
-        step(pass, thread.space, range, thread.sinks.data(), thread.overflow);
+        step(pass, thread.space, range, thread.sinks.data(), thread.written);
         if (after) after(thread, range);
         // Threads count in 32 bits.
         if ((thread.uncollected += range.n) > INT32_MAX && !requests.empty()) collect(thread, requests);
@@ -171,13 +171,19 @@ Sink Engine::found(size_t patch) const {
 }
 
 void Engine::report_all(sp_report& report, size_t patches) const {
-    Fault overflow;
-    for (const auto& thread : threads_) add(overflow, thread->overflow);
-    report.overflow = plain(overflow);
+    Written sum;
+    for (const auto& thread : threads_) {
+        add(sum.overflow, thread->written.overflow);
+        sum.acted += thread->written.acted;
+        sum.changed += thread->written.changed;
+    }
+    report.overflow = plain(sum.overflow);
+    report.acted = sum.acted;
+    report.changed = sum.changed;
     for (size_t p = 0; p < patches; ++p) {
-        const Sink sum = found(p);
-        report.patches[p] = {sum.eligible,         sum.selected,         sum.applied,
-                             plain(sum.bad_delta), plain(sum.bad_score), plain(sum.negative)};
+        const Sink of = found(p);
+        report.patches[p] = {of.eligible,         of.selected,         of.applied,
+                             plain(of.bad_delta), plain(of.bad_score), plain(of.negative)};
     }
 }
 

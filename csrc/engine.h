@@ -80,7 +80,7 @@ class Engine {
     struct Thread {
         Workspace space;
         std::vector<Sink> sinks;  // one per patch
-        Fault overflow;
+        Written written;
         std::vector<Buffer> lora, lists, places;  // one per patch
         Buffer bins;
         int64_t uncollected = 0;  // entries counted since the last `collect`

@@ -135,7 +135,7 @@ void Engine::guess(const sp_block& block, std::deque<Search>& searches) {
     pool_.run(runs, [&](int i, int64_t run) {
         Thread& thread = *threads_[static_cast<size_t>(i)];
         const int64_t begin = run * stride + scatter(static_cast<uint32_t>(run)) % (stride - 63);
-        isa_.visit(pass, thread.space, {begin, 64, 0, 0}, thread.sinks.data(), thread.overflow);
+        isa_.visit(pass, thread.space, {begin, 64, 0, 0}, thread.sinks.data(), thread.written);
     });
 
     for (Search& search : searches) {
@@ -332,7 +332,7 @@ int64_t Engine::last_tie(const sp_block& block, const Search& search, const Rang
     prepare(block, {}, false);
     Thread& thread = *threads_[0];
     const Pass pass{&block, &tasks, nullptr};
-    isa_.visit(pass, thread.space, {chunk.begin, chunk.n, 0, 0}, thread.sinks.data(), thread.overflow);
+    isa_.visit(pass, thread.space, {chunk.begin, chunk.n, 0, 0}, thread.sinks.data(), thread.written);
     int64_t i = 0;
     while ((marks[static_cast<size_t>(i / 64)] >> i % 64 & 1) == 0 || --n > 0) ++i;
     return i;

@@ -102,6 +102,13 @@ struct Range {
     int64_t word;
 };
 
+// What a pass found of the entries that it wrote; every thread has its own.
+struct Written {
+    Fault overflow;
+    int64_t acted = 0;
+    int64_t changed = 0;
+};
+
 // What a pass found for one patch; every thread has its own.
 struct Sink {
     int64_t eligible = 0;
@@ -145,10 +152,10 @@ struct Isa {
     const char* name;
     // Run a pass over a range of at most kChunk entries that begins at a multiple of 4 of its tensor,
     // or ends before the next one (which matters for random numbers only).
-    void (*visit)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Fault& overflow);
+    void (*visit)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written);
     // Write a range from lists alone. Patches must either be null or have a list (and, if their keys aren't
     // their deltas, not be LoRA); entries of several patches are left alone, and sinks have room for lists.
-    void (*patch_up)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Fault& overflow);
+    void (*patch_up)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written);
     // Count `n` keys, sign bits ignored, into a window. `keys` has kSlack entries of slack.
     void (*count)(const uint32_t* keys, int64_t n, Workspace& space, Window& window);
 };

@@ -419,21 +419,34 @@ SP_OP F added(const std::vector<Lane>& lanes, int w, int i, F base) {
     return sum;
 }
 
-// Round and write the acting entries; the others keep their bits.
+// Round and write the acting entries; the others keep their bits. `kept` counts, lane by lane, the bits that are
+// written as they were: a mask of those that change would cost twice as much.
 template <int D>
-static void write_vector(const void* base_bits, int j, F base, F sum, uint32_t acting, void* out,
-                         uint32_t& overflow) {
+static void write_vector(const void* base_bits, int j, F base, F sum, uint32_t acting, void* out, uint32_t& overflow,
+                         U& kept) {
     const U old = raw<D>(base_bits, j);
     const U fresh = rounded<D>(sum);
     const uint32_t finite = bits(less(magnitude(base), set_u(kInfinity)));
     const uint32_t fits = bits(less(and_u(fresh, set_u(magnitude_bits<D>())), set_u(infinity<D>())));
+    const U written = select(mask(acting & finite & fits), fresh, old);
     overflow = acting & finite & ~fits;
-    store_raw<D>(out, j, select(mask(acting & finite & fits), fresh, old));
+    kept = count_up(kept, equal(written, old));
+    store_raw<D>(out, j, written);
+}
+
+// How many of the entries of so many words have changed.
+SP_OP int64_t changed(U kept, int words) {
+    uint32_t lanes[SP_LANES];
+    store_u(lanes, kept);
+    int64_t n = 64 * words;
+    for (const uint32_t lane : lanes) n -= lane;
+    return n;
 }
 
 template <int D>
 static void write_sums(const std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out,
-                       int64_t index, int words, Fault& overflow) {
+                       int64_t index, int words, Written& written) {
+    U kept = set_u(0);
     for (int w = 0; w < words; ++w) {
         Bits acting = 0, over = 0;
         for (const Lane& lane : lanes) acting |= lane.acts[w];
@@ -441,19 +454,22 @@ static void write_sums(const std::vector<Lane>& lanes, const float* base, const 
             const F old = load_f(base + 64 * w + i);
             uint32_t failed = 0;
             write_vector<D>(base_bits, 64 * w + i, old, added(lanes, w, i, old), static_cast<uint32_t>(acting >> i),
-                            out, failed);
+                            out, failed, kept);
             over |= static_cast<Bits>(failed) << i;
         }
-        note(overflow, over, index + 64 * w);
+        note(written.overflow, over, index + 64 * w);
+        written.acted += count_bits(acting);
     }
+    written.changed += changed(kept, words);
 }
 
 // As TIES-merging: the sum of all elects a sign, and the mean of those that have it is added.
 template <int D>
 static void write_ties(std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out, int64_t index,
-                       int words, Fault& overflow) {
+                       int words, Written& written) {
+    U kept = set_u(0);
     for (int w = 0; w < words; ++w) {
-        Bits over = 0;
+        Bits acting = 0, over = 0;
         for (Lane& lane : lanes) lane.acts[w] = 0;
         for (int i = 0; i < 64; i += SP_LANES) {
             const int j = 64 * w + i;
@@ -474,12 +490,16 @@ static void write_ties(std::vector<Lane>& lanes, const float* base, const void* 
                 lane.acts[w] |= static_cast<Bits>(acts) << i;
             }
             const F old = load_f(base + j);
+            const uint32_t moved = bits(up) | bits(down);
             uint32_t failed = 0;
-            write_vector<D>(base_bits, j, old, add(old, div(sum, members)), bits(up) | bits(down), out, failed);
+            write_vector<D>(base_bits, j, old, add(old, div(sum, members)), moved, out, failed, kept);
+            acting |= static_cast<Bits>(moved) << i;
             over |= static_cast<Bits>(failed) << i;
         }
-        note(overflow, over, index + 64 * w);
+        note(written.overflow, over, index + 64 * w);
+        written.acted += count_bits(acting);
     }
+    written.changed += changed(kept, words);
 }
 
 // Who acts where: with `difference` only a patch that is alone, with `sum` everybody.
@@ -656,7 +676,7 @@ static void visit_patch(const Task& task, const Tile& tile, const float* base, c
     }
 }
 
-static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, Fault& overflow) {
+static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written) {
     const sp_block& block = *pass.block;
     const std::vector<Task>& tasks = *pass.tasks;
     const int64_t size = width(block.base.dtype);
@@ -714,11 +734,11 @@ static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, 
         void* to = n == 64 * tile.words ? out : space.out_bits;
         if (block.combine == SP_TIES) {
             SP_BY_DTYPE(block.base.dtype, write_ties, space.lanes, base, base_bits, to, tile.index, tile.words,
-                        overflow);
+                        written);
         } else {
             settle(space.lanes, block.combine == SP_DIFFERENCE, tile.words);
             SP_BY_DTYPE(block.base.dtype, write_sums, space.lanes, base, base_bits, to, tile.index, tile.words,
-                        overflow);
+                        written);
         }
         if (to != out) __builtin_memcpy(out, to, static_cast<size_t>(n * size));
         for (size_t p = 0; p < tasks.size(); ++p) sinks[p].applied += count_marks(space.lanes[p].acts, tile.words);
@@ -772,7 +792,7 @@ static void choose_listed(const Task& task, const Range& range, int64_t index, S
 // chunk's and holds the base's bits.
 template <int D>
 static void write_listed(const sp_patch& patch, const Range& range, int64_t index, void* out, Workspace& space,
-                         Lane& lane, Sink& sink, Fault& overflow) {
+                         Lane& lane, Sink& sink, Written& written) {
     using Raw = std::conditional_t<D == SP_F32, uint32_t, uint16_t>;
     const F scale = set_f(patch.scale);
     for (int64_t done = 0; done < sink.listed; done += kTile) {
@@ -794,6 +814,7 @@ static void write_listed(const sp_patch& patch, const Range& range, int64_t inde
             }
             d = lane.delta;
         }
+        U kept = set_u(0);
         for (int w = 0; w < words; ++w) {
             Bits acts = 0, over = 0;
             for (int i = 0; i < 64 && 64 * w + i < n; ++i) {
@@ -804,17 +825,19 @@ static void write_listed(const sp_patch& patch, const Range& range, int64_t inde
                 const F old = load_f(space.base + j);
                 uint32_t failed = 0;
                 write_vector<D>(space.base_bits, j, old, add(old, mul(scale, load_f(at(d, 4 * j)))),
-                                static_cast<uint32_t>(acts >> i), space.out_bits, failed);
+                                static_cast<uint32_t>(acts >> i), space.out_bits, failed, kept);
                 over |= static_cast<Bits>(failed) << i;
             }
             sink.applied += count_bits(acts);
-            for (; over != 0; over &= over - 1) overflow.add(1, index + places[64 * w + lowest_bit(over)]);
+            written.acted += count_bits(acts);
+            for (; over != 0; over &= over - 1) written.overflow.add(1, index + places[64 * w + lowest_bit(over)]);
         }
+        written.changed += changed(kept, words);
         put<Raw>(space.out_bits, places, n, out);
     }
 }
 
-static void patch_up(const Pass& pass, Workspace& space, Range range, Sink* sinks, Fault& overflow) {
+static void patch_up(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written) {
     const sp_block& block = *pass.block;
     const std::vector<Task>& tasks = *pass.tasks;
     const int64_t size = width(block.base.dtype), index = block.start + range.begin;
@@ -835,6 +858,6 @@ static void patch_up(const Pass& pass, Workspace& space, Range range, Sink* sink
     for (size_t p = 0; p < tasks.size(); ++p) {
         if (tasks[p].patch == nullptr) continue;
         SP_BY_DTYPE(block.base.dtype, write_listed, *tasks[p].patch, range, index, out, space, space.lanes[p],
-                    sinks[p], overflow);
+                    sinks[p], written);
     }
 }

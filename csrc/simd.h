@@ -39,6 +39,7 @@ SP_OP U min_u(U a, U b) { return _mm512_min_epi32(a, b); }
 SP_OP M less(U a, U b) { return _mm512_cmplt_epi32_mask(a, b); }
 SP_OP M equal(U a, U b) { return _mm512_cmpeq_epi32_mask(a, b); }
 SP_OP U select(M m, U yes, U no) { return _mm512_mask_blend_epi32(m, no, yes); }
+SP_OP U count_up(U counts, M where) { return _mm512_mask_sub_epi32(counts, where, counts, set_u(~0U)); }
 
 // Not by conversion: GCC 12 may spill a mask as 2 bytes and load it back as 8.
 SP_OP uint32_t bits(M m) {
@@ -124,6 +125,7 @@ SP_OP U min_u(U a, U b) { return _mm256_min_epi32(a, b); }
 SP_OP M less(U a, U b) { return {_mm256_cmpgt_epi32(b, a)}; }
 SP_OP M equal(U a, U b) { return {_mm256_cmpeq_epi32(a, b)}; }
 SP_OP U select(M m, U yes, U no) { return _mm256_blendv_epi8(no, yes, m.lanes); }
+SP_OP U count_up(U counts, M where) { return sub_u(counts, where.lanes); }
 
 SP_OP uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m.lanes))); }
 SP_OP M mask(uint32_t b) {
@@ -221,6 +223,7 @@ SP_OP M equal(U a, U b) { return a.lane == b.lane; }
 SP_OP U max_u(U a, U b) { return less(a, b) ? b : a; }
 SP_OP U min_u(U a, U b) { return less(a, b) ? a : b; }
 SP_OP U select(M m, U yes, U no) { return m ? yes : no; }
+SP_OP U count_up(U counts, M where) { return {counts.lane + (where ? 1 : 0)}; }
 
 SP_OP uint32_t bits(M m) { return m; }
 SP_OP M mask(uint32_t b) { return (b & 1) != 0; }

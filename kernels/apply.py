@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .bits import (
+    any_from,
     below,
     finite,
     from_float,
@@ -21,7 +22,7 @@ from .bits import (
 from .faults import fault
 from .launch import BLOCK, COPIES, Launch
 from .score import (
-    APPLIED,
+    ACTED,
     BEFORE,
     COUNTS,
     CUT,
@@ -29,8 +30,8 @@ from .score import (
     ENDING,
     FIELDS,
     INFINITE,
+    OVERFLOW,
     SCALE,
-    SELECTED,
     Piece,
     delta,
     place,
@@ -65,16 +66,19 @@ def apply_kernel(
         tl.debug_barrier()
         w = to_float(tl.load(base + start + lanes), tl.constexpr(plan.dtype))
         d, key = score(w, values[p], scores[p], row, start, origin, cols, end, plan, p, BLOCK)
-        cut = tl.minimum(tl.load(row + CUT), INFINITE).to(tl.uint32)
-        broken = pack(key >= INFINITE) & inside
-        eligible = pack(key > 0) & inside & ~broken
-        taken = pack(key > cut) | (pack(key == cut) & below(tl.load(row + BEFORE) - origin, BLOCK))
+        # A margin's entries may raise a false alarm; `faults` will find nothing there.
+        faulty |= any_from(key, INFINITE)
+        eligible = pack(key - 1 < INFINITE - 1) & inside
+        # Almost everywhere all of a program's entries lie on one side of the cut: then one comparison will do.
+        cut, ties = tl.minimum(tl.load(row + CUT), INFINITE).to(tl.uint32), tl.load(row + BEFORE) - origin
+        taken = pack(key > tl.where((ties >= BLOCK) & (cut > 0), cut - 1, cut))
+        if (ties > 0) & (ties < BLOCK):
+            taken |= pack(key == cut) & below(ties, BLOCK)
         if plan.order == "retain-first":
             eligible &= kept
         else:
             taken &= kept
         taken &= eligible
-        faulty |= broken
         several |= once & taken
         once |= taken
         eligibles = eligibles + (eligible,)
@@ -115,33 +119,39 @@ def apply_kernel(
         touched = once
     else:
         touched = once & ~several
-    touches = unpack(touched) & finite(w)
     rounded = from_float(acc, tl.constexpr(plan.dtype))
-    fits = tl.maximum(magnitude(acc), magnitude(to_float(rounded, tl.constexpr(plan.dtype)))) < INFINITE
-    tl.store(out + start + lanes, tl.where(touches & fits, rounded, bits))
-    overflow = pack(touches & ~fits)
+    fits = pack(tl.maximum(magnitude(acc), magnitude(to_float(rounded, tl.constexpr(plan.dtype)))) < INFINITE)
+    written = tl.where(unpack(touched & fits), rounded, bits)
+    tl.store(out + start + lanes, written)
+    # Where the base isn't finite neither is the sum: then nothing overflows, and nothing fits.
+    missed = touched & ~fits
 
     columns: tl.constexpr = len(plan.patches) * COUNTS + ENDING
     cells = tally + tl.program_id(0) % COPIES * columns
+    ending = cells + len(plan.patches) * COUNTS
+    # Two counts are a number of 32 bits, which the hardware adds up across a warp in one instruction.
+    halves = tl.arange(0, 2)
+    changed = tl.sum(tl.reshape((written != bits).to(tl.int32), [BLOCK // 8, 8]), axis=1)
+    both = tl.sum(members(touched) | (changed << 16))
+    tl.atomic_add(ending + ACTED + halves, ((both >> (16 * halves)) & 0xFFFF).to(tl.int64), sem="relaxed")
+    met = faulty | missed
     for p in tl.static_range(len(plan.patches)):
         if plan.combine == "ties":
             acting = (ups[p] & up) | (downs[p] & down)
         else:
             acting = takens[p] & touched
-        # Four 16-bit fields make one reduction.
-        low = members(eligibles[p]) | (members(takens[p]) << 16)
-        high = members(acting)
+        low, high = members(eligibles[p]) | (members(takens[p]) << 16), members(acting)
         if p == 0:
-            high |= members(faulty | overflow) << 16
-        fields = tl.sum(low.to(tl.int64) | (high.to(tl.int64) << 32))
-        tl.atomic_add(cells + p * COUNTS + ELIGIBLE, fields & 0xFFFF, sem="relaxed")
-        tl.atomic_add(cells + p * COUNTS + SELECTED, (fields >> 16) & 0xFFFF, sem="relaxed")
-        tl.atomic_add(cells + p * COUNTS + APPLIED, (fields >> 32) & 0xFFFF, sem="relaxed")
+            high |= members(met) << 16
+        pairs = tl.sum(tl.join(low, high), axis=0)
+        counts = (pairs[:, None] >> (16 * halves)[None, :]) & 0xFFFF
+        cell = cells + p * COUNTS + ELIGIBLE + 2 * halves[:, None] + halves[None, :]
+        tl.atomic_add(cell, counts.to(tl.int64), sem="relaxed")
         if p == 0:
-            broken = fields >> 48 > 0
-    if broken:
+            broken = tl.sum(tl.where(halves == 1, pairs, 0)) >> 16
+    if broken > 0:
         tl.atomic_add(tally + columns - 1, 1, sem="relaxed")
-        fault(cells + columns - ENDING, overflow, origin, 1, BLOCK)
+        fault(ending + OVERFLOW, missed & pack(finite(w)), origin, 1, BLOCK)
 
 
 def apply(piece: Piece, out: torch.Tensor) -> Launch:

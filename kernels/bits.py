@@ -61,6 +61,12 @@ def unpack(sets):
 
 
 @triton.jit
+def any_from(keys, bound):
+    """Which sets of eight have a key of at least `bound`: 1 or 0 each."""
+    return (tl.max(tl.reshape(keys, [keys.shape[0] // 8, 8]), axis=1) >= bound).to(tl.int32)
+
+
+@triton.jit
 def below(bound, BLOCK: tl.constexpr):
     """The sets of a block's first `bound` entries; any int64, also negative."""
     left = bound - tl.arange(0, BLOCK // 8) * 8

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 # Columns of the patch table (int64): what differs between patches, tensors and passes without changing the code.
 KEY, KEEP, SCALE, CUT, BEFORE, FACTOR, RANK = (tl.constexpr(i) for i in range(7))
 FIELDS = tl.constexpr(7)
-# Columns of a tally row, for each patch: counts of entries, then EVERY - first index of each kind of fault.
-ELIGIBLE, SELECTED, APPLIED, BAD_DELTA, BAD_SCORE, NEGATIVE = (tl.constexpr(i) for i in range(6))
-COUNTS = tl.constexpr(9)
-# Behind the patches' columns: entries that overflow, EVERY - first of them, and programs that met any fault.
-ENDING = tl.constexpr(3)
+# Columns of a tally row, for each patch: counts of entries (those of apply side by side), then EVERY - first index of
+# each kind of fault.
+ELIGIBLE, SELECTED, APPLIED, BROKEN, BAD_DELTA, BAD_SCORE, NEGATIVE = (tl.constexpr(i) for i in range(7))
+COUNTS = tl.constexpr(10)
+# Behind the patches' columns: entries that overflow, EVERY - first of them, entries acted on, those of them (the next
+# column) whose bits have changed, and programs that met any fault.
+OVERFLOW, ACTED, CHANGED = (tl.constexpr(i) for i in (0, 2, 3))
+ENDING = tl.constexpr(5)
 EVERY = tl.constexpr((1 << 63) - 1)
 INFINITE = tl.constexpr(0x7F800000)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .bits import members, pack, to_float, unpack
+from .bits import any_from, members, pack, to_float, unpack
 from .launch import BLOCK, COPIES, HISTOGRAMS, Launch
 from .score import (
     COUNTS,
@@ -49,8 +49,7 @@ def histogram_kernel(
     for p in tl.static_range(len(plan.patches)):
         row = table + p * FIELDS
         d, key = score(w, values[p], scores[p], row, start, origin, cols, end, plan, p, BLOCK)
-        broken = pack(key >= INFINITE) & inside
-        eligible = pack(key > 0) & inside & ~broken
+        eligible = pack(key - 1 < INFINITE - 1) & inside
         if plan.order == "retain-first":
             eligible &= pack(retained(row, origin, plan, p, BLOCK))
         for i in tl.static_range(len(owners)):
@@ -61,7 +60,7 @@ def histogram_kernel(
                 fits = (key >= lo.to(tl.uint32)) & (bin < tl.load(window + BINS).to(tl.uint32))
                 cell = mine + tl.load(window + OFFSET) + bin
                 tl.atomic_add(cell, one, mask=unpack(eligible) & fits, sem="relaxed")
-        both = tl.sum(members(eligible) | (members(broken) << 16))
+        both = tl.sum(members(eligible) | (any_from(key, INFINITE) << 16))
         tl.atomic_add(cells + p * COUNTS + ELIGIBLE, (both & 0xFFFF).to(tl.int64), sem="relaxed")
         if both >> 16 != 0:
             tl.atomic_add(tally + columns - 1, 1, sem="relaxed")
@@ -106,7 +105,8 @@ def ties_kernel(
     for p in tl.static_range(len(plan.patches)):
         row = table + p * FIELDS
         d, key = score(w, values[p], scores[p], row, start, origin, cols, end, plan, p, BLOCK)
-        equal = pack((key < INFINITE) & (key > 0) & (key == tl.load(row + CUT).to(tl.uint32))) & inside
+        cut = tl.load(row + CUT)
+        equal = pack(key == cut.to(tl.uint32)) & tl.where((cut > 0) & (cut < INFINITE), inside, 0)
         if plan.order == "retain-first":
             equal &= pack(retained(row, origin, plan, p, BLOCK))
         tl.store(counts + p * stride + tl.program_id(0), tl.sum(members(equal)))

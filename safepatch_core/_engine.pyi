@@ -9,8 +9,8 @@ from safepatch_core.backends import Block
 _Fault = tuple[int, int]
 # eligible, selected, applied, bad delta, bad score, negative
 _Patch = tuple[int, int, int, _Fault, _Fault, _Fault]
-# per patch, overflow
-_Report = tuple[list[_Patch], _Fault]
+# per patch, overflow, acted, changed
+_Report = tuple[list[_Patch], _Fault, int, int]
 
 class Unsupported(RuntimeError): ...
 

@@ -40,6 +40,14 @@ class MergeResult:
     bytes_read: int
     bytes_written: int
     warnings: tuple[str, ...]
+    # Over all targets that this run computed (a resumed one has left out the files that it found complete):
+    acted: int  # entries on which at least one patch acts
+    changed: int  # those of them whose stored bits are not the base's
+
+    @property
+    def surviving(self) -> float | None:
+        """The share of the entries acted on that rounding into the base's dtype doesn't take back."""
+        return self.changed / self.acted if self.acted else None
 
 
 def merge(
@@ -115,7 +123,10 @@ def merge(
             staging.add(MANIFEST, manifest(plan, counts, staging.files).encode())
             staging.publish()
         bytes_read = sum(ranks.gather(job.bytes_read))
-    return MergeResult(staging.out, totals(plan, counts), bytes_read, plan.bytes_to_write, plan.warnings)
+    acted, changed = (sum(getattr(report, name) for report in counts.values()) for name in ("acted", "changed"))
+    return MergeResult(
+        staging.out, totals(plan, counts), bytes_read, plan.bytes_to_write, plan.warnings, acted, changed
+    )
 
 
 def prepare(

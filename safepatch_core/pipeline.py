@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import queue
 import threading
 import time
@@ -18,6 +19,18 @@ T = TypeVar("T")
 U = TypeVar("U")
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+# A thread's stack (8 MiB by default), and more than it needs to start with.
+_THREAD_ROOM = 16 << 20
+
+
+def room_for_a_thread() -> None:
+    """Raises MemoryError where a thread could get no memory as it starts: its starter would wait for it for ever."""
+    try:
+        mmap.mmap(-1, _THREAD_ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        raise MemoryError from None
 
 
 class Cancelled(Exception):
@@ -163,6 +176,7 @@ def run(
         threads.append(threading.Thread(target=guarded, args=(writer,), name="safepatch-writer", daemon=True))
     try:
         for thread in threads:
+            room_for_a_thread()
             thread.start()
         while (item := loaded.get()) is not None and not failures:
             work(item[1])

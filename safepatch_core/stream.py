@@ -32,8 +32,11 @@ Counts = dict[str, Report]
 class Sink(Protocol):
     """Takes the output in order, file by file, byte by byte."""
 
-    def begin(self, part: OutputPart) -> bool:
-        """A part of a file starts; False to skip it (the file is complete already)."""
+    def begin(self, part: OutputPart, counts: Counts) -> OutputPart | None:
+        """A part of a file starts; what of it is left to write, or None if the file is complete already.
+
+        `counts` has those of each tensor when its last byte is written.
+        """
 
     def write(self, data: memoryview, source: Source | None = None) -> Future[None] | None:
         """The next bytes of the part, which also lie at `source` if they are a plain copy.
@@ -41,8 +44,8 @@ class Sink(Protocol):
         `data` is read until the future is done, if one is returned; otherwise it is not kept.
         """
 
-    def end(self, counts: Counts) -> None:
-        """The part is complete; `counts` are those of its tensors."""
+    def end(self) -> None:
+        """The part is complete."""
 
 
 class Inputs:
@@ -171,21 +174,24 @@ class Merge:
             if self.plan.whole_model:
                 self._select(list(self.plan.targets.values()), self.plan.model_quotas, self._ranks)
             for part in self.plan.parts(self._ranks.rank, self._ranks.size):
-                if sink.begin(part):
-                    if part.lo == 0:
-                        sink.write(memoryview(part.output.header))
-                    written = self._write(part, sink)
+                written: Counts = {}
+                left = sink.begin(part, written)
+                if left is not None:
+                    self._write(left, sink, written)
                     end = sink.end if self._trace is None else pipeline.traced("sync", sink.end, self._trace)
-                    end(written)
+                    end()
                     counts.update(written)
             self._inputs.check_unchanged()
         finally:
             self._inputs.close()
         return counts
 
-    def _write(self, part: OutputPart, sink: Sink) -> Counts:
+    def _write(self, part: OutputPart, sink: Sink, counts: Counts) -> None:
         """Apply the patches to one part of a file. A tensor done in chunks has its thresholds found just before."""
-        counts: Counts = {}
+        for name in (t.name for t in part.tensors if t.name in self.plan.targets and not t.entries):
+            counts[name] = Report([PatchReport() for _ in self.plan.recipe.patches])
+        if part.lo == 0:
+            sink.write(memoryview(part.output.header))
         units: list[Unit] = []
         seen = ""
 
@@ -202,9 +208,6 @@ class Merge:
                 self._select([target], target.quotas, Alone())
             units.append(unit)
         flush()
-        for name in (t.name for t in part.tensors if t.name in self.plan.targets and not t.entries):
-            counts[name] = Report([PatchReport() for _ in self.plan.recipe.patches])
-        return counts
 
     def _select(self, targets: Sequence[Target], quotas: Sequence[int], ranks: Ranks) -> None:
         """Find the thresholds of one scope by sweeping its inputs, each rank those of its own tensors."""

@@ -76,6 +76,8 @@ def verify(
 
 
 def _read_sums(root: Path) -> dict[str, str]:
+    if (root / SUMS).exists() and not (root / SUMS).is_file():
+        raise InputError("not a regular file", file=root / SUMS)
     try:
         text = (root / SUMS).read_bytes().decode()
     except OSError as error:
@@ -89,12 +91,16 @@ def _read_sums(root: Path) -> dict[str, str]:
         match = re.fullmatch(r"([0-9a-f]{64})  ([^/\n]+)", line)
         if match is None:
             raise InputError(f"line {number} is not a checksum", file=root / SUMS)
+        if match[2] in sums:
+            raise InputError(f"line {number} names a file again", file=root / SUMS, found=match[2])
         sums[match[2]] = match[1]
     return sums
 
 
 def _check_manifest(root: Path, sums: Mapping[str, str], verdict: Verdict) -> None:
     try:
+        if not (root / MANIFEST).is_file():
+            raise FileNotFoundError
         files = json.loads((root / MANIFEST).read_bytes())["files"]
         listed = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -115,14 +121,14 @@ class _Compare:
         self._root, self._verdict = root, verdict
         self.counts: dict[str, Report] = {}
 
-    def begin(self, part: OutputPart) -> bool:
+    def begin(self, part: OutputPart, counts: dict[str, Report]) -> OutputPart | None:
         output = part.output
-        self._name, self._at, self._differs = output.name, 0, False
+        self._name, self._at, self._differs, self._counts = output.name, 0, False, counts
         path = self._root / output.name
         if not path.is_file():
             self._verdict.problems.append(f"{output.name}: missing")
         self._file = open(path if path.is_file() else os.devnull, "rb")
-        return True
+        return part
 
     def write(self, data: memoryview, source: Source | None = None) -> None:
         found = self._file.read(data.nbytes)
@@ -132,10 +138,10 @@ class _Compare:
             self._verdict.problems.append(f"{self._name}: differs from the recipe within bytes {self._at} to {end}")
         self._at += data.nbytes
 
-    def end(self, counts: Mapping[str, Report]) -> None:
+    def end(self) -> None:
         if self._file.read(1):
             self._verdict.problems.append(f"{self._name}: longer than the recipe's {self._at} bytes")
-        self.counts.update(counts)
+        self.counts.update(self._counts)
         self.close()
 
     def close(self) -> None:

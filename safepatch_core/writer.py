@@ -1,8 +1,8 @@
 """The write protocol: everything is staged beside the output and appears by one rename, or not at all.
 
 Lock, stage, reserve, write, hash, sync, rename, journal, and in the end publish by one rename (an exchange where
-an older output is replaced) and sync the parent. A run that was stopped leaves its stage and its journal for
-`--resume`; a run that was refused leaves nothing.
+an older output is replaced) and sync the parent. The journal also marks how far a large file is. A run that was
+stopped leaves its stage and its journal for `--resume`; a run that was refused leaves nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -25,8 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safepatch_core.backends import Fault, PatchReport, Report
-from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, SafepatchError, UsageError
+from safepatch_core.backends import PatchReport, Report
+from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, SafepatchError, Stopped, UsageError
+from safepatch_core.pipeline import room_for_a_thread
 from safepatch_core.plan import OutputPart
 from safepatch_core.ranks import Alone, Ranks
 
@@ -44,8 +46,13 @@ _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
 # Written pages stay this long (bytes) before their writing is waited for, so that the disk is never idle.
 _DROP_LAG = 256 << 20
 SUMS = "SHA256SUMS"
+# After so many bytes a file's beginning is made durable and marked in the journal, where a tensor ends: the most that
+# a kill costs. A mark waited 0.1 to 0.5 s for the disk (2 cores, others at work); shards of ordinary size need none.
+# Tests set less.
+MARK_BYTES = 4 << 30
 # Zeros are left out of sparse files in steps of this many bytes.
 _HOLE = 64 << 10
+_READ = 1 << 20  # bytes read at once where a file is hashed
 _libc = ctypes.CDLL(None, use_errno=True)
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -75,8 +82,11 @@ def sync_directory(path: Path) -> None:
 
 
 def _sync_file_range(fd: int, at: int, nbytes: int, flags: int) -> None:
-    """A hint to the kernel; where it fails, the final fsync still does the work and reports errors."""
-    _libc.sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(nbytes), flags)
+    """Start or wait for writing. An error that it reports is not reported again by the final fsync."""
+    if _libc.sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(nbytes), flags):
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL, errno.ESPIPE):  # not to be had here: fsync does it all
+            raise OSError(code, os.strerror(code))
 
 
 def _runs_of_data(data: memoryview) -> list[tuple[int, int]]:
@@ -127,9 +137,9 @@ class Journal:
         os.rename(part, self.path)
         sync_directory(self.path.parent)
 
-    def append(self, line: Mapping[str, Any]) -> None:
+    def append(self, *lines: Mapping[str, Any]) -> None:
         with open(self.path, "ab") as file:
-            file.write(self._line(line))
+            file.write(b"".join(map(self._line, lines)))
             file.flush()
             os.fsync(file.fileno())
 
@@ -176,6 +186,7 @@ class Staging:
         self._published = False  # the run that is resumed had got as far as the rename
         self.files: dict[str, dict[str, Any]] = {}  # name → size, sha256
         self.finished: dict[str, dict[str, Any]] = {}  # journal lines of complete files
+        self._marks: dict[str, list[dict[str, Any]]] = {}  # journal lines of incomplete files, from front to back
         self._parts: dict[str, Mapping[str, Report]] = {}  # files written in part by this rank
         refusal: SafepatchError | None = None
         try:
@@ -187,9 +198,12 @@ class Staging:
             refusal, self.finished = self._ranks.gather((refusal, self.finished))[0]
             if refusal is not None:
                 raise refusal
-            known = self.finished.values() if self._ranks.rank == 0 else ()
+            self._identity = {"identity": dict(identity)}
+            known = itertools.chain(self.finished.values(), *self._marks.values())
             with failures_named(self.out, needed):
-                self._journal.rewrite([{"identity": dict(identity)}, *known])
+                self._journal.rewrite([self._identity, *(known if self._ranks.rank == 0 else ())])
+                if self._lock >= 0 and os.fstat(self._lock).st_size:
+                    os.ftruncate(self._lock, 0)
         except BaseException:
             self._release()
             raise
@@ -248,8 +262,8 @@ class Staging:
 
     def _release(self) -> None:
         if self._lock >= 0:
-            # A lock file that stays is no lock.
-            with contextlib.suppress(OSError):
+            # A lock file that stays is no lock. A signal that comes now comes after all that it could stop.
+            with contextlib.suppress(OSError, Stopped):
                 self._lock_path.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = -1
@@ -262,12 +276,16 @@ class Staging:
         if resume:
             paths = [path for path in self._journal_files() if path.suffix != ".part"]
             journals = [lines for path in paths if (lines := Journal(path).read())]
+            # Where no journal is left, this run may have ended while it tidied up, see `publish`.
+            done = Journal(self._lock_path).read()
+            if not journals and done and done[0]["identity"] == identity:
+                journals = [done]
         for lines in journals:
             known = lines[0]["identity"]
             differ = sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k))
             if differ:
                 raise InputError(f"--resume: the interrupted run had another {', '.join(differ)}", file=self.out)
-        written = {line["file"]: line for lines in journals for line in lines[1:]}
+        written = {line["file"]: line for lines in journals for line in lines[1:] if "file" in line}
         self._published = bool(written) and self._holds(written)
         if self._published:
             self.finished = written
@@ -279,8 +297,17 @@ class Staging:
             self.finished = {
                 n: line for n, line in written.items() if _is(self.stage / n, line["size"], line["sha256"])
             }
+            if self._ranks.size == 1:
+                for line in (line for lines in journals for line in lines[1:] if "part" in line):
+                    if line["part"] not in self.finished:
+                        self._marks.setdefault(line["part"], []).append(line)
+            for marks in self._marks.values():
+                marks.sort(key=lambda line: int(line["end"]))
+            kept = {*self.finished, *(f"{name}.part" for name in self._marks)}
             for path in self.stage.iterdir():
-                if path.name not in self.finished:
+                if path.name in self._marks:  # it had got its name, but not its line
+                    path.rename(path.with_name(f"{path.name}.part"))
+                elif path.name not in kept:
                     _remove(path)
         else:
             self.discard()
@@ -300,7 +327,9 @@ class Staging:
     def _room(self) -> None:
         if self._published:
             return
+        kept = [self.stage / f"{name}.part" for name in self._marks]
         needed = self.needed - sum(line["size"] for line in self.finished.values())
+        needed -= sum(path.stat().st_blocks * 512 for path in kept if path.exists())
         free = shutil.disk_usage(self.stage).free
         if free < needed:
             if not self.finished:
@@ -327,10 +356,27 @@ class Staging:
     def open(
         self, name: str, size: int, lo: int = 0, hi: int | None = None, *, sparse: bool = False, drop: bool = False
     ) -> HashedFile:
-        """Start a file of known size under a temporary name; only bytes [lo, hi) of it will be written here."""
+        """Start a file of known size under a temporary name; only bytes [lo, hi) of it will be written here.
+
+        It starts at `file.at`: behind `lo` where an interrupted run has left the beginning.
+        """
         with failures_named(self.out / name, self.needed):
             part, hi = self.stage / f"{name}.part", size if hi is None else hi
-            return HashedFile(part, size, lo, hi, self.out / name, self.needed, sparse=sparse, drop=drop)
+            marks = self._marks.get(name, ())
+            return HashedFile(part, size, lo, hi, self.out / name, self.needed, sparse=sparse, drop=drop, marks=marks)
+
+    def mark(self, file: HashedFile, counts: Mapping[str, Report]) -> None:
+        """Make what is written of a file durable, and remember it, with the counts since the last mark."""
+        name, digest = file.shown.name, file.sync_beginning()
+        with failures_named(file.shown, self.needed):
+            sync_directory(self.stage)
+            numbers = {n: _to_numbers(report) for n, report in counts.items()}
+            self._journal.append({"part": name, "end": file.at, "sha256": digest, "counts": numbers})
+
+    def counts_before(self, name: str, at: int) -> dict[str, Report]:
+        """The counts that an interrupted run remembered for the first `at` bytes of a file."""
+        lines = [line for line in self._marks.get(name, ()) if line["end"] <= at]
+        return {n: _from_numbers(numbers) for line in lines for n, numbers in line["counts"].items()}
 
     def finish(self, file: HashedFile, counts: Mapping[str, Report] | None = None) -> None:
         """Sync a file. If it is whole it gets its name, and with `counts` the journal remembers it."""
@@ -375,9 +421,12 @@ class Staging:
         if not self._published:
             with failures_named(self.out):
                 self._appear()
-        # What was replaced is removed only when the new output would survive a power cut.
+        # What was replaced is removed only when the new output would survive a power cut. The lock file, which goes
+        # last, takes the journals over: until then `--resume` can tell that this run is done.
         with failures_named(self.out, what="the output is complete, but cleaning up failed"):
             sync_directory(self.out.parent)
+            lines = [line for path in self._journal_files() for line in Journal(path).read() if "file" in line]
+            Journal(self._lock_path).append(self._identity, *lines)
             self.discard()
 
     def _appear(self) -> None:
@@ -408,29 +457,47 @@ class Staging:
         if self._lock >= 0 and isinstance(error, InputError | UsageError | OutputError):
             with contextlib.suppress(OSError):
                 self.discard()
+        elif self._lock >= 0 and error is not None and os.fstat(self._lock).st_size:
+            os.close(self._lock)  # the file stays: it tells `--resume` that all is done
+            self._lock = -1
         self._release()
 
 
 class HashedFile:
     """Bytes [lo, hi) of a file, written from front to back and hashed on a second thread meanwhile.
 
-    A `sparse` file keeps long runs of zeros as holes; other files have their space reserved first. With `drop` the
-    pages of what was written are given back, for files that outgrow memory.
+    `at` is where the next bytes go. It starts behind `lo` if the file has what `marks` say: an end, and the SHA-256
+    of all before it. A `sparse` file keeps long runs of zeros as holes; other files have their space reserved first.
+    With `drop` the pages of what was written are given back, for files that outgrow memory.
     """
 
     def __init__(
-        self, path: Path, size: int, lo: int, hi: int, shown: Path, needed: int, *, sparse: bool, drop: bool
+        self,
+        path: Path,
+        size: int,
+        lo: int,
+        hi: int,
+        shown: Path,
+        needed: int,
+        *,
+        sparse: bool,
+        drop: bool,
+        marks: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.path, self.size, self.shown, self._needed = path, size, shown, needed
-        self._at, self._end, self._sparse, self._drop = lo, hi, sparse, drop
-        self._settled = lo  # everything before has been waited for and dropped
+        self.at, self._end, self._sparse, self._drop = lo, hi, sparse, drop
         self.whole = lo == 0 and hi == size
         self._hash = hashlib.sha256()
         # Ranks that share a file each reserve it; the stage held nothing under this name before.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_TRUNC if self.whole else 0)
-        self._fd = os.open(path, flags, 0o666)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="safepatch-hash")
         try:
+            if self.whole:
+                room_for_a_thread()
+                self._hasher.submit(int).result()  # starts it
+                self._believe(marks)
+                os.ftruncate(self._fd, self.at)
+            self._settled = self.at  # everything before has been waited for and dropped
             if sparse:
                 os.ftruncate(self._fd, size)
             elif size:
@@ -439,15 +506,26 @@ class HashedFile:
             self.close()
             raise
 
+    def _believe(self, marks: Sequence[Mapping[str, Any]]) -> None:
+        """Go on behind the last mark up to which the file has the bytes that were written once."""
+        for mark in marks:
+            hashed, at, end = self._hash.copy(), self.at, mark["end"]
+            while at < end and (data := os.pread(self._fd, min(_READ, end - at), at)):
+                hashed.update(data)
+                at += len(data)
+            if at < end or hashed.hexdigest() != mark["sha256"]:
+                break
+            self._hash, self.at = hashed, end
+
     def write(self, data: memoryview, source: Source | None = None) -> Future[None] | None:
         """The next bytes, which also lie at `source`, if given. They are read until the future is done, if any."""
         data = data.cast("B")
         hashed = self._hasher.submit(self._hash.update, data) if self.whole else None
         with failures_named(self.shown, self._needed):
             for lo, hi in _runs_of_data(data) if self._sparse else [(0, len(data))]:
-                self._put(data[lo:hi], self._at + lo, source and Source(source.fd, source.offset + lo))
-            self._at += len(data)
-            self._start_writeback(self._at - len(data), len(data))
+                self._put(data[lo:hi], self.at + lo, source and Source(source.fd, source.offset + lo))
+            self.at += len(data)
+            self._start_writeback(self.at - len(data), len(data))
         return hashed
 
     def _put(self, data: memoryview, at: int, source: Source | None) -> None:
@@ -478,10 +556,17 @@ class HashedFile:
 
     def sync(self) -> None:
         """All bytes are on the disk. A failed fsync may have lost pages: it is never retried and trusted."""
-        if self._at != self._end:
-            raise RuntimeError(f"{self.path}: {self._at} of {self._end} bytes written")
+        if self.at != self._end:
+            raise RuntimeError(f"{self.path}: {self.at} of {self._end} bytes written")
         with failures_named(self.shown, self._needed):
             os.fsync(self._fd)
+
+    def sync_beginning(self) -> str:
+        """All bytes so far are on the disk; their SHA-256, in hexadecimal."""
+        hashed = self._hasher.submit(self._hash.copy)
+        with failures_named(self.shown, self._needed):
+            os.fdatasync(self._fd)
+        return hashed.result().hexdigest()
 
     def hexdigest(self) -> str:
         self._hasher.shutdown()
@@ -518,29 +603,45 @@ class CheckpointSink:
 
     def __init__(self, staging: Staging, drop: bool = False) -> None:
         self._staging, self._drop = staging, drop
+        self._step = int(os.environ.get("SAFEPATCH_MARK", MARK_BYTES))
         self._file: HashedFile | None = None
         self.counts: dict[str, Report] = {}
 
-    def begin(self, part: OutputPart) -> bool:
+    def begin(self, part: OutputPart, counts: dict[str, Report]) -> OutputPart | None:
         output = part.output
         line = self._staging.finished.get(output.name)
         if line is not None:
             self._staging.files[output.name] = {"size": line["size"], "sha256": line["sha256"]}
             self.counts.update({name: _from_numbers(numbers) for name, numbers in line["counts"].items()})
-            return False
-        self._file = self._staging.open(
+            return None
+        self._file = file = self._staging.open(
             output.name, output.size, part.lo, part.hi, sparse=output.sparse, drop=self._drop
         )
-        return True
+        # How many tensors of the part end there or before.
+        sizes = (t.nbytes for t in part.tensors)
+        ends = itertools.accumulate(sizes, initial=part.lo or len(output.header))
+        self._ends = {end: done for done, end in enumerate(ends) if end > part.lo}
+        done = self._ends.get(file.at, 0)
+        counts.update(self._staging.counts_before(output.name, file.at))
+        self._part, self._counts, self._marked = part, counts, (file.at, done)
+        return OutputPart(output, part.tensors[done:], file.at, part.hi)
 
     def write(self, data: memoryview, source: Source | None = None) -> Future[None] | None:
-        assert self._file is not None
-        return self._file.write(data, source)
+        file = self._file
+        assert file is not None
+        hashed = file.write(data, source)
+        at, done = self._marked
+        if file.whole and self._step <= file.at - at and file.at in self._ends and file.at < file.size:
+            now = self._ends[file.at]
+            names = [t.name for t in self._part.tensors[done:now] if t.name in self._counts]
+            self._staging.mark(file, {name: self._counts[name] for name in names})
+            self._marked = (file.at, now)
+        return hashed
 
-    def end(self, counts: Mapping[str, Report]) -> None:
+    def end(self) -> None:
         assert self._file is not None
-        self.counts.update(counts)
-        self._staging.finish(self._file, counts)
+        self.counts.update(self._counts)
+        self._staging.finish(self._file, self._counts)
         self.close()
 
     def close(self) -> None:
@@ -550,8 +651,10 @@ class CheckpointSink:
 
 
 def _to_numbers(report: Report) -> list[list[int]]:
-    return [[p.eligible, p.selected, p.applied] for p in report.patches]
+    return [[report.acted, report.changed], *([p.eligible, p.selected, p.applied] for p in report.patches)]
 
 
 def _from_numbers(numbers: list[list[int]]) -> Report:
-    return Report([PatchReport(eligible, selected, applied) for eligible, selected, applied in numbers], Fault())
+    (acted, changed), *patches = numbers
+    found = [PatchReport(eligible, selected, applied) for eligible, selected, applied in patches]
+    return Report(found, acted=acted, changed=changed)

@@ -59,8 +59,8 @@ fuzz-abi: build/fuzz-abi/replay
 	else echo "skipped: coverage-guided fuzzing of the C interface needs clang and its libFuzzer"; fi
 	ASAN_OPTIONS=detect_leaks=0:handle_abort=1 build/fuzz-abi/replay $(FUZZ_SECONDS) build/fuzz/abi tests/corpus/abi
 
-$(VENV)/.atheris: | develop
-	$(BIN)/python -m pip install --quiet --no-deps atheris==3.0.0
+$(VENV)/.atheris: tests/fuzz/requirements.txt | develop
+	$(PIP) --no-deps --require-hashes -r $<
 	touch $@
 
 fuzz: fuzz-abi $(VENV)/.atheris

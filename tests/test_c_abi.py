@@ -74,7 +74,7 @@ int main(void) {
     const int64_t quotas[3] = {300, 400, 500};
     sp_cut cuts[3];
     sp_patch_report found[3];
-    sp_report report = {found, {0, 0}};
+    sp_report report = {found, {0, 0}, 0, 0};
     if (sp_merge(engine, &block, quotas, out, cuts, &report) != SP_OK) return 1;
     for (p = 0; p < 3; ++p) {
         printf("%u %lld %lld %lld %lld\n", (unsigned)cuts[p].key, (long long)cuts[p].before,
@@ -84,15 +84,16 @@ int main(void) {
     int64_t ties[3], counts[8] = {0};
     sp_window window = {1, 0, 28, 8, counts};
     keys[0] = cuts[0].key;
+    sp_report counted = {found, {0, 0}, 0, 0};
     if (sp_ties(engine, &block, keys, ties) != SP_OK) return 1;
-    if (sp_histogram(engine, &block, &window, 1, &report) != SP_OK) return 1;
+    if (sp_histogram(engine, &block, &window, 1, &counted) != SP_OK || counted.acted != 0) return 1;
     printf("%lld %lld\n", (long long)ties[0], (long long)(counts[3] + counts[4]));
     for (i = 0; i < N; ++i) {
         uint32_t bits;
         memcpy(&bits, &out[i], 4);
         printf("%08x", (unsigned)bits);
     }
-    printf("\n");
+    printf("\n%lld %lld\n", (long long)report.acted, (long long)report.changed);
     if (sp_apply(engine, &block, cuts, base, &report) != SP_OK || memcmp(base, out, sizeof out) != 0) return 1;
 
     refuse(sp_merge(engine, &block, NULL, out, cuts, &report), SP_BAD_ARGUMENT);
@@ -111,6 +112,35 @@ int main(void) {
 """
 
 
+# The second helper thread of an engine can't be started.
+FULL = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <safepatch.h>
+#include <stdio.h>
+
+static int calls, limit = 1;
+
+int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg) {
+    int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+    *(void **)&real = dlsym(RTLD_NEXT, "pthread_create");
+    return ++calls > limit ? EAGAIN : real(thread, attr, start, arg);
+}
+
+int main(void) {
+    sp_engine *engine = NULL;
+    sp_status status = sp_engine_open(3, NULL, &engine);
+    printf("%d %d %s: %s\n", calls, engine == NULL, sp_strerror(status), sp_last_error());
+    limit = 9;
+    if (sp_engine_open(3, NULL, &engine) != SP_OK) return 1;
+    sp_engine_close(engine);
+    return status == SP_NO_MEMORY ? 0 : 1;
+}
+"""
+
+
 def run(*command: object) -> str:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -118,22 +148,30 @@ def run(*command: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What the program prints, line by line."""
-    folder = tmp_path_factory.mktemp("c")
-    source = folder / "program.c"
-    source.write_text(PROGRAM)
-    strict = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Wstrict-prototypes", "-Werror"]
-    run(CC, *strict, "-I", CSRC / "include", "-c", source, "-o", folder / "program.o")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The engine, compiled."""
+    folder = tmp_path_factory.mktemp("objects")
     sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "bindings.cpp"]
-    objects = [folder / f"{path.stem}.o" for path in sources]
+    found = [folder / f"{path.stem}.o" for path in sources]
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-I", CSRC / "include"]
     with ThreadPoolExecutor(2) as pool:
-        list(
-            pool.map(lambda pair: run(CXX, *flags, "-c", pair[0], "-o", pair[1]), zip(sources, objects, strict=True))
-        )
-    run(CXX, folder / "program.o", *objects, "-pthread", "-o", folder / "program")
+        list(pool.map(lambda pair: run(CXX, *flags, "-c", pair[0], "-o", pair[1]), zip(sources, found, strict=True)))
+    return found
+
+
+def lines_of(text: str, objects: list[Path], folder: Path, *flags: str) -> list[str]:
+    """What a C program prints."""
+    source = folder / "program.c"
+    source.write_text(text)
+    strict = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Wstrict-prototypes", "-Werror"]
+    run(CC, *strict, "-I", CSRC / "include", "-c", source, "-o", folder / "program.o")
+    run(CXX, folder / "program.o", *objects, "-pthread", *flags, "-o", folder / "program")
     return run(folder / "program").splitlines()
+
+
+@pytest.fixture(scope="module")
+def program(objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return lines_of(PROGRAM, objects, tmp_path_factory.mktemp("c"))
 
 
 def test_the_header_is_c99_and_cxx_and_stands_alone(tmp_path: Path) -> None:
@@ -164,6 +202,7 @@ def test_a_c_program_gets_the_reference_bits(program: list[str]) -> None:
     ties = reference.ties(block, [cuts[0].key, 0, 0])[0]
     assert program[6] == f"{ties} {report.patches[1].eligible}"
     assert program[7] == "".join(f"{word:08x}" for word in out)
+    assert program[8] == f"{report.acted} {report.changed}" and 0 < report.changed <= report.acted
 
 
 def test_a_c_program_is_told_what_is_wrong(program: list[str]) -> None:
@@ -172,7 +211,7 @@ def test_a_c_program_is_told_what_is_wrong(program: list[str]) -> None:
         "refused: instruction set: found 'sse9', expected avx512, avx2 or scalar",
         "version 0, 2 threads, usable",
     ]
-    assert program[8:] == [
+    assert program[9:] == [
         "refused: null array",
         "refused: null engine or block",
         "refused: window patch",
@@ -180,3 +219,9 @@ def test_a_c_program_is_told_what_is_wrong(program: list[str]) -> None:
         "refused: block range",
         "out of memory",
     ]
+
+
+def test_an_engine_that_lacks_threads_says_so_and_leaves_none(objects: list[Path], tmp_path: Path) -> None:
+    """One helper was started: it ends with the failed call, and the next engine opens as if nothing had been."""
+    found = lines_of(FULL, objects, tmp_path, "-ldl")
+    assert found == ["2 1 out of memory: no thread can be started"]

@@ -422,6 +422,17 @@ def test_a_missing_instruction_set_is_an_error() -> None:
         CpuBackend(1, "avx512")
 
 
+def test_a_lack_of_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(threads: int, isa: str | None) -> None:
+        raise MemoryError("no thread can be started")
+
+    monkeypatch.setattr(_engine, "Engine", full)
+    with pytest.raises(
+        UsageError, match="the cpu engine can't be opened: no thread can be started: found 900 threads"
+    ):
+        CpuBackend(900)
+
+
 def test_threads_below_one_are_an_error() -> None:
     with pytest.raises(UsageError, match="threads"):
         CpuBackend(0)

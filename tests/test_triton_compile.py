@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 import torch
+import triton
 
 from safepatch_core.bench.triton_compile import TARGETS, Code, compile_launch, launches, make_piece, plans
 from safepatch_core.kernels.apply import apply
@@ -102,8 +103,6 @@ def test_options_keep_ieee_arithmetic_on_any_warp_size() -> None:
 
 def test_fusion_would_show() -> None:
     """The check above can fail: with the compiler's default, products and sums are fused."""
-    import triton
-
     from safepatch_core.bench import triton_compile
 
     launch: Launch = launches()["apply, two patches"]
@@ -116,8 +115,11 @@ def test_fusion_would_show() -> None:
 
 @every_target
 def test_the_kept_table_is_of_these_kernels(target: str) -> None:
-    """A regression shows: registers, accesses and instructions as kept, give or take another compiler's tenth."""
-    kept = {row["kernel"]: row for row in json.loads(TABLE.read_text())["rows"] if row["target"] == target}
+    """A regression shows: registers, accesses and instructions as kept, give or take a tenth."""
+    table = json.loads(TABLE.read_text())
+    if table["triton"].split(".")[:2] != triton.__version__.split(".")[:2]:
+        pytest.skip(f"the table is of Triton {table['triton']}: another compiler allots registers in its own way")
+    kept = {row["kernel"]: row for row in table["rows"] if row["target"] == target}
     assert set(kept) == set(NAMES)
     for name in NAMES:
         found = asdict(code(name, target))

@@ -6,11 +6,13 @@ import errno
 import os
 import subprocess
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from safepatch_core.backends import PatchReport, Report
+from safepatch_core.checkpoint import TensorEntry
 from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, Stopped
 from safepatch_core.plan import OutputFile, OutputPart
 from safepatch_core.writer import CheckpointSink, Journal, Staging
@@ -30,9 +32,10 @@ def write_all(staging: Staging, files: Mapping[str, bytes], stop_before: str | N
         for name, data in files.items():
             if name == stop_before:
                 raise Stopped("stopped")
-            if sink.begin(OutputPart(OutputFile(name, data, ()), (), 0, len(data))):
+            counts = {name: Report([PatchReport(3, 2, 1)])}
+            if sink.begin(OutputPart(OutputFile(name, data, ()), (), 0, len(data)), counts):
                 sink.write(memoryview(data))
-                sink.end({name: Report([PatchReport(3, 2, 1)])})
+                sink.end()
         assert sink.counts.keys() == files.keys()
         staging.publish()
 
@@ -96,6 +99,116 @@ def test_resume_refuses_another_run_and_says_what_differs(tmp_path: Path, key: s
         write_all(stage(out), FILES, stop_before="s1.safetensors")
     with pytest.raises(InputError, match=f"another {key}"):
         Staging(out, [], {**IDENTITY, key: "other"}, needed=0, resume=True)
+
+
+class Shard:
+    """One file of three small tensors and an empty one, written tensor by tensor."""
+
+    def __init__(self, sparse: bool = False) -> None:
+        self.data = {"a": os.urandom(90_000), "none": b"", "b": bytes(70_000), "c": os.urandom(5_000)}
+        self.tensors = tuple(
+            TensorEntry(name, "U8", (len(data),), Path("base"), "base", 0, len(data))
+            for name, data in self.data.items()
+        )
+        self.output = OutputFile("model.safetensors", b"the header", self.tensors, sparse)
+        self.whole = self.output.header + b"".join(self.data.values())
+
+    def write(self, staging: Staging, stop_before: str | None = None) -> list[str]:
+        """The tensors that had to be written; `none` is a target, and has its counts from the start."""
+        with staging, closing(CheckpointSink(staging)) as sink:
+            expected = {
+                name: Report([PatchReport(len(data), 2, 1)], acted=2, changed=1) for name, data in self.data.items()
+            }
+            counts = {"none": expected["none"]}
+            left = sink.begin(OutputPart(self.output, self.tensors, 0, self.output.size), counts)
+            assert left is not None
+            if left.lo == 0:
+                sink.write(memoryview(self.output.header))
+            for tensor in left.tensors:
+                if tensor.name == stop_before:
+                    raise Stopped("stopped")
+                counts[tensor.name] = expected[tensor.name]
+                sink.write(memoryview(self.data[tensor.name]))
+            sink.end()
+            assert sink.counts == expected
+            staging.publish()
+        return [tensor.name for tensor in left.tensors]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["reserved", "sparse"])
+def test_a_stopped_file_goes_on_behind_its_last_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool
+) -> None:
+    """Nothing behind a mark is believed, and nothing before it that is not as it was."""
+    monkeypatch.setenv("SAFEPATCH_MARK", "1")
+    shard, part = Shard(sparse), tmp_path / ".out.safepatch" / "model.safetensors.part"
+    for stop_before, damaged, expected in (
+        ("c", None, ["c"]),
+        ("c", 100_000, ["b", "c"]),
+        ("c", 5, ["a", "none", "b", "c"]),
+        ("b", 120_000, ["b", "c"]),
+    ):
+        out = tmp_path / "out"
+        with pytest.raises(Stopped):
+            shard.write(stage(out, force=True), stop_before)
+        with open(part, "r+b") as file:
+            if damaged is not None:
+                file.seek(damaged)
+                file.write(b"damage")
+            file.seek(len(shard.whole) - 3000)
+            file.write(b"x" * 5000)
+        assert shard.write(stage(out, resume=True, force=True)) == expected
+        assert (out / "model.safetensors").read_bytes() == shard.whole
+        assert around(out) == []
+
+
+def test_a_mark_survives_another_stop_and_a_lost_file_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFEPATCH_MARK", "1")
+    shard, out = Shard(), tmp_path / "out"
+    for stop_before in ("b", "b", "c", "c"):
+        with pytest.raises(Stopped):
+            shard.write(stage(out, resume=True), stop_before)
+    monkeypatch.setenv("SAFEPATCH_MARK", str(1 << 30))
+    with pytest.raises(Stopped):
+        shard.write(stage(out, resume=True), "c")
+    part = tmp_path / ".out.safepatch" / "model.safetensors.part"
+    part.rename(part.with_suffix(""))  # killed before its line was in the journal
+    with pytest.raises(Stopped):
+        shard.write(stage(out, resume=True), "c")
+    part.unlink()
+    assert shard.write(stage(out, resume=True)) == ["a", "none", "b", "c"]
+    assert (out / "model.safetensors").read_bytes() == shard.whole
+
+
+def test_a_run_that_ended_while_it_tidied_up_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is gone and the lock file is not: `--resume` says so, of the same run only."""
+    out, lock = tmp_path / "out", tmp_path / ".out.safepatch-lock"
+
+    def stop(staging: Staging) -> None:
+        discard(staging)
+        raise Stopped("stopped")
+
+    discard = Staging.discard
+    staging = stage(out)
+    monkeypatch.setattr(staging, "discard", lambda: stop(staging))
+    with pytest.raises(Stopped):
+        write_all(staging, FILES)
+    assert around(out) == [lock.name]
+    left = lock.read_bytes()
+    with pytest.raises(InputError, match="not empty"):
+        Staging(out, [], {**IDENTITY, "seed": "other"}, needed=0, resume=True)
+    lock.write_bytes(left)
+    with pytest.raises(InputError, match="not empty"):
+        stage(out)
+    lock.write_bytes(left)
+    write_all(stage(out, resume=True), FILES)
+    assert around(out) == []
+    lock.write_bytes(left)
+    (out / "s1.safetensors").write_bytes(b"\0")
+    with pytest.raises(InputError, match="not empty"):
+        stage(out, resume=True)
 
 
 def test_without_resume_a_stale_stage_is_dropped(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 /* Counts up with every change of this file that a caller can notice. */
-#define SP_VERSION 1
+#define SP_VERSION 2
 
 /* A cut's `before` beyond every position, a cut's `key` above every score, a `keep` that retains all. */
 #define SP_EVERY INT64_MAX
@@ -32,8 +32,8 @@ typedef enum sp_status {
     SP_OK = 0,
     SP_BAD_ARGUMENT = 1, /* the call itself is wrong: a bug in the caller */
     SP_UNSUPPORTED = 2,  /* this machine lacks the instruction set that was asked for */
-    SP_NO_MEMORY = 3,
-    SP_INTERNAL = 4 /* a bug in the engine */
+    SP_NO_MEMORY = 3,    /* or no thread can be started */
+    SP_INTERNAL = 4      /* a bug in the engine */
 } sp_status;
 
 /* Values of the int32_t fields below. */
@@ -124,6 +124,8 @@ typedef struct sp_patch_report {
 typedef struct sp_report {
     sp_patch_report* patches;
     sp_fault overflow; /* acted on, finite before, not finite after rounding; such an entry keeps its bits */
+    int64_t acted;     /* entries on which any patch acts */
+    int64_t changed;   /* those of them whose bits in the output are not the base's: what survives rounding */
 } sp_report;
 
 /* @return SP_VERSION of the library that is loaded. */

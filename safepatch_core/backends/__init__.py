@@ -153,14 +153,20 @@ class PatchReport:
 
 @dataclass(slots=True)
 class Report:
-    """What a pass found: one entry per patch of the block, and overflows on rounding into the base dtype."""
+    """What a pass found: one entry per patch of the block, and overflows on rounding into the base dtype.
+
+    acted: entries on which at least one patch acts; changed: those of them whose new bits are not the base's. The
+    others' steps are lost in rounding (or the base isn't finite, or the sum overflows).
+    """
 
     patches: list[PatchReport]
     overflow: Fault = Fault()
+    acted: int = 0
+    changed: int = 0
 
     def __add__(self, other: Report) -> Report:
         patches = [a + b for a, b in zip(self.patches, other.patches, strict=True)]
-        return Report(patches, self.overflow + other.overflow)
+        return Report(patches, self.overflow + other.overflow, self.acted + other.acted, self.changed + other.changed)
 
 
 class Backend(Protocol):

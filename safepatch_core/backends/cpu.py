@@ -32,8 +32,8 @@ def _open(threads: int, isa: str | None) -> _engine.Engine:
         return _engine.Engine(threads, isa)
     except _engine.Unsupported as error:
         raise UsageError(f"the cpu engine can't run here: {error}") from error
-    except RuntimeError as error:
-        raise UsageError(f"the cpu engine can't be opened: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        raise UsageError(f"the cpu engine can't be opened: {error}", found=f"{threads} threads") from error
 
 
 class CpuBackend:
@@ -104,13 +104,15 @@ class CpuBackend:
         return [Cut(*cut) for cut in cuts], _report(*found)
 
 
-def _report(patches: list[Any], overflow: tuple[int, int]) -> Report:
+def _report(patches: list[Any], overflow: tuple[int, int], acted: int, changed: int) -> Report:
     return Report(
         [
             PatchReport(eligible, selected, applied, Fault(*delta), Fault(*score), Fault(*negative))
             for eligible, selected, applied, delta, score, negative in patches
         ],
         Fault(*overflow),
+        acted,
+        changed,
     )
 
 

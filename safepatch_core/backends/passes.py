@@ -116,9 +116,10 @@ class Streams:
 class Call:
     """One call's share of the device, and the sweeps over its block.
 
-    windows, bins: what one sweep counts at most; select: whether ties and keys will be asked for. At least three
-    slots are made (unless the block is shorter), and as many more as fit: sweeps after the first send only what
-    the slots don't hold any more. Every other sweep runs backwards, where it finds the most of it.
+    windows, bins: what one sweep counts at most; select: whether ties and keys will be asked for; piece: entries of a
+    slot where not PIECE. At least three slots are made (unless the block is shorter), and as many more as fit: sweeps
+    after the first send only what the slots don't hold any more. Every other sweep runs backwards, where it finds the
+    most of it.
     """
 
     def __init__(
@@ -130,8 +131,10 @@ class Call:
         windows: int,
         bins: int,
         select: bool,
+        piece: int | None = None,
     ) -> None:
         self._device, self._streams, self._block = device, streams, block
+        self._longest = piece or PIECE
         self._present = [(p, patch) for p, patch in enumerate(block.patches) if patch is not None]
         self._plan = Plan(
             block.base.dtype,
@@ -183,7 +186,7 @@ class Call:
         if row * min(blocks, 3) > arena.left:
             arena.take(torch.uint8, row * min(blocks, 3))
         fit = arena.left // row
-        length = max(min(PIECE // BLOCK, blocks), 1)
+        length = max(min(self._longest // BLOCK, blocks), 1)
         if length * min(-(-blocks // length), 3) > fit:
             length = fit // 3
         event = self._device.event
@@ -363,7 +366,10 @@ class Call:
                 for c in (columns.BAD_DELTA, columns.BAD_SCORE, columns.NEGATIVE)
             )
             report.patches[p] = PatchReport(eligible, selected, applied, *bad)
-        report.overflow = fault(len(self._present) * COUNTS, len(self._present) * COUNTS + 1)
+        ending = len(self._present) * COUNTS
+        report.overflow = fault(ending + columns.OVERFLOW.value, ending + columns.OVERFLOW.value + 1)
+        report.acted = int(sums[ending + columns.ACTED.value])
+        report.changed = int(sums[ending + columns.CHANGED.value])
         return report
 
 

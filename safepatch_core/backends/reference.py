@@ -225,13 +225,17 @@ class ReferenceBackend:
                 for acts, step in zip(acting, steps, strict=True):
                     acc = np.where(acts, acc + step, acc)
 
-            touched = np.any(acting, axis=0) & np.isfinite(w)
+            acted = np.any(acting, axis=0)
+            touched = acted & np.isfinite(w)
             rounded = from_float32(np.where(np.isfinite(acc), acc, np.float32(0)), block.base.dtype)
             fits = np.isfinite(acc) & np.isfinite(to_float32(Bits(rounded, block.base.dtype)))
         for acts, found in zip(acting, report.patches, strict=True):
             found.applied = int(np.count_nonzero(acts))
         report.overflow = fault(touched & ~fits, block.start)
-        out[:] = np.where(touched & fits, rounded, block.base.data)
+        written = np.where(touched & fits, rounded, block.base.data)
+        report.acted = int(np.count_nonzero(acted))
+        report.changed = int(np.count_nonzero(written != block.base.data))
+        out[:] = written
         return report
 
     def merge(

@@ -26,6 +26,8 @@ LONG = os.environ.get("SAFEPATCH_LONG") == "1"
 KILL, TORN, TERM, INTERRUPT = -1, -2, -3, -4  # as in shim.c
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 STEM = "model-0000{}-of-00003.safetensors"
+# Bytes after which the beginning of a file is made durable: a shard of `write_model` has a mark in its middle.
+MARKS = {"SAFEPATCH_MARK": "3000"}
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,9 @@ class Bench:
     old: dict[str, bytes]
     new: dict[str, bytes]
 
-    def merge(self, place: Path, *options: str, **how: Any) -> Ended:
-        return self.run(
-            "merge", self.recipe, "-o", place / "out", "--backend", "cpu", "--threads", 1, *options, **how
-        )
+    def merge(self, place: Path, *options: str, env: dict[str, str] | None = None, **how: Any) -> Ended:
+        args = ("merge", self.recipe, "-o", place / "out", "--backend", "cpu", "--threads", 1, *options)
+        return self.run(*args, env={**MARKS, **(env or {})}, **how)
 
     def calls(self, place: Path, old: bool) -> list[str]:
         """The counted calls of an undisturbed merge, in order."""

@@ -214,6 +214,12 @@ POSIX_FALLOCATES(posix_fallocate64, off64_t)
 SYNCS(fsync)
 SYNCS(fdatasync)
 
+int sync_file_range(int fd, off64_t at, off64_t n, unsigned flags) {
+    NEXT(sync_file_range);
+    FAIL_IF(fd_below(fd, full), "sync_file_range");
+    return next(fd, at, n, flags);
+}
+
 int rename(const char* from, const char* to) {
     NEXT(rename);
     FAIL_IF(path_below(AT_FDCWD, to, full), "rename");

@@ -135,6 +135,33 @@ def test_too_little_memory_is_a_message(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "over-safety", "recipe.yaml", "safety"]
 
 
+def test_a_thread_without_memory_is_never_waited_for() -> None:
+    """Whatever is left of the address space when the pipeline starts: it works, or says that memory lacks."""
+    script = """
+import os, resource, signal, sys
+import numpy as np
+from safepatch_core.pipeline import Ring, run
+
+seen = set()
+for left in (*range(0, 20 << 20, 64 << 10), 256 << 20):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        ring, done = Ring(np.zeros(64, np.uint8)), []
+        used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + left, used + left))
+        try:
+            run([1], lambda unit: 8, lambda unit, region: unit, done.append, lambda unit: None, ring)
+        except MemoryError:
+            os._exit(2)
+        os._exit(0 if done == [1] else 1)
+    seen.add(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(sorted(seen))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert ended.stdout == "[0, 2]\n", ended.stdout + ended.stderr
+
+
 def test_directories_that_cannot_be_written(bench: Bench, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=8m") as place:
         subprocess.run(["mount", "-o", "remount,ro", place], check=True)

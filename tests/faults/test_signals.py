@@ -14,6 +14,7 @@ import pytest
 from tests.faults.harness import (
     INTERRUPT,
     LONG,
+    MARKS,
     Server,
     contents,
     fault,
@@ -24,7 +25,7 @@ from tests.faults.harness import (
 )
 
 TIMES = 50 if LONG else 12
-SLOW = {"SAFEPATCH_CHUNK": "256"}  # entries per unit, so that a small merge takes long enough
+SLOW = {"SAFEPATCH_CHUNK": "256", **MARKS}  # entries per unit, so that a small merge takes long enough
 
 
 @pytest.fixture(scope="module")

@@ -50,11 +50,14 @@ def test_soak(bench: Bench, run: Server, monkeypatch: pytest.MonkeyPatch) -> Non
         inputs = sorted(os.listdir(place))
         expected = outcome(recipe, place / "reference", backend="reference")
         monkeypatch.setenv("SAFEPATCH_CHUNK", str(dice.choice((1, 7, 64, 1 << 20))))
+        mark = str(dice.choice((1, 500, 1 << 30)))
+        monkeypatch.setenv("SAFEPATCH_MARK", mark)
         threads, limit = dice.choice((1, 2)), dice.choice(("16MiB", "1GiB"))
         out = place / "out"
         if i % 2 == 0:
             args = ["merge", recipe, "-o", out, "--backend", "cpu", "--memory-limit", limit]
-            ended = run(*args, fault=fault(out.with_name(".out"), dice.randrange(2, 60), KILL))
+            kill = fault(out.with_name(".out"), dice.randrange(2, 60), KILL)
+            ended = run(*args, fault=kill, env={"SAFEPATCH_MARK": mark})
             killed += ended.status == -9
             done = out.exists()  # it wasn't killed, or when all was done
             found = outcome(recipe, out, backend="cpu", threads=threads, memory_limit=limit, resume=True, force=done)
