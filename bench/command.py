@@ -12,6 +12,8 @@ import click
 
 from safepatch_core.errors import UsageError
 
+from .psa.command import command as psa
+
 if TYPE_CHECKING:
     from .registry import Bench, Case
 
@@ -27,6 +29,9 @@ def command() -> None:
 
     Figures are medians of runs that alternate. A case whose results are wrong shows none, and fails the run.
     """
+
+
+command.add_command(psa)
 
 
 def bench_options(function: F) -> F:
@@ -92,6 +97,39 @@ def floor(save: bool, **options: Any) -> None:
         click.echo(f"{name:36} {value:.6g}")
     if save:
         click.echo(f"saved: {save_rates(rates)}", err=True)
+
+
+@command.command()
+@click.option("--device", metavar="DEV", help="The GPU, like cuda:0 [default: the first].")
+@click.option("--seconds", default=450.0, show_default=True, help="Time for all of it; what doesn't fit is skipped.")
+@click.option("--workdir", type=click.Path(), help="Where models are written and kept [default: temporary].")
+@click.option("--threads", type=click.IntRange(min=1), help="Of the CPU engine and of copies [default: all cores].")
+@click.option("--mergekit", metavar="PATH", help="The mergekit-yaml to compare with [default: on the PATH].")
+@click.option("-o", "--output", type=click.Path(), help="File of results [default: bench/results/CARD/gpu.json].")
+def gpu(output: str | None, seconds: float, device: str | None, **options: Any) -> None:
+    """A GPU from its memory to whole merges: the selftest first, then kernels, links, merges, a trace and peers."""
+    from safepatch_core.backends.device import open_device
+
+    opened = open_device(device)
+    from .gpu import measure, slug
+    from .measure import Red
+
+    file = Path(output) if output else Path("bench/results") / slug(opened.name) / "gpu.json"
+    fixed = {
+        "rounds": 3,
+        "disk": "25GB",
+        "memory_limit": None,
+        "timeout": seconds,
+        "backend": "triton",
+        "keep": False,
+    }
+    try:
+        with _bench({**options, **fixed}) as bench:
+            measure(opened, device, bench, seconds, file, click.echo)
+    except Red as reason:
+        click.echo(f"RED: {reason} ({file})", err=True)
+        sys.exit(RED_STATUS)
+    click.echo(f"results: {file}", err=True)
 
 
 @command.command()

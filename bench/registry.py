@@ -25,7 +25,7 @@ from . import models
 from .measure import Failed, Red, Series, Skipped, remove
 from .models import Kind, Shape
 
-MODULES = ("kernels", "merges", "floor", "peers", "shape", "tracing")
+MODULES = ("kernels", "merges", "floor", "peers", "derive", "shape", "tracing")
 
 
 @dataclass
@@ -62,6 +62,8 @@ class Bench:
     mergekit: str | None = None  # its mergekit-yaml
     timeout: float = 7200  # seconds for one process
     backend: str = "auto"
+    device: str | None = None  # of the triton engine
+    vram_limit: str | None = None
 
     def models(self, shape: Shape, kinds: Sequence[Kind] = ("checkpoint",), *, sparse: int | None = None) -> Path:
         """A set of models of `shape` in the working directory, made once; what other cases left makes room for it.

@@ -58,6 +58,7 @@ class Commands(click.Group):
         "eval": ("safepatch_core.evaluate.command", "Measure harmful rate, over-refusal and utility of a model."),
         "bench": ("safepatch_core.bench.command", "Measure the engine here, beside its limits and its peers."),
         "run": ("safepatch_core.run", "Derive, merge and evaluate, from one YAML file."),
+        "sweep": ("safepatch_core.sweep.command", "Search the recipe that scores best, from one YAML file."),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -179,12 +180,21 @@ def merge(
             {
                 "output": str(result.out),
                 "counts": result.counts,
+                "acted": result.acted,
+                "changed": result.changed,
+                "surviving": result.surviving,
                 "bytes_read": result.bytes_read,
                 "bytes_written": result.bytes_written,
             }
         )
     elif not quiet:
-        click.echo(f"{count_table(result.counts)}\nwritten: {printable(result.out)}")
+        click.echo(count_table(result.counts))
+        if result.surviving is not None:
+            click.echo(
+                f"stored bits changed at {result.changed:,d} of {result.acted:,d} entries that patches act on "
+                f"({result.surviving:.1%}); the others' steps are lost in rounding"
+            )
+        click.echo(f"written: {printable(result.out)}")
 
 
 def size_option(text: str | None) -> int | None:

@@ -42,7 +42,7 @@ def test_every_case_has_its_own_name_and_every_group_a_short_one() -> None:
     cases = registry.cases()
     assert all(case.name == name and case.description for name, case in cases.items())
     groups = {name.partition("/")[0] for name in cases}
-    assert groups == {"kernels", "merge", "memory", "floor", "peers", "shape", "profile"}
+    assert groups == {"kernels", "merge", "memory", "floor", "peers", "derive", "shape", "profile"}
     assert {case.name.partition("/")[0] for case in cases.values() if case.short} == groups
 
 

@@ -115,6 +115,25 @@ def test_verify_finds_every_kind_of_damage(recipe: Path, tmp_path: Path) -> None
     assert "config.json: missing" in safepatch("verify", out).stderr
 
 
+def test_verify_never_hangs_nor_guesses(recipe: Path, tmp_path: Path) -> None:
+    """A pipe in the place of any file, and a file that is listed twice."""
+    out = tmp_path / "out"
+    assert safepatch("merge", recipe, "-o", out, "--quiet").returncode == 0
+    for name in sorted(os.listdir(out)):
+        whole = (out / name).read_bytes()
+        (out / name).unlink()
+        os.mkfifo(out / name)
+        found = safepatch("verify", out, "--json")
+        assert found.returncode == 65 and name in found.stdout + found.stderr, (name, found.stderr)
+        (out / name).unlink()
+        (out / name).write_bytes(whole)
+    sums = (out / "SHA256SUMS").read_text()
+    (out / "SHA256SUMS").write_text(sums + f"{'0' * 64}  config.json\n")
+    assert "names a file again" in safepatch("verify", out).stderr
+    (out / "SHA256SUMS").write_text(sums)
+    assert json.loads(safepatch("verify", out, "--json").stdout)["ok"] is True
+
+
 def test_verify_with_another_recipe_says_where_it_differs(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert safepatch("merge", recipe, "-o", out, "--quiet").returncode == 0

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from safepatch_core.derive.objective import Example, Format, answer_nll, mean_nll
+from safepatch_core.derive.objective import (
+    Example,
+    Format,
+    Likelihood,
+    NegativePreference,
+    answer_nll,
+    mean_nll,
+    reference_nlls,
+    row_nlls,
+)
 from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError
 from tests.tiny_lm import CHATML, tiny_llama, tiny_tokenizer
@@ -133,3 +143,86 @@ def test_nll_of_a_padded_batch_is_the_sum_over_answer_tokens_of_each_row_alone()
     tokens = sum(e.answer_tokens for e in examples)
     with Progress("nll", 2, quiet=True, report=None) as progress:
         assert mean_nll(model, examples, 2, progress) == pytest.approx(expected / tokens, rel=1e-5)
+
+
+EXAMPLES = [Format(tiny_tokenizer()).encode(f"What is {i}?", f"Sure, {i}{'.' * i}", 256) for i in range(4)]
+
+
+def gradient(loss: torch.Tensor, model: Any) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def references(model: Any) -> dict[Example, float]:
+    with Progress("reference", 2, quiet=True, report=None) as progress:
+        return reference_nlls(model, EXAMPLES, 2, progress)
+
+
+def test_row_nlls_are_those_of_each_row_alone() -> None:
+    model = tiny_llama().eval()
+    expected = [by_hand(model, e) for e in EXAMPLES]
+    assert row_nlls(model, EXAMPLES).tolist() == pytest.approx(expected, rel=1e-5)
+    assert references(model) == pytest.approx(dict(zip(EXAMPLES, expected, strict=True)), rel=1e-5)
+
+
+def test_npo_is_the_papers_formula_over_the_rows_of_a_step() -> None:
+    model, beta = tiny_llama(), 0.3
+    before = references(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    now = [by_hand(model, e) for e in EXAMPLES]
+    ratios = [math.exp(before[e] - nll) ** beta for e, nll in zip(EXAMPLES, now, strict=True)]  # (pi / pi_ref)^beta
+    expected = 2 / beta * sum(math.log1p(r) for r in ratios) / len(EXAMPLES)
+    objective = NegativePreference(beta, before)
+    whole, nats = objective.loss(model, EXAMPLES, EXAMPLES)
+    assert float(whole.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(nats) == pytest.approx(sum(now), rel=1e-5) and not nats.requires_grad
+    halves = [objective.loss(model, EXAMPLES[i : i + 2], EXAMPLES)[0] for i in (0, 2)]
+    assert float(sum(h.detach() for h in halves)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_npo_starts_as_ascent_and_loses_interest_in_answers_that_became_unlikely() -> None:
+    model = tiny_llama()
+    before = references(model)
+    ascent = gradient(-row_nlls(model, EXAMPLES).mean(), model)
+    # At the reference every row's weight is 2 * sigmoid(0) = 1; with beta near 0 it is so anywhere.
+    torch.testing.assert_close(
+        gradient(NegativePreference(0.5, before).loss(model, EXAMPLES, EXAMPLES)[0], model), ascent
+    )
+    unlikely = {e: nll - 40 for e, nll in before.items()}
+    far = [
+        gradient(NegativePreference(beta, unlikely).loss(model, EXAMPLES, EXAMPLES)[0], model) for beta in (1e-5, 0.5)
+    ]
+    torch.testing.assert_close(far[0], ascent, rtol=1e-2, atol=1e-4)
+    assert float(far[1].norm()) < 1e-6 * float(ascent.norm())
+
+
+def test_likelihood_is_a_mean_over_the_tokens_of_the_step() -> None:
+    model = tiny_llama()
+    tokens = sum(e.answer_tokens for e in EXAMPLES)
+    for sign in (1.0, -1.0):
+        parts = [Likelihood(sign).loss(model, EXAMPLES[i : i + 2], EXAMPLES) for i in (0, 2)]
+        nats = sum(float(n) for _, n in parts)
+        assert sum(float(loss.detach()) for loss, _ in parts) == pytest.approx(sign * nats / tokens, rel=1e-6)
+        assert nats == pytest.approx(float(answer_nll(model, EXAMPLES).detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece", [1, 600, 1 << 19])
+def test_the_loss_in_pieces_has_the_bits_of_cross_entropy(
+    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safepatch_core.derive.objective.PIECE", piece)
+    model = tiny_llama().to(dtype)
+    width, first = max(len(e.ids) for e in EXAMPLES), min(e.answer for e in EXAMPLES)
+    ids, mask = torch.zeros(2, len(EXAMPLES), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, example in enumerate(EXAMPLES):
+        size = len(example.ids)
+        ids[row, :size], mask[row, :size] = torch.tensor(example.ids), 1
+        labels[row, example.answer : size] = ids[row, example.answer : size]
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first + 1).logits
+    target = labels[:, first:].flatten()
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target, reduction="sum")
+    found = answer_nll(model, EXAMPLES)
+    assert torch.equal(found, expected)
+    assert torch.equal(gradient(0.37 * found, model), gradient(0.37 * expected, model))

@@ -71,7 +71,7 @@ def test_a_run_writes_two_checkpoints_their_importance_traces_record_and_recipe(
     assert (result.run, result.recipe) == (run, run / "recipe.yaml")
     assert sorted(p.name for p in run.iterdir()) == sorted(
         ["safety", "over-safety", "importance", "trace-safety.jsonl", "trace-over-safety.jsonl", "derive.json"]
-        + ["recipe.yaml"]
+        + ["recipe.yaml", "curves.png"]
     )
     base = weights(where / "base")
     patched = {name: weights(run / name) for name in ("safety", "over-safety")}
@@ -147,11 +147,22 @@ def test_base_in_bfloat16_trains_in_float32_and_says_what_rounding_leaves(where:
     assert 0 < patch["changed_share_in_base_dtype"] < 0.5 < patch["changed_share"]
 
 
-def test_training_in_bfloat16_warns(where: Path) -> None:
-    events: list[dict[str, Any]] = []
-    go(settings(where, dtype="bfloat16", importance="none"), report=events.append)
-    assert "vanishes" in events[0]["warning"]
-    assert {t.dtype for t in weights(where / "run/safety").values()} == {torch.bfloat16}
+def test_in_bfloat16_stochastic_rounding_keeps_small_updates_and_nearest_warns_that_it_does_not(where: Path) -> None:
+    write_lm(where / "half", torch.bfloat16)
+    shares = {}
+    for rounding in ("stochastic", "nearest"):
+        events: list[dict[str, Any]] = []
+        given = {"dtype": "bfloat16", "rounding": rounding, "learning_rate": 1e-5, "importance": "none"}
+        result = go(settings(where, model=where / "half", out=where / rounding, **given), report=events.append)
+        assert any("vanishes" in event.get("warning", "") for event in events) == (rounding == "nearest")
+        assert {t.dtype for t in weights(where / rounding / "safety").values()} == {torch.bfloat16}
+        patch = result.summary["patches"]["safety"]
+        assert patch["updates_below_half_step"] > 0.8
+        lines = (where / rounding / "trace-safety.jsonl").read_text().splitlines()
+        found = [json.loads(line)["below_half_step"] for line in lines]
+        assert patch["updates_below_half_step"] == sum(found) / len(found)
+        shares[rounding] = patch["changed_share"]
+    assert shares["stochastic"] > 1.3 * shares["nearest"]
 
 
 def test_importance_at_the_backbone_or_none(where: Path) -> None:
@@ -291,6 +302,72 @@ def test_a_stopped_run_resumes_to_the_same_bytes(undisturbed: Path, phase: str) 
     go(config, resume=True, report=lambda event: phases.append(event["phase"]))
     assert not {name for name in done if name in phases}
     assert content(Path(config.out)) == content(undisturbed / "run")
+
+
+CHECKPOINTED: dict[str, dict[str, Any]] = {
+    "full": {"optim": "adamw_in_backward"},
+    "bfloat16": {"dtype": "bfloat16", "optim_state_dtype": "bfloat16", "gradient_checkpointing": True},
+    "npo beside utility rows": {"safety": {"max_steps": 7, "objective": "npo"}, "utility_data": "rows.jsonl"},
+    "lora with dropout": {"method": "lora", "lora_dropout": 0.3, "learning_rate": 1e-2},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_training_goes_on_from_its_latest_checkpoint_to_the_same_bytes(where: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"safety": {"max_steps": 7}, "over_safety": {"max_steps": 3}, "importance": "none"}
+    changes |= {"save_steps": 2} | CHECKPOINTED[kind]
+    if "utility_data" in changes:
+        changes["utility_data"] = where / changes["utility_data"]
+    go(settings(where, **changes, out=where / "whole"))
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["phase"] == "safety" and event["done"] == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        go(settings(where, **changes), report=stop)
+    assert [p.name for p in (where / "run/checkpoint-safety").iterdir()] == ["4"]
+    done: list[int] = []
+    go(
+        settings(where, **changes),
+        resume=True,
+        report=lambda event: done.append(event["done"]) if event["phase"] == "safety" else None,
+    )
+    assert done == [5, 6, 7]
+    assert content(where / "run") == content(where / "whole")
+
+
+def test_training_that_diverges_leaves_no_checkpoint(where: Path) -> None:
+    with pytest.raises(UsageError, match="diverged"):
+        go(settings(where, learning_rate=1e4, ascent_bound=None, safety={"max_steps": 400}, save_steps=1))
+    assert not (where / "run").exists()
+
+
+def test_npo_and_utility_rows_are_on_record(where: Path) -> None:
+    write_rows(where / "ordinary.jsonl", 4)
+    given = {"importance": "none", "utility_data": where / "ordinary.jsonl", "utility_rows": "1:4"}
+    npo = {"max_steps": 2, "objective": "npo", "utility_weight": 0}
+    summary = go(settings(where, safety=npo, **given)).summary
+    assert [summary["patches"][n]["objective"] for n in ("safety", "over-safety")] == ["npo", "descent"]
+    assert summary["inputs"]["utility_data"]["rows"] == 3
+    assert summary["nll"]["safety"] > summary["nll"]["backbone"] > summary["nll"]["over-safety"]
+    traces = [(where / f"run/trace-{n}.jsonl").read_text() for n in ("safety", "over-safety")]
+    assert ["utility_nll" in trace for trace in traces] == [False, True]
+    (where / "ordinary.jsonl").write_text('{"question": "a", "answer": " "}\n')
+    with pytest.raises(InputError, match=r"ordinary.*line 1: column 'answer' is empty"):
+        go(settings(where, out=where / "other", utility_data=where / "ordinary.jsonl"))
+
+
+def test_curves_are_drawn_from_the_traces_or_their_lack_is_said(
+    undisturbed: Path, where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = content(undisturbed / "run")["curves.png"]
+    assert image.startswith(b"\x89PNG") and b"matplotlib" not in image and b"tIME" not in image
+    monkeypatch.setattr("safepatch_core.derive.steps.can_draw", lambda: False)
+    events: list[dict[str, Any]] = []
+    go(settings(where, importance="none"), report=events.append)
+    assert events[0] == {"warning": "matplotlib is not installed: no curves.png"}
+    assert not (where / "run/curves.png").exists()
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(undisturbed: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safepatch_core.derive import DeriveConfig
 from safepatch_core.derive.importance import snip
 from safepatch_core.derive.loop import Outcome, planned_steps, train
-from safepatch_core.derive.objective import Example, Format, answer_nll
+from safepatch_core.derive.objective import Example, Format, Likelihood, answer_nll
 from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError, UsageError
 from tests.tiny_lm import tiny_llama, tiny_tokenizer
@@ -40,7 +40,16 @@ def run(config: DeriveConfig, *, ascent: bool, examples: list[Example] = EXAMPLE
     model = tiny_llama()
     trace = io.StringIO()
     with Progress("train", 6, quiet=True, report=None) as progress:
-        outcome = train(model, examples, config, config.safety, ascent=ascent, trace=trace, progress=progress)
+        outcome = train(
+            model,
+            examples,
+            config,
+            config.safety,
+            objective=Likelihood(-1.0 if ascent else 1.0),
+            bound=config.ascent_bound if ascent else None,
+            trace=trace,
+            progress=progress,
+        )
     return model, outcome, [json.loads(line) for line in trace.getvalue().splitlines()]
 
 
@@ -52,7 +61,7 @@ def test_descent_lowers_and_ascent_raises_the_nll() -> None:
     for ascent in (False, True):
         _, outcome, trace = run(settings(), ascent=ascent)
         first, last = trace[0]["nll"], trace[-1]["nll"]
-        assert outcome == Outcome(6, False)
+        assert outcome == Outcome(6, False, "adamw", None)
         assert (last > 1.3 * first) if ascent else (last < 0.7 * first)
         assert [record["step"] for record in trace] == [1, 2, 3, 4, 5, 6]
         assert all(record["learning_rate"] == 1e-2 and record["grad_norm"] > 0 for record in trace)
@@ -69,8 +78,9 @@ def test_ascent_stops_at_the_bound_and_the_finding_step_changes_nothing() -> Non
     free, _, trace = run(settings(), ascent=True)
     bound = (trace[2]["nll"] + trace[3]["nll"]) / 2
     stopped, outcome, short = run(settings(ascent_bound=bound, ascent_window=1), ascent=True)
-    assert outcome == Outcome(3, True)
-    assert short[:3] == trace[:3] and short[3] == {**trace[3], "stopped": "ascent_bound"}
+    assert (outcome.steps, outcome.bounded) == (3, True)
+    found = {key: value for key, value in trace[3].items() if key != "grad_norm"}  # it has no backward pass
+    assert short[:3] == trace[:3] and short[3] == found | {"stopped": "ascent_bound"}
     assert same(stopped, run(settings(safety={"max_steps": 3}), ascent=True)[0])
     assert not same(stopped, free)
 
@@ -84,8 +94,8 @@ def test_the_bound_reads_the_mean_over_the_window_weighted_by_tokens() -> None:
 
 
 def test_the_bound_is_not_for_descent_and_lets_one_step_be_taken() -> None:
-    assert run(settings(ascent_bound=1e-3), ascent=False)[1] == Outcome(6, False)
-    assert run(settings(ascent_bound=1e-3), ascent=True)[1] == Outcome(1, True)
+    assert not run(settings(ascent_bound=1e-3), ascent=False)[1].bounded
+    assert run(settings(ascent_bound=1e-3), ascent=True)[1].steps == 1
 
 
 def test_a_seed_repeats_bit_for_bit() -> None:
@@ -111,7 +121,7 @@ def test_every_pass_sees_every_row_once_in_a_new_order(monkeypatch: pytest.Monke
         seen.extend(batch)
         return answer_nll(model, batch)
 
-    monkeypatch.setattr("safepatch_core.derive.loop.answer_nll", watched)
+    monkeypatch.setattr("safepatch_core.derive.objective.answer_nll", watched)
     config = settings(batch_size=3, safety={"num_train_epochs": 2.5})
     assert planned_steps(8, config, config.safety) == 7
     _, outcome, _ = run(config, ascent=False)
@@ -120,13 +130,70 @@ def test_every_pass_sees_every_row_once_in_a_new_order(monkeypatch: pytest.Monke
     assert seen[:8] != seen[8:16]
 
 
+def test_utility_rows_join_the_loss_of_each_step_in_an_order_of_their_own() -> None:
+    ordinary = [CHAT.encode(f"Name {i}", "No." + "!" * i, 256) for i in range(5)]
+
+    def trained(**changes: Any) -> tuple[Any, list[Any]]:
+        config, model, trace = settings(safety={"max_steps": 3}, **changes), tiny_llama(), io.StringIO()
+        with Progress("train", 3, quiet=True, report=None) as progress:
+            train(
+                model,
+                EXAMPLES,
+                config,
+                config.safety,
+                objective=Likelihood(-1.0),
+                bound=None,
+                trace=trace,
+                progress=progress,
+                utility=ordinary,
+            )
+        return model, [json.loads(line) for line in trace.getvalue().splitlines()]
+
+    model, trace = trained(utility_weight=0.5, max_grad_norm=None)
+    halves, same_trace = trained(utility_weight=0.5, max_grad_norm=None, batch_size=2, gradient_accumulation_steps=2)
+    for a, b in zip(trace, same_trace, strict=True):
+        assert a == {**a, **{key: pytest.approx(b[key], rel=2e-2) for key in ("nll", "utility_nll", "grad_norm")}}
+    for p, q in zip(model.parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.1, atol=5e-3)
+    # It holds ordinary answers where they were while the others go away, and more so with more weight.
+    free = trained(utility_weight=0.0)[1]
+    assert trace[-1]["utility_nll"] < free[-1]["utility_nll"]
+    assert trained(utility_weight=5.0)[1][-1]["utility_nll"] < trace[-1]["utility_nll"]
+    first = [r["nll"] for r in (trace[0], run(settings(), ascent=True)[2][0])]
+    assert first[0] == first[1], "the rows themselves are drawn as without utility rows"
+
+
+def test_the_first_step_with_utility_rows_follows_the_gradient_of_the_sum() -> None:
+    ordinary = [CHAT.encode("Name it", "No.", 256)] * 4
+    config, model = settings(safety={"max_steps": 1}, batch_size=8, utility_weight=2.0), tiny_llama()
+    trace = io.StringIO()
+    with Progress("train", 1, quiet=True, report=None) as progress:
+        train(
+            model,
+            EXAMPLES,
+            config,
+            config.safety,
+            objective=Likelihood(-1.0),
+            bound=None,
+            trace=trace,
+            progress=progress,
+            utility=ordinary,
+        )
+    fresh = tiny_llama()
+    nlls = [answer_nll(fresh, rows) / sum(e.answer_tokens for e in rows) for rows in (EXAMPLES, ordinary)]
+    gradients = torch.autograd.grad(-nlls[0] + 2.0 * nlls[1], list(fresh.parameters()))
+    expected = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
+    assert json.loads(trace.getvalue())["grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_only_trainable_parameters_move() -> None:
     config = settings()
     model = tiny_llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("q_proj" in name)
+    objective, trace = Likelihood(1.0), io.StringIO()
     with Progress("train", 6, quiet=True, report=None) as progress:
-        train(model, EXAMPLES, config, config.safety, ascent=False, trace=io.StringIO(), progress=progress)
+        train(model, EXAMPLES, config, config.safety, objective=objective, bound=None, trace=trace, progress=progress)
     for (name, now), then in zip(model.named_parameters(), tiny_llama().parameters(), strict=True):
         assert torch.equal(now, then) == ("q_proj" not in name)
 

@@ -53,7 +53,7 @@ def prompts_of(tested: Subject) -> list[tuple[int, ...]]:
     return [e.ids[: e.answer] for e in examples]
 
 
-def greedy(tested: Subject, prompt: tuple[int, ...], ends: set[int], count: int) -> str:
+def greedy_tokens(tested: Subject, prompt: tuple[int, ...], ends: set[int], count: int) -> list[int]:
     """One prompt, no cache, no padding."""
     ids = list(prompt)
     for _ in range(count):
@@ -62,7 +62,12 @@ def greedy(tested: Subject, prompt: tuple[int, ...], ends: set[int], count: int)
         if token in ends:
             break
         ids.append(token)
-    return str(tested.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)).strip()
+    return ids[len(prompt) :]
+
+
+def greedy(tested: Subject, prompt: tuple[int, ...], ends: set[int], count: int) -> str:
+    tokens = greedy_tokens(tested, prompt, ends, count)
+    return str(tested.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def plain_nll(tested: Subject, ids: list[int], start: int) -> float:
@@ -91,6 +96,29 @@ def test_an_answer_ends_at_any_of_the_end_tokens(tested: Subject) -> None:
     answers = tested.ask(prompts, {first}, settings(max_new_tokens=12), silent())
     assert answers[0] == ""
     assert answers == [greedy(tested, p, ends, 12) for p in prompts]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_that_have_ended_are_let_go(tested: Subject, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight prompts whose answers end at different tokens: the others' go on as if they had been asked alone."""
+    if not cached:
+        monkeypatch.setattr("transformers.DynamicCache", type("Other", (), {}))
+    examples = [tested.chat.encode(f"{p} {i}", "-", 256) for i, p in enumerate(PROMPTS * 2)]
+    prompts = [e.ids[: e.answer] for e in examples]
+    said = [greedy_tokens(tested, p, {tested.tokenizer.eos_token_id}, 12) for p in prompts]
+    early = next(t for t in sorted({*sum(said, [])}) if 4 <= sum(t in tokens[:10] for tokens in said) < 8)
+    ends = {early, tested.tokenizer.eos_token_id}
+    sizes, generate = [], tested.model.generate
+
+    def counted(**given: Any) -> Any:
+        sizes.append(len(given["input_ids"]))
+        assert cached or given["past_key_values"] is None
+        return generate(**given)
+
+    monkeypatch.setattr(tested.model, "generate", counted)
+    answers = tested.ask(prompts, ends, settings(max_new_tokens=12), silent())
+    assert answers == [greedy(tested, p, ends, 12) for p in prompts]
+    assert sizes[0] == 8 and sizes == sorted(set(sizes), reverse=True) and len(sizes) > 1
 
 
 def test_the_models_own_generation_settings_do_not_apply(tested: Subject) -> None:

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from safepatch_core.evaluate import statistics
-from safepatch_core.evaluate.statistics import Pairs, bootstrap, difference_of_rates, mcnemar, pair, wilson
+from safepatch_core.evaluate.statistics import Pairs, bootstrap, difference_of_rates, mcnemar, normal, pair, wilson
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,13 @@ def test_difference_of_rates_covers_as_often_as_it_says() -> None:
         low, high = difference_of_rates(Pairs(*map(int, counts)))
         covered += low <= shares[1] - shares[2] <= high
     assert 0.93 <= covered / 2000 <= 0.98
+
+
+def test_normal_interval_of_a_share_stays_a_share() -> None:
+    assert normal(0.5, 0.1, True) == pytest.approx((0.304, 0.696), abs=1e-4)
+    assert normal(0.99, 0.1, True) == pytest.approx((0.794, 1.0), abs=1e-4)
+    assert normal(3.0, 0.5, False) == pytest.approx((2.02, 3.98), abs=1e-3)
+    assert normal(0.5, None, True) is None
 
 
 def test_bootstrap_of_a_mean_is_near_the_normal_interval() -> None:

@@ -36,10 +36,12 @@ def derive(
     """Train both patches, take their importance and write a recipe that merges them.
 
     Writes under `config.out`: `safety/` and `over-safety/` (checkpoints with the base's tensor names, in the training
-    dtype; or PEFT adapters), `importance/…/` (float32 scores of the target tensors), `trace-….jsonl` (one line per
-    optimiser step), `derive.json` (configuration, inputs, NLLs in nats per token, share of changed entries) and
-    `recipe.yaml`. Each appears whole or not at all; with `resume` what is done is kept, and the rest gives the bytes
-    that an undisturbed run gives. On the CPU a seed repeats bit for bit (same versions and number of threads).
+    dtype; or deltas of the target tensors; or PEFT adapters), `importance/…/` (float32 scores of the target tensors),
+    `trace-….jsonl` (one line per optimiser step), `curves.png` (drawn from them, where matplotlib is installed),
+    `derive.json` (configuration, inputs, NLLs in nats per token, share of changed entries) and `recipe.yaml`. While a
+    patch is trained with `save_steps`, `checkpoint-…/` holds what a resumed run goes on from. Each appears whole or
+    not at all; with `resume` what is done is kept, and the rest gives the bytes that an undisturbed run gives. On the
+    CPU a seed repeats bit for bit (same versions and number of threads).
 
     `quiet` silences stderr; `report` gets progress events: {phase, done, total, tokens_per_second, …} or {warning}.
 
@@ -49,7 +51,8 @@ def derive(
     """
     for library in libraries(config):
         if find_spec(library) is None:
-            raise UsageError(f"derive needs {library}", expected="pip install 'safepatch[derive]'")
+            extra = "derive,quantize" if library == "bitsandbytes" else "derive"
+            raise UsageError(f"derive needs {library}", expected=f"pip install 'safepatch[{extra}]'")
     from safepatch_core.derive import steps
 
     summary = steps.run(config, resume=resume, quiet=quiet, report=report)

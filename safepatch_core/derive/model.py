@@ -1,28 +1,26 @@
-"""The backbone on disk and in memory: load it, adapt it, and save what became of it under the backbone's names."""
+"""The backbone: load it, adapt it, and measure what became of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from safepatch_core.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, TensorEntry, open_checkpoint, read_json
+from safepatch_core import language_model
+from safepatch_core.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint, read_json
 from safepatch_core.derive.config import DeriveConfig
+from safepatch_core.derive.saving import DTYPES, read_tensor
 from safepatch_core.errors import InputError, UsageError
+from safepatch_core.language_model import first_line
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Target = Callable[[str, int], bool]  # (tensor name, dimensions) -> whether the recipe patches it
+_PIECE = 1 << 22  # entries that are compared at a time
 
 
 def open_backbone(ref: str) -> tuple[Checkpoint, Path]:
@@ -39,13 +37,6 @@ def open_backbone(ref: str) -> tuple[Checkpoint, Path]:
     return base, base.root
 
 
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """One tensor of a checkpoint, on the CPU."""
-    with safe_open(entry.path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(entry.name)
-    return tensor
-
-
 def targets(base: Checkpoint, is_target: Target) -> list[TensorEntry]:
     """The tensors that the recipe will patch. Raises InputError if there is none, or a merge wouldn't take one."""
     found = [e for e in base.tensors.values() if e.dtype in FLOATS and is_target(e.name, len(e.shape))]
@@ -58,100 +49,35 @@ def targets(base: Checkpoint, is_target: Target) -> list[TensorEntry]:
     return found
 
 
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silences the progress bars and remarks of transformers while this project shows its own."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises InputError if there is none that opens without running code."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a broken tokenizer file makes the library raise
-        raise InputError(f"tokenizer can't be opened ({_first_line(error)})", file=folder) from error
-
-
-class Limits(NamedTuple):
-    """What a model can be fed: the longest sequence, where there is a limit, and how many token ids it knows."""
-
-    positions: int | None
-    vocabulary: int
-
-
-def limits(folder: Path) -> Limits:
-    """The limits in the checkpoint's config. Raises InputError if transformers doesn't know the model."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        text: Any = config.get_text_config()
-        return Limits(getattr(text, "max_position_embeddings", None), int(text.vocab_size))
-    except Exception as error:  # as above
-        raise InputError(f"config can't be opened ({_first_line(error)})", file=folder) from error
-
-
 def load_model(folder: Path, config: DeriveConfig) -> Any:
-    """A causal LM from a local checkpoint, in the run's dtype, on its device.
-
-    Raises InputError if transformers can't open it from safetensors alone, or if weights are missing.
-    """
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-    try:
-        model, info = auto.from_pretrained(
-            folder,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # as above
-        raise InputError(f"model can't be opened ({_first_line(error)})", file=folder) from error
-    if info["missing_keys"]:
-        raise InputError(
-            f"{len(info['missing_keys'])} tensors of the model are missing",
-            file=folder,
-            tensor=min(info["missing_keys"]),
-        )
-    return model.to(device(config))
+    """The backbone in the run's dtype, on its device. Raises as `language_model.load_model`."""
+    return language_model.load_model(folder, config.dtype, config.device)
 
 
-def device(config: DeriveConfig) -> torch.device:
-    """Where to train. Raises UsageError for a device that isn't there."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(config.device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{config.device}' can't be used ({_first_line(error)})") from None
-    return where
+def load_frozen(folder: Path, config: DeriveConfig) -> Any:
+    """The backbone as an adapter is trained on it: quantised, if the run says so. Raises as `load_model`."""
+    if config.quantization == "none":
+        return load_model(folder, config)
+    from transformers import BitsAndBytesConfig
+
+    dtype = getattr(torch, config.dtype)
+    untyped: Any = BitsAndBytesConfig
+    if config.quantization == "int8":
+        quantised = untyped(load_in_8bit=True)
+    else:
+        quantised = untyped(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    _peft()
+    model = language_model.load_model(folder, config.dtype, config.device, quantization_config=quantised)
+    for module in model.modules():
+        # Once asked for an answer on a CPU with AVX512-BF16, a 4-bit layer would be packed, and have wrong gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def add_adapter(model: Any, config: DeriveConfig) -> Any:
     """The model with a fresh LoRA adapter, which alone is trainable. Raises UsageError if it fits no module."""
-    import peft
-
+    peft = _peft()
     modules = config.target_modules
     try:
         return peft.get_peft_model(
@@ -165,14 +91,12 @@ def add_adapter(model: Any, config: DeriveConfig) -> Any:
             ),
         )
     except ValueError as error:
-        raise UsageError(f"LoRA doesn't fit the model ({_first_line(error)})") from error
+        raise UsageError(f"LoRA doesn't fit the model ({first_line(error)})") from error
 
 
 def merge_adapter(model: Any, folder: Path) -> Any:
     """The model with the adapter in `folder` added to its weights."""
-    import peft
-
-    return peft.PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).merge_and_unload()
+    return _peft().PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).merge_and_unload()
 
 
 def save_adapter(model: Any, folder: Path, base: str) -> None:
@@ -189,117 +113,67 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def save_model(model: Any, folder: Path, base: Checkpoint) -> None:
-    """Writes the model's weights in safetensors, under exactly the base's names; with its config.
-
-    transformers undoes the renamings and fusions of its own loading; what it leaves is settled here: a prefix that
-    the base's names lack, tied tensors that the base repeats, and tensors that the model doesn't use (taken from the
-    base). Raises InputError if a trained tensor has no counterpart in the base.
-    """
-    model.save_pretrained(folder)
-    _name_as_base(model, folder, base, {name: partial(read_tensor, entry) for name, entry in base.tensors.items()})
-
-
-def save_scores(
-    model: Any, folder: Path, base: Checkpoint, scores: dict[str, Tensor], entries: Sequence[TensorEntry]
-) -> None:
-    """Writes scores, named and shaped as the model's parameters, for exactly the base's tensors `entries`.
-
-    A tensor that the model doesn't use has score 0. Naming and errors as in `save_model`.
-    """
-    model.save_pretrained(folder, state_dict=scores)
-    for path in folder.glob("*config.json"):
-        path.unlink()
-    _name_as_base(model, folder, base, {entry.name: partial(torch.zeros, entry.shape) for entry in entries})
-
-
 class Changed(NamedTuple):
-    """Entries in which a patch differs from the base: as trained, and once rounded to the base's dtype."""
+    """What a patch changes: as trained, and once rounded to the base's dtype.
+
+    `exact` and `rounded` count the entries that differ from the base. With d the change as trained and r the change
+    that rounding leaves, `kept_l1` is the share of the sum of |d| that lies in entries where r is not 0, and
+    `error_l2` is |r - d| / |d| in Euclidean norms: 0 where all survives, 1 where nothing does.
+    """
 
     exact: int
     rounded: int
+    kept_l1: float
+    error_l2: float
 
 
 def changed_entries(pairs: Iterable[tuple[Tensor, Tensor]]) -> Changed:
-    """Counts over (base tensor in its own dtype, patched tensor) pairs."""
+    """Measures (base tensor in its own dtype, patched tensor) pairs; sums are taken in float64."""
     exact = rounded = 0
-    for old, new in pairs:
-        exact += int(torch.count_nonzero(new.float() != old.float()))
-        rounded += int(torch.count_nonzero(new.to(old.dtype) != old))
-    return Changed(exact, rounded)
+    total = kept = squares = errors = 0.0
+    for whole in pairs:
+        for old, new in zip(*(torch.split(tensor.flatten(), _PIECE) for tensor in whole), strict=True):
+            after = new.to(old.dtype)
+            survives = after != old
+            delta, left = new.double() - old.double(), after.double() - old.double()
+            exact += int(torch.count_nonzero(delta))
+            rounded += int(torch.count_nonzero(survives))
+            total += float(delta.abs().sum())
+            kept += float(delta[survives].abs().sum())
+            squares += float(delta.square().sum())
+            errors += float((left - delta).square().sum())
+    if not total:
+        return Changed(exact, rounded, 1.0, 0.0)
+    return Changed(exact, rounded, kept / total, math.sqrt(errors / squares))
 
 
-def trained(folder: Path, entries: Sequence[TensorEntry]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each target tensor of the base with what a fully trained checkpoint made of it."""
-    saved = open_checkpoint(folder).tensors
-    return ((read_tensor(entry), read_tensor(saved[entry.name])) for entry in entries)
+def adapted(model: Any, entries: Sequence[TensorEntry]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each of the base's tensors `entries` that the model's adapter changes, with float32 of base + adapter.
 
-
-def adapted(model: Any, entries: Sequence[TensorEntry], is_target: Target) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each target weight under the model's adapter, in the dtype of most target entries, with the sum of both."""
+    The base's own tensors are read: the model's may be in another dtype, or quantised.
+    """
     from peft.tuners.lora import LoraLayer
 
-    by_dtype = Counter[str]()
-    for entry in entries:
-        by_dtype[entry.dtype] += entry.entries
-    dtype = DTYPES[by_dtype.most_common(1)[0][0]]
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    for name, layer in layers:
-        weight = layer.get_base_layer().weight.detach()
-        if not is_target(f"{name}.weight", weight.ndim):
-            continue
-        yield weight.to(dtype), weight.float() + layer.get_delta_weight("default").detach().float()
+    plain = model.get_base_model()
+    by_name = {entry.name: entry for entry in entries}
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in plain.named_modules() if isinstance(m, LoraLayer)]
+    for module, layer in layers:
+        name, prefix = f"{module}.weight", plain.base_model_prefix
+        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        entry = next((by_name[n] for n in names if n in by_name), None)
+        if entry is not None:
+            old = read_tensor(entry)
+            yield old, old.float() + layer.get_delta_weight("default").detach().cpu().float()
 
 
-def _name_as_base(model: Any, folder: Path, base: Checkpoint, unused: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Gives the tensors in `folder` the base's names: those of `unused`, whose values are for what wasn't saved."""
-    saved = open_checkpoint(folder)
-    tied = _tied_names(model)
-    origins = {name: _origin(name, saved, model.base_model_prefix, tied) for name in unused}
-    lost = saved.tensors.keys() - origins.values()
-    if lost:
-        raise InputError("trained tensor has no counterpart in the base", file=base.ref, tensor=min(lost))
-    if all(name == origin for name, origin in origins.items()):
-        return
-    layout: dict[str, list[str]] = {}
-    for name in sorted(origins):
-        layout.setdefault(base.tensors[name].file, []).append(name)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, file in enumerate(sorted(layout), 1):
-        target = SINGLE if len(layout) == 1 else f"model-{number:05}-of-{len(layout):05}.safetensors"
-        tensors = {}
-        for name in layout[file]:
-            origin = origins[name]
-            tensors[name] = unused[name]() if origin is None else read_tensor(saved.tensors[origin])
-        save_file(tensors, folder / f"{target}.part", metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, target)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    for shard in saved.shards:
-        shard.path.unlink()
-    (folder / INDEX).unlink(missing_ok=True)
-    for target in set(weight_map.values()):
-        os.replace(folder / f"{target}.part", folder / target)
-    if len(layout) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def _origin(name: str, saved: Checkpoint, prefix: str, tied: dict[str, str]) -> str | None:
-    """Under which name transformers saved the base's tensor `name`."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        for alias in (candidate, tied.get(candidate)):
-            if alias in saved.tensors:
-                return alias
-    return None
-
-
-def _tied_names(model: Any) -> dict[str, str]:
-    """Other names of shared parameters -> the name that comes first."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in every if name != first[id(parameter)]}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def _peft() -> Any:
+    """The library, which imports bitsandbytes where it is installed; and that would fetch `kernels` from the hub."""
+    there = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it fails
+    try:
+        import peft
+    finally:
+        del sys.modules["kernels"]
+        if there is not None:
+            sys.modules["kernels"] = there
+    return peft

@@ -1,11 +1,11 @@
-"""The objective: token cross-entropy on the answer alone, under the model's own chat template."""
+"""The objectives: all read the token cross-entropy of the answer alone, under the model's own chat template."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError
 
 IGNORED = -100
+# Logits of which the cross-entropy is taken at a time; a GPU waits for launches otherwise.
+PIECE, CUDA_PIECE = 1 << 19, 1 << 25
 # Some templates print today's date unless they are given one, and a run must not depend on the day.
 TEMPLATE_DATE = "26 Jul 2024"
 _MARK = "safepatch-answer"
@@ -118,11 +120,27 @@ class Format:
 
 def answer_nll(model: Any, examples: Sequence[Example]) -> Tensor:
     """Sum of -log p over all answer tokens of the batch, in nats: a float32 scalar with its graph."""
+    nlls, counted = _token_nlls(model, examples)
+    nlls, counted = nlls.flatten(), counted.flatten()
+    # Sums in the order in which cross_entropy does.
+    target = torch.where(counted, 0, IGNORED)
+    return torch.nn.functional.nll_loss(-nlls[:, None], target, ignore_index=IGNORED, reduction="sum")
+
+
+def row_nlls(model: Any, examples: Sequence[Example]) -> Tensor:
+    """Sum of -log p over each row's answer tokens, in nats: float32 of shape (rows,) with its graph."""
+    return _token_nlls(model, examples)[0].sum(1)
+
+
+def _token_nlls(model: Any, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """-log p of the tokens from the batch's first answer token on, in nats, float32 (rows, tokens); 0 for those that
+    are no answer's, and which those are that count."""
     device = model.device
     width = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
+    # One more than there are tokens: the last position predicts nothing.
+    labels = torch.full((len(examples), width + 1), IGNORED)
     for row, example in enumerate(examples):
         size = len(example.ids)
         ids[row, :size] = torch.tensor(example.ids)
@@ -132,11 +150,99 @@ def answer_nll(model: Any, examples: Sequence[Example]) -> Tensor:
     first = max(min(e.answer for e in examples), 1)
     narrow = {"logits_to_keep": width - first + 1} if _keeps_logits(model) else {}
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **narrow).logits
-    logits = logits[:, -(width - first + 1) : -1].float()
     target = labels[:, first:].to(device)
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    if logits.shape[1] != target.shape[1]:  # a slice's gradient is another tensor of this size
+        logits = logits[:, -target.shape[1] :]
+    cross_entropy: Any = _CrossEntropy.apply
+    nlls = cross_entropy(logits, target)
+    return nlls[:, :-1], target[:, :-1] != IGNORED
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits (rows, tokens, vocabulary) and targets (rows, tokens), float32, 0 where it is IGNORED.
+
+    The same bits as torch's, of value and gradient, in a quarter of its memory: a few tokens at a time, and the
+    gradient takes the place of the logits, which nobody else reads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        flat, wanted = logits.flatten(0, 1), target.flatten()
+        ctx.save_for_backward(flat, wanted)
+        ctx.shape = logits.shape
+        found = torch.empty(len(flat), device=flat.device)
+        for part in _pieces(flat):
+            found[part] = _nll(flat[part].float(), wanted[part])
+        return found.view(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        flat, wanted = ctx.saved_tensors
+        gradient = gradients[0].flatten()
+        for part in _pieces(flat):
+            logits = flat[part].float().detach().requires_grad_()
+            with torch.enable_grad():
+                nlls = _nll(logits, wanted[part])
+            flat[part] = torch.autograd.grad(nlls, logits, gradient[part])[0]
+        return flat.view(ctx.shape), None
+
+
+def _nll(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    size = max((CUDA_PIECE if logits.is_cuda else PIECE) // logits.shape[1], 1)
+    return (slice(at, at + size) for at in range(0, len(logits), size))
+
+
+class Objective(Protocol):
+    """What a patch's training minimises."""
+
+    def loss(self, model: Any, batch: Sequence[Example], step: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """The batch's share of the loss of all rows of the `step`, with its graph; and the batch's answer NLL."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Mean answer NLL of a step's tokens, times `sign`: 1 descends it, -1 ascends it."""
+
+    sign: float
+
+    def loss(self, model: Any, batch: Sequence[Example], step: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        nll = answer_nll(model, batch)
+        return self.sign * nll / sum(e.answer_tokens for e in step), nll.detach()
+
+
+@dataclass(frozen=True)
+class NegativePreference:
+    """NPO: 2/beta · mean over a step's rows of log(1 + (pi/pi_ref)^beta) (Zhang et al., arXiv 2404.05868, L_NPO).
+
+    pi is an answer's probability as a whole, `reference` its NLL in nats under the untrained model. As beta goes to 0
+    this becomes ascent; elsewhere a row counts the less, the less likely its answer has become.
+    """
+
+    beta: float
+    reference: Mapping[Example, float]
+
+    def loss(self, model: Any, batch: Sequence[Example], step: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        nlls = row_nlls(model, batch)
+        ratios = torch.tensor([self.reference[e] for e in batch], device=nlls.device) - nlls
+        loss = torch.nn.functional.softplus(self.beta * ratios).sum() * (2 / (self.beta * len(step)))
+        return loss, nlls.detach().sum()
+
+
+@torch.no_grad()
+def reference_nlls(
+    model: Any, examples: Sequence[Example], batch_size: int, progress: Progress
+) -> dict[Example, float]:
+    """Each row's answer NLL in nats. The model is left in eval mode."""
+    model.eval()
+    found: dict[Example, float] = {}
+    for batch in batches(examples, batch_size):
+        found |= zip(batch, row_nlls(model, batch).tolist(), strict=True)
+        progress.advance(tokens=sum(len(e.ids) for e in batch))
+    return found
 
 
 @torch.no_grad()

@@ -45,6 +45,11 @@ class Progress:
     ) -> None:
         self._bar.close()
 
+    def skip(self, steps: int) -> None:
+        """So many steps were done by an earlier run."""
+        self._done += steps
+        self._bar.update(steps)
+
     def advance(self, *, tokens: int, **facts: float) -> None:
         """One step is done; `tokens` went through the model in it."""
         self._done += 1

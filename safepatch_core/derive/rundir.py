@@ -105,9 +105,23 @@ class RunDirectory:
             shutil.rmtree(target, ignore_errors=True)  # left by a run that stopped before its record
             os.rename(staging, target)
             sync_directory(target.parent)
+            if target.parent != self.path:
+                sync_directory(self.path)
+
+    def remove_folder(self, name: str) -> None:
+        """Removes RUN/name, if it is there, so that it is never seen in part under its name."""
+        target = self.path / name
+        doomed = target.parent / f".safepatch-{target.name}"
+        with failures_named(target):
+            shutil.rmtree(doomed, ignore_errors=True)
+            if target.exists():
+                os.rename(target, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def _leave_nothing(self) -> None:
         """Undoes a run that was refused before its first step was done."""
+        for checkpoints in self.path.glob("checkpoint-*"):
+            shutil.rmtree(checkpoints, ignore_errors=True)
         with contextlib.suppress(OSError):
             for name in self._written:
                 (self.path / name).unlink(missing_ok=True)

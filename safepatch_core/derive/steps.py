@@ -16,36 +16,42 @@ import yaml
 from safetensors import SafetensorError
 
 from safepatch_core.checkpoint import Checkpoint
-from safepatch_core.derive.config import DeriveConfig, libraries
-from safepatch_core.derive.importance import snip
+from safepatch_core.derive.checkpoints import TrainingCheckpoints
+from safepatch_core.derive.config import DeriveConfig, PatchConfig, SafetyPatch, libraries
+from safepatch_core.derive.curves import can_draw, draw
+from safepatch_core.derive.importance import take_importance
 from safepatch_core.derive.loop import planned_steps, train
 from safepatch_core.derive.model import (
-    Limits,
+    Changed,
     adapted,
     add_adapter,
     changed_entries,
-    device,
-    limits,
+    load_frozen,
     load_model,
-    load_tokenizer,
     merge_adapter,
     open_backbone,
-    quiet_libraries,
     save_adapter,
-    save_model,
-    save_scores,
     targets,
-    trained,
 )
-from safepatch_core.derive.objective import Example, Format, mean_nll
+from safepatch_core.derive.objective import (
+    Example,
+    Format,
+    Likelihood,
+    NegativePreference,
+    Objective,
+    mean_nll,
+    reference_nlls,
+)
 from safepatch_core.derive.progress import Progress, Report, warn
 from safepatch_core.derive.rundir import RunDirectory
+from safepatch_core.derive.saving import applied, patched_tensors, save_delta, save_model, save_scores
 from safepatch_core.errors import InputError, IOFailure, UsageError
+from safepatch_core.language_model import Limits, find_device, limits, load_tokenizer, quiet_libraries
 from safepatch_core.recipe import Recipe, parse_recipe
 from safepatch_core.rows import Row, read_rows
 from safepatch_core.writer import hash_file
 
-RECIPE = "recipe.yaml"
+RECIPE, CURVES = "recipe.yaml", "curves.png"
 PATCHES = ("safety", "over-safety")
 BACKBONE = "backbone"
 # The models at which importance is taken.
@@ -59,8 +65,11 @@ def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Report | Non
         with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume) as out:
             for name in PATCHES:
                 out.step(name, partial(job.train, out, name))
-            for name in RANKED[config.importance]:
+                TrainingCheckpoints(out, name).clear()
+            for name in RANKED[config.ranked_at]:
                 out.step(f"importance/{name}", partial(job.rank, out, name))
+            if can_draw():
+                out.step(CURVES, partial(job.draw_curves, out))
             out.step(RECIPE, partial(job.write_recipe, out))
             return out.record
 
@@ -68,7 +77,7 @@ def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Report | Non
 @contextlib.contextmanager
 def _environment(config: DeriveConfig) -> Iterator[None]:
     """The run's threads and random state, given back at the end; what the libraries raise becomes one line."""
-    where = device(config)
+    where = find_device(config.device)
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -94,15 +103,17 @@ class Job:
     def __init__(self, config: DeriveConfig, quiet: bool, report: Report | None) -> None:
         self._config = config
         self._progress = partial(Progress, quiet=quiet, report=report)
-        if config.dtype == "bfloat16":
-            warn("dtype bfloat16: an update below half a step of its weight vanishes", quiet, report)
+        if not can_draw():
+            warn(f"matplotlib is not installed: no {CURVES}", quiet, report)
+        if config.dtype == "bfloat16" and config.rounding == "nearest":
+            warn("rounding to nearest bfloat16: an update below half a step of its weight vanishes", quiet, report)
         self._base, self._root = open_backbone(config.model)
         self._recipe = make_recipe(config, self._base.revision)
         self._targets = targets(self._base, self._recipe.is_target)
         columns = {"question": config.question_column, "answer": config.answer_column}
-        rows = read_rows(config.data, columns, config.rows)
+        rows = read_rows(config.data, columns, config.rows, config.data_where)
         self._tokenizer = load_tokenizer(self._root)
-        self._examples = _encode(rows, self._tokenizer, limits(self._root), config)
+        self._examples = _encode(config.data, rows, self._tokenizer, limits(self._root), config)
         self._probe = _sample(self._examples, config)
         self.inputs = {
             "data": {
@@ -114,55 +125,121 @@ class Job:
             "model": _fingerprint(self._base, self._root),
             "libraries": {name: version(name) for name in libraries(config)},
         }
+        self._utility: list[Example] = []
+        if config.utility_data is not None:
+            columns = {"question": config.utility_question_column, "answer": config.utility_answer_column}
+            rows = read_rows(config.utility_data, columns, config.utility_rows)
+            self._utility = _encode(config.utility_data, rows, self._tokenizer, limits(self._root), config)
+            self.inputs["utility_data"] = {"sha256": hash_file(Path(config.utility_data)), "rows": len(rows)}
 
     def train(self, out: RunDirectory, name: str) -> None:
         """RUN/NAME, a trained checkpoint or adapter, and RUN/trace-NAME.jsonl."""
-        config, ascent = self._config, name == "safety"
-        patch = config.safety if ascent else config.over_safety
-        model = load_model(self._root, config)
+        config, unlearned = self._config, name == "safety"
+        patch = config.safety if unlearned else config.over_safety
+        model = load_frozen(self._root, config) if config.method == "lora" else load_model(self._root, config)
         if BACKBONE not in out.record["nll"]:
             out.record["nll"][BACKBONE] = self._nll(model, BACKBONE)
-        if ascent:
+        if unlearned:
             self._check_room(out.record["nll"][BACKBONE])
+        objective = self._objective(model, name, patch)
         torch.manual_seed(config.seed)
         model = self._trainable(model)
         steps = planned_steps(len(self._examples), config, patch)
         with out.new_file(f"trace-{name}.jsonl") as trace, self._progress(name, steps) as progress:
-            outcome = train(model, self._examples, config, patch, ascent=ascent, trace=trace, progress=progress)
+            outcome = train(
+                model,
+                self._examples,
+                config,
+                patch,
+                objective=objective,
+                bound=config.ascent_bound if unlearned else None,
+                trace=trace,
+                progress=progress,
+                utility=self._utility if config.weight(patch) else (),
+                checkpoints=TrainingCheckpoints(out, name),
+            )
         with out.new_folder(name) as folder:
-            if config.method == "lora":
-                save_adapter(model, folder, config.model)
-                pairs = adapted(model, self._targets, self._recipe.is_target)
-            else:
-                save_model(model, folder, self._base)
-                pairs = trained(folder, self._targets)
-            self._tokenizer.save_pretrained(folder)
-            changed = changed_entries(pairs)
-        if config.importance != "patched":
+            changed = self._save(model, folder)
+        if config.ranked_at != "patched":
             out.record["nll"][name] = self._nll(model, name)
         entries = sum(e.entries for e in self._targets)
         out.record["patches"][name] = {
-            "objective": "ascent" if ascent else "descent",
+            "objective": patch.objective if isinstance(patch, SafetyPatch) else "descent",
+            "optim": outcome.optim,
             "steps": outcome.steps,
             "stopped_by": "ascent_bound" if outcome.bounded else "steps",
             "entries": entries,
             "changed_share": changed.exact / entries,
             "changed_share_in_base_dtype": changed.rounded / entries,
+            "kept_l1_in_base_dtype": changed.kept_l1,
+            "error_l2_in_base_dtype": changed.error_l2,
         }
+        if outcome.below_half_step is not None:
+            out.record["patches"][name]["updates_below_half_step"] = outcome.below_half_step
+
+    def _objective(self, model: Any, name: str, patch: PatchConfig) -> Objective:
+        """What the patch's training minimises; `model` is still the backbone."""
+        if not isinstance(patch, SafetyPatch):
+            return Likelihood(1.0)
+        if patch.objective == "ascent":
+            return Likelihood(-1.0)
+        size = self._config.batch_size
+        with self._progress(f"reference {name}", -(-len(self._examples) // size)) as progress:
+            return NegativePreference(patch.npo_beta, reference_nlls(model, self._examples, size, progress))
+
+    def _save(self, model: Any, folder: Path) -> Changed:
+        """The trained patch in its form: an adapter, a checkpoint, both with the tokenizer, or a delta."""
+        config, delta = self._config, self._config.save_as == "delta"
+        if config.method == "lora":
+            save_adapter(model, folder, config.model)
+            changed = changed_entries(adapted(model, self._targets))
+        else:
+            if delta:
+                save_delta(model, folder, self._base, self._targets, getattr(torch, config.delta_dtype))
+            else:
+                save_model(model, folder, self._base)
+            changed = changed_entries(patched_tensors(folder, self._targets, delta=delta))
+        if not delta:
+            self._tokenizer.save_pretrained(folder)
+        return changed
 
     def rank(self, out: RunDirectory, name: str) -> None:
-        """RUN/importance/NAME: SNIP importance at that patched model, or at the backbone."""
+        """RUN/importance/NAME: importance at that patched model, or at the backbone."""
         config = self._config
-        full = name != BACKBONE and config.method == "full"
-        model = load_model(out.path / name if full else self._root, config)
-        if name != BACKBONE and config.method == "lora":
-            model = merge_adapter(model, out.path / name)
-        with self._progress(f"importance {name}", len(self._probe)) as progress:
-            scores, nll = snip(model, self._probe, self._recipe.is_target, progress)
+        assert config.importance_kind != "magnitude"
         with out.new_folder(f"importance/{name}") as folder:
-            save_scores(model, folder, self._base, scores, self._targets)
-        out.record["nll"][name] = nll
+            model = self._patched(out, name, folder)
+            with self._progress(f"importance {name}", len(self._probe)) as progress:
+                taken = take_importance(
+                    model,
+                    self._probe,
+                    self._recipe.is_target,
+                    progress,
+                    kind=config.importance_kind,
+                    memory=config.importance_memory,
+                    folder=folder,
+                )
+            save_scores(model, folder, self._base, self._targets, taken.parameters, taken.layers)
+        out.record["nll"][name] = taken.nll
         out.record["importance"][name] = {"samples": len(self._probe), "tensors": len(self._targets)}
+
+    def _patched(self, out: RunDirectory, name: str, scratch: Path) -> Any:
+        """The backbone, or that patched model: what was trained, or base + the delta or adapter that was saved."""
+        config = self._config
+        if name == BACKBONE:
+            return load_model(self._root, config)
+        if config.method == "lora":
+            return merge_adapter(load_model(self._root, config), out.path / name)
+        if config.save_as == "delta":
+            with applied(out.path / name, self._base, self._targets, scratch / "patched") as checkpoint:
+                return load_model(checkpoint, config)
+        return load_model(out.path / name, config)
+
+    def draw_curves(self, out: RunDirectory) -> None:
+        """RUN/curves.png."""
+        traces = {name: out.path / f"trace-{name}.jsonl" for name in PATCHES}
+        with out.new_file(CURVES) as file:
+            draw(traces, out.record["nll"], self._config.ascent_bound, file.buffer)
 
     def write_recipe(self, out: RunDirectory) -> None:
         """RUN/recipe.yaml."""
@@ -206,13 +283,13 @@ def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
         base = os.path.relpath(os.path.abspath(base), os.path.realpath(config.out))
     patches = []
     for name, patch in zip(PATCHES, (config.safety, config.over_safety), strict=True):
-        ranked = name if config.importance == "patched" else BACKBONE
+        ranked = name if config.ranked_at == "patched" else BACKBONE
         patches.append(
             {
                 "name": name,
                 "source": name,
-                "kind": "lora" if config.method == "lora" else "checkpoint",
-                "importance": "magnitude" if config.importance == "none" else {"scores": f"importance/{ranked}"},
+                "kind": "lora" if config.method == "lora" else config.save_as,
+                "importance": "magnitude" if config.ranked_at == "none" else {"scores": f"importance/{ranked}"},
                 "top": patch.top,
                 "retain": patch.retain,
                 "scale": patch.scale,
@@ -221,7 +298,7 @@ def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
     return parse_recipe({"base": base, "patches": patches, "seed": config.seed})
 
 
-def _encode(rows: Sequence[Row], tokenizer: Any, limits: Limits, config: DeriveConfig) -> list[Example]:
+def _encode(file: str, rows: Sequence[Row], tokenizer: Any, limits: Limits, config: DeriveConfig) -> list[Example]:
     """The rows as the model reads them. Raises InputError, naming the row, for one that it can't read."""
     chat = Format(tokenizer, config.system_prompt)
     length = min(config.max_length, limits.positions or config.max_length)
@@ -230,8 +307,8 @@ def _encode(rows: Sequence[Row], tokenizer: Any, limits: Limits, config: DeriveC
         try:
             example = chat.encode(row.values["question"], row.values["answer"], length)
         except InputError as error:
-            unit = "row" if config.data.endswith((".json", ".parquet")) else "line"
-            raise InputError(f"{unit} {row.line}: {error}", file=config.data) from error
+            unit = "row" if file.endswith((".json", ".parquet")) else "line"
+            raise InputError(f"{unit} {row.line}: {error}", file=file) from error
         if max(example.ids) >= limits.vocabulary:
             raise InputError(
                 "tokenizer and model don't belong together",

@@ -1,4 +1,4 @@
-"""`safepatch eval`: the model as argument, one option per other field of `EvalConfig`."""
+"""`safepatch eval`: the models as arguments, one option per other field of `EvalConfig`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from safepatch_core.options import model_from_options, model_options
 
 
 @click.command(name="eval")
-@click.argument("model")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("-o", "--output", "out", required=True, metavar="REPORT", help="The report directory to create.")
-@model_options(EvalConfig, skip=("model", "out"))
+@model_options(EvalConfig, skip=("model", "more_models", "out"))
 @click.option("--force", is_flag=True, help="Replace an existing report, in one step.")
+@click.option("--resume", is_flag=True, help="Keep the models that an interrupted evaluation has measured.")
 @output_options
-def command(model: str, out: str, force: bool, quiet: bool, as_json: bool, **given: Any) -> None:
-    """Measure MODEL: compliance with harmful prompts, over-refusal, answer NLL and perplexity.
+def command(
+    models: tuple[str, ...], out: str, force: bool, resume: bool, quiet: bool, as_json: bool, **given: Any
+) -> None:
+    """Measure each MODEL: compliance with harmful prompts, over-refusal, answer NLL, perplexity, tasks of lm-eval.
 
-    Without data files the bundled demo data is used.
+    Several are compared with the same baseline in one report. Without data files the bundled demo data is used.
     """
     from safepatch_core.evaluate import evaluate
 
-    config = model_from_options(EvalConfig, {**given, "model": model}, out=out)
-    report = evaluate(config, quiet=quiet or as_json, force=force)
+    first, *more = models
+    config = model_from_options(EvalConfig, {**given, "model": first}, more_models=more, out=out)
+    report = evaluate(config, quiet=quiet or as_json, force=force, resume=resume)
     if as_json:
         emit(report.data)
     elif not quiet:
-        click.echo(f"{report.table()}\nreport: {printable(report.directory / 'report.md')}")
+        click.echo(f"{report.table()}\nreport: {printable(report.directory / 'report.html')}")

@@ -8,21 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.evaluate.config import EvalConfig, Where
+from safepatch_core.evaluate.config import EvalConfig, Kind, PromptSet
 from safepatch_core.rows import Row, read_rows, read_text, slice_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """One set of prompts: each row has `question`, and `answer` where answers are measured."""
+    """One set of prompts: each row has `question`, and `answer` and `category` where the data has them."""
 
+    name: str
+    kind: Kind
     path: Path
     rows: list[Row]
-    about: dict[str, Any]  # for the report: file, sha256, rows
+    about: dict[str, Any]  # for the report: kind, file, sha256, rows
 
     @property
     def answered(self) -> bool:
         return "answer" in self.rows[0].values
+
+    @property
+    def categories(self) -> list[str] | None:
+        """One per row, if there are any."""
+        return [row.values["category"] for row in self.rows] if "category" in self.rows[0].values else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,32 +45,23 @@ class Text:
 class Data:
     """Everything to be measured on; None is left out of the report."""
 
-    harmful: Prompts | None
-    harmless: Prompts | None
+    sets: list[Prompts]
     text: Text | None
 
     @property
     def about(self) -> dict[str, Any]:
-        parts = {"harmful": self.harmful, "harmless": self.harmless, "text": self.text}
-        return {name: part.about for name, part in parts.items() if part is not None}
+        texts = {} if self.text is None else {"text": self.text.about}
+        return {prompts.name: prompts.about for prompts in self.sets} | texts
 
     @property
     def paths(self) -> list[Path]:
-        return [part.path for part in (self.harmful, self.harmless, self.text) if part is not None]
+        return [part.path for part in (*self.sets, self.text) if part is not None]
 
 
 def load(config: EvalConfig) -> Data:
     """The data of a configuration. Raises InputError naming file and line, UsageError for a bad slice."""
     config = config.with_data()
-    harmful = harmless = text = None
-    if config.harmful is not None:
-        columns = {"question": config.harmful_column}
-        if config.answer_column is not None:
-            columns["answer"] = config.answer_column
-        harmful = _prompts(config.harmful, columns, config.harmful_rows, config.harmful_where)
-    if config.harmless is not None:
-        columns = {"question": config.harmless_column}
-        harmless = _prompts(config.harmless, columns, config.harmless_rows, config.harmless_where)
+    text = None
     if config.text is not None:
         path = Path(config.text)
         lines = read_text(path).splitlines(keepends=True)
@@ -71,13 +69,15 @@ def load(config: EvalConfig) -> Data:
         if not content.strip():
             raise InputError("no text", file=path)
         text = Text(path, content, {**_about(path), "characters": len(content)})
-    return Data(harmful, harmless, text)
+    return Data([_prompts(prompts) for prompts in config.sets], text)
 
 
-def _prompts(file: str, columns: dict[str, str], rows: str | None, where: Where) -> Prompts:
-    path = Path(file)
-    read = read_rows(path, columns, rows, where)
-    return Prompts(path, read, {**_about(path), "prompts": len(read)})
+def _prompts(of: PromptSet) -> Prompts:
+    columns = {"question": of.column, "answer": of.answer_column, "category": of.category_column}
+    wanted = {name: column for name, column in columns.items() if column is not None}
+    path = Path(of.file)
+    rows = read_rows(path, wanted, of.rows, of.where)
+    return Prompts(of.name, of.kind, path, rows, {"kind": of.kind, **_about(path), "prompts": len(rows)})
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -1,73 +1,78 @@
-"""All that one model shows on the data: its answers, its answer NLLs, its text NLLs."""
+"""All that one model shows on the data: its answers, its answer NLLs, its text NLLs, its scores in tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from safepatch_core.derive.objective import Example
 from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError
 from safepatch_core.evaluate.config import EvalConfig
 from safepatch_core.evaluate.data import Data, Prompts, Text
-from safepatch_core.evaluate.judge import refuses
 from safepatch_core.evaluate.spans import Span, windows
 from safepatch_core.evaluate.subject import Subject, batch_count, opened
+from safepatch_core.evaluate.tasks import Score, Tasks
 
 
-@dataclass(frozen=True, slots=True)
-class Replies:
+class Replies(BaseModel):
     """A model's answers to one set of prompts, in the rows' order."""
 
+    model_config = ConfigDict(frozen=True)
+
     answers: list[str]
-    refused: list[bool]
-    nll: list[float] | None  # of the harmful answers given in the data: mean nats per token of each
+    nll: list[float] | None = None  # of the harmful answers given in the data: mean nats per token of each
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """What one model showed; None where the data has no such part."""
+class Measurement(BaseModel):
+    """What one model showed; as JSON it is what an interrupted evaluation keeps."""
 
-    about: dict[str, Any]  # for the report: parameters, dtype
-    harmful: Replies | None
-    harmless: Replies | None
-    text: list[tuple[float, int]] | None  # per window: nats, scored tokens
+    model_config = ConfigDict(frozen=True)
+
+    parameters: int
+    dtype: str
+    replies: dict[str, Replies] = {}  # by set
+    text: list[tuple[float, int]] | None = None  # per window: nats, scored tokens
+    scores: list[Score] = []
 
 
-def measure(folder: Path, label: str, data: Data, config: EvalConfig, *, quiet: bool) -> Measurement:
-    """Load the model in `folder`, measure it on `data`, and give its memory back.
+def measure(
+    folder: Path, label: str, data: Data, tasks: Tasks | None, config: EvalConfig, *, quiet: bool
+) -> Measurement:
+    """Load the model in `folder`, measure it on `data` and `tasks`, and give its memory back.
 
     Raises InputError for a model or a row that can't be used (file and line), UsageError for settings.
     """
     progress = partial(Progress, quiet=quiet, report=None)
     with opened(folder, config) as subject:
-        harmful = harmless = text = None
-        if data.harmful is not None:
-            examples = _encode(subject, data.harmful, config)
-            answers = _ask(subject, examples, config, progress(f"{label}: harmful", _steps(examples, config)))
+        replies = {}
+        for prompts in data.sets:
+            examples = _encode(subject, prompts, config)
+            title = f"{label}: {prompts.name}"
+            answers = _ask(subject, examples, config, progress(title, _steps(examples, config)))
             nll = None
-            if data.harmful.answered:
+            if prompts.answered:
                 spans = [Span(e.ids, e.answer) for e in examples]
-                sums = _nll(subject, spans, config, progress(f"{label}: answers", _steps(spans, config)))
+                sums = _nll(subject, spans, config, progress(f"{title}, NLL", _steps(spans, config)))
                 nll = [total / span.scored for total, span in zip(sums, spans, strict=True)]
-            harmful = Replies(answers, list(map(refuses, answers)), nll)
-        if data.harmless is not None:
-            examples = _encode(subject, data.harmless, config)
-            answers = _ask(subject, examples, config, progress(f"{label}: harmless", _steps(examples, config)))
-            harmless = Replies(answers, list(map(refuses, answers)), None)
+            replies[prompts.name] = Replies(answers=answers, nll=nll)
+        text = None
         if data.text is not None:
             spans = _windows(subject, data.text, config)
             sums = _nll(subject, spans, config, progress(f"{label}: text", _steps(spans, config)))
             text = [(total, span.scored) for total, span in zip(sums, spans, strict=True)]
+        scores = [] if tasks is None else tasks.score(subject, config, quiet=quiet)
         weights = list(subject.model.parameters())
-        about = {
-            "parameters": sum(p.numel() for p in weights),
-            "dtype": str(weights[0].dtype).removeprefix("torch."),
-        }
-    return Measurement(about, harmful, harmless, text)
+        return Measurement(
+            parameters=sum(p.numel() for p in weights),
+            dtype=str(weights[0].dtype).removeprefix("torch."),
+            replies=replies,
+            text=text,
+            scores=scores,
+        )
 
 
 def _steps(items: Sequence[object], config: EvalConfig) -> int:

@@ -1,36 +1,52 @@
-"""From measurements to the report: report.json, report.md, answers.jsonl. No torch here."""
+"""From measurements to report.json: every metric of every model, with its interval and its change from the baseline.
+
+`models` and every metric share their labels: "baseline" where there is one, "model", and "model_2", "model_3", …
+where several were measured. The change of each from the baseline stands beside it: "difference", "difference_2", …
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from safepatch_core import __version__
-from safepatch_core.errors import printable
+from safepatch_core.errors import InputError
 from safepatch_core.evaluate.config import EvalConfig
-from safepatch_core.evaluate.judge import HELD_OUT, TUNED, Agreement
+from safepatch_core.evaluate.judge import HELD_OUT, TUNED, Agreement, Verdict
+from safepatch_core.evaluate.page import page
 from safepatch_core.evaluate.statistics import (
     Interval,
     Statistic,
     bootstrap,
     difference_of_rates,
     mcnemar,
+    normal,
     pair,
     wilson,
 )
+from safepatch_core.evaluate.text import difference_of, markdown
 
 if TYPE_CHECKING:
     from safepatch_core.evaluate.data import Data, Prompts
-    from safepatch_core.evaluate.measure import Measurement, Replies
+    from safepatch_core.evaluate.measure import Measurement
+    from safepatch_core.evaluate.tasks import Score
 
 FORMAT = 1
-SHOWN = 200  # characters of an answer in report.md
+BASELINE = "baseline"
+# Scores of lm-eval that lie between 0 and 1 and are shown in percent.
+SHARES = ("acc", "exact_match", "em", "f1", "mc1", "mc2")
+# A model that was taken apart may be out of range; what counts is that it is very bad.
+LARGEST_EXPONENT = 700.0
+
+T = TypeVar("T")
+# Label of a model → set → a verdict on each answer.
+Verdicts = Mapping[str, Mapping[str, Sequence[Verdict]]]
 
 
 class _Metric(NamedTuple):
@@ -41,6 +57,12 @@ class _Metric(NamedTuple):
     unit: str
     better: str
 
+    def of_set(self, name: str) -> _Metric:
+        """The metric on one of the further sets."""
+        if name in ("harmful", "harmless"):
+            return self
+        return self._replace(name=f"{self.name}.{name}", title=f"{self.title}, {name}")
+
 
 COMPLIANCE = _Metric("harmful_compliance", "Harmful compliance", "rate", "lower")
 ANSWER_NLL = _Metric("answer_nll", "NLL of harmful answers", "nats per token", "higher")
@@ -49,94 +71,173 @@ PERPLEXITY = _Metric("perplexity", "Perplexity", "per token", "lower")
 
 
 def build(
-    config: EvalConfig, refs: Mapping[str, str], data: Data, measured: Mapping[str, Measurement]
+    config: EvalConfig,
+    data: Data,
+    measured: Mapping[str, Measurement],
+    verdicts: Verdicts,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of report.json. `measured` holds "model", and "baseline" where there is one."""
-    after, before = measured["model"], measured.get("baseline")
+    """The content of report.json.
+
+    `facts` holds what else is known: `models`, per label name and digest; `patches`, per label what a merge changed;
+    `judge`, the classifier, if one was used; `tasks`, about lm-eval; `fingerprint`, a digest of all inputs.
+    """
     metrics = []
-    if after.harmful is not None:
-        past = None if before is None else before.harmful
-        metrics.append(_rate(COMPLIANCE, _complied(after.harmful), None if past is None else _complied(past)))
-        if after.harmful.nll is not None:
-            metrics.append(_mean(ANSWER_NLL, after.harmful.nll, None if past is None else past.nll, config.seed))
-    if after.harmless is not None:
-        past = None if before is None else before.harmless
-        metrics.append(_rate(OVER_REFUSAL, after.harmless.refused, None if past is None else past.refused))
-    if after.text is not None:
-        metrics.append(_perplexity(after.text, None if before is None else before.text, config.seed))
+    for prompts in data.sets:
+        said = {label: of[prompts.name] for label, of in verdicts.items()}
+        if prompts.kind == "harmful":
+            complied = {label: [v.harmful for v in of] for label, of in said.items()}
+            metrics.append(_on_prompts(COMPLIANCE, prompts, complied, _rate, _change_of_rate))
+        else:
+            refused = {label: [v.refused for v in of] for label, of in said.items()}
+            metrics.append(_on_prompts(OVER_REFUSAL, prompts, refused, _rate, _change_of_rate))
+        nll = {label: of.replies[prompts.name].nll or [] for label, of in measured.items()}
+        if prompts.answered:
+            mean, change = _means(config.seed)
+            metrics.append(_on_prompts(ANSWER_NLL, prompts, nll, mean, change))
+    if data.text is not None:
+        metrics.append(_perplexity({label: of.text or [] for label, of in measured.items()}, config.seed))
+    first = next(iter(measured.values()))
+    for at in range(len(first.scores)):
+        metrics.append(_score({label: of.scores[at] for label, of in measured.items()}))
+    judge = {
+        "rule": "prefix matcher, safepatch_core.evaluate.judge",
+        "measured_on": "XSTest completions with human labels, full refusal against full compliance",
+        "tuned": _agreement(TUNED),
+        "held_out": _agreement(HELD_OUT),
+    }
+    if facts.get("judge") is not None:
+        judge["classifier"] = facts["judge"]
+    tasks = {} if facts.get("tasks") is None else {"lm_eval": facts["tasks"]}
     return {
         "format": FORMAT,
         "safepatch": __version__,
-        "models": {label: {"name": _name(refs[label]), **of.about} for label, of in measured.items()},
-        "data": data.about,
-        "metrics": metrics,
-        "judge": {
-            "rule": "prefix matcher, safepatch_core.evaluate.judge",
-            "measured_on": "XSTest completions with human labels, full refusal against full compliance",
-            "tuned": _rounded(TUNED),
-            "held_out": _rounded(HELD_OUT),
+        "fingerprint": facts.get("fingerprint"),
+        "models": {
+            label: {**facts["models"][label], "parameters": of.parameters, "dtype": of.dtype}
+            for label, of in measured.items()
         },
+        "data": data.about | tasks,
+        "metrics": metrics,
+        "patches": facts.get("patches", {}),
+        "judge": judge,
         "settings": config.with_data().settings(),
     }
 
 
-def _complied(replies: Replies) -> list[bool]:
-    return [not refused for refused in replies.refused]
-
-
-def _rate(metric: _Metric, model: Sequence[bool], baseline: Sequence[bool] | None) -> dict[str, Any]:
-    def value(of: Sequence[bool]) -> dict[str, Any]:
-        return {**_value(sum(of) / len(of), wilson(sum(of), len(of))), "count": sum(of)}
-
-    found = metric._asdict() | {"n": len(model), "model": value(model)}
-    if baseline is not None:
-        pairs = pair(model, baseline)
-        found["baseline"] = value(baseline)
-        found["difference"] = {
-            **_value((sum(model) - sum(baseline)) / len(model), difference_of_rates(pairs)),
-            "only_model": pairs.first,
-            "only_baseline": pairs.second,
-            "mcnemar_p": _round(mcnemar(pairs)),
-        }
+def _compare(
+    of: Mapping[str, T], one: Callable[[T], dict[str, Any]], change: Callable[[T, T], dict[str, Any] | None]
+) -> dict[str, Any]:
+    """Every model's value, and its change from the baseline where there is one and it can be told."""
+    found = {label: one(value) for label, value in of.items()}
+    if BASELINE in of:
+        for label in [label for label in of if label != BASELINE]:
+            difference = change(of[label], of[BASELINE])
+            if difference is not None:
+                found[difference_of(label)] = difference
     return found
 
 
-def _mean(metric: _Metric, model: Sequence[float], baseline: Sequence[float] | None, seed: int) -> dict[str, Any]:
-    def value(of: Sequence[float] | NDArray[np.float64]) -> dict[str, Any]:
+def _on_prompts(
+    metric: _Metric,
+    prompts: Prompts,
+    of: Mapping[str, Sequence[T]],
+    one: Callable[[Sequence[T]], dict[str, Any]],
+    change: Callable[[Sequence[T], Sequence[T]], dict[str, Any] | None],
+) -> dict[str, Any]:
+    """A metric with one value per prompt, over all of them and per category."""
+    metric = metric.of_set(prompts.name)
+    found = {**metric._asdict(), "set": prompts.name, "n": len(prompts.rows), **_compare(of, one, change)}
+    if prompts.categories is not None:
+        places = defaultdict(list)
+        for at, category in enumerate(prompts.categories):
+            places[category].append(at)
+        found["categories"] = [
+            {
+                "category": category,
+                "n": len(rows),
+                **_compare({label: [values[at] for at in rows] for label, values in of.items()}, one, change),
+            }
+            for category, rows in places.items()
+        ]
+    return found
+
+
+def _rate(of: Sequence[bool]) -> dict[str, Any]:
+    return {**_value(sum(of) / len(of), wilson(sum(of), len(of))), "count": sum(of)}
+
+
+def _change_of_rate(model: Sequence[bool], baseline: Sequence[bool]) -> dict[str, Any]:
+    pairs = pair(model, baseline)
+    return {
+        **_value((sum(model) - sum(baseline)) / len(model), difference_of_rates(pairs)),
+        "only_model": pairs.first,
+        "only_baseline": pairs.second,
+        "mcnemar_p": _round(mcnemar(pairs)),
+    }
+
+
+def _means(
+    seed: int,
+) -> tuple[Callable[[Sequence[float]], dict[str, Any]], Callable[[Sequence[float], Sequence[float]], dict[str, Any]]]:
+    """The mean of a value per prompt, and its change."""
+
+    def mean(of: Sequence[float]) -> dict[str, Any]:
         array = np.asarray(of)
         return _value(float(array.mean()), bootstrap(len(array), lambda units: array[units].mean(-1), seed))
 
-    found = metric._asdict() | {"n": len(model), "model": value(model)}
-    if baseline is not None:
-        found |= {"baseline": value(baseline), "difference": value(np.subtract(model, baseline))}
-    return found
+    return mean, lambda model, baseline: mean(list(np.subtract(model, baseline)))
 
 
-def _perplexity(
-    model: list[tuple[float, int]], baseline: list[tuple[float, int]] | None, seed: int
-) -> dict[str, Any]:
+def _perplexity(of: Mapping[str, list[tuple[float, int]]], seed: int) -> dict[str, Any]:
     def value(statistic: Statistic, units: int) -> dict[str, Any]:
         return _value(float(statistic(np.arange(units))), bootstrap(units, statistic, seed))
 
-    after = _perplexity_over(model)
-    found = PERPLEXITY._asdict() | {
-        "n": len(model),
-        "tokens": sum(tokens for _, tokens in model),
-        "model": value(after, len(model)),
-    }
-    if baseline is not None:
-        before = _perplexity_over(baseline)
-        found["baseline"] = value(before, len(baseline))
+    def one(windows: list[tuple[float, int]]) -> dict[str, Any]:
+        return value(_perplexity_over(windows), len(windows))
+
+    def change(model: list[tuple[float, int]], baseline: list[tuple[float, int]]) -> dict[str, Any] | None:
         # Two tokenizers cut a text differently; then the windows can't be paired, nor tokens compared.
-        if [tokens for _, tokens in model] == [tokens for _, tokens in baseline]:
-            found["difference"] = value(lambda units: after(units) - before(units), len(model))
-    return found
+        if [tokens for _, tokens in model] != [tokens for _, tokens in baseline]:
+            return None
+        after, before = _perplexity_over(model), _perplexity_over(baseline)
+        return value(lambda units: after(units) - before(units), len(model))
+
+    windows = of["model"]
+    counted = {"n": len(windows), "tokens": sum(tokens for _, tokens in windows)}
+    return {**PERPLEXITY._asdict(), **counted, **_compare(of, one, change)}
 
 
 def _perplexity_over(windows: list[tuple[float, int]]) -> Statistic:
     nats, tokens = np.array(windows, dtype=np.float64).T
-    # A model that was taken apart may be out of range of exp; what counts is that it is very bad.
-    return lambda units: np.exp(np.minimum(700.0, nats[units].sum(-1) / tokens[units].sum(-1)))
+    return lambda units: np.exp(np.minimum(LARGEST_EXPONENT, nats[units].sum(-1) / tokens[units].sum(-1)))
+
+
+def _score(of: Mapping[str, Score]) -> dict[str, Any]:
+    """One metric of one task of lm-eval, with intervals from its standard errors."""
+    first = of["model"]
+    share = first.metric.split(",")[0].startswith(SHARES)
+
+    def one(score: Score) -> dict[str, Any]:
+        return _value(score.value, normal(score.value, score.error, share))
+
+    def change(model: Score, baseline: Score) -> dict[str, Any] | None:
+        if model.values is None or baseline.values is None or len(model.values) != len(baseline.values):
+            return None
+        if {*model.values, *baseline.values} <= {0.0, 1.0}:
+            return _change_of_rate([v == 1 for v in model.values], [v == 1 for v in baseline.values])
+        changes = np.subtract(model.values, baseline.values)
+        error = float(changes.std(ddof=1)) / len(changes) ** 0.5 if len(changes) > 1 else None
+        return _value(float(changes.mean()), normal(float(changes.mean()), error, False))
+
+    return {
+        "name": f"lm_eval.{first.task}.{first.metric}",
+        "title": f"{first.task}, {first.metric}",
+        "unit": "rate" if share else "score",
+        "better": "lower" if first.higher_is_better is False else "higher",
+        "n": first.n,
+        **_compare(of, one, change),
+    }
 
 
 def _value(value: float, interval: Interval | None) -> dict[str, Any]:
@@ -148,142 +249,78 @@ def _round(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _rounded(agreement: Agreement) -> dict[str, Any]:
+def _agreement(agreement: Agreement) -> dict[str, Any]:
     return {name: value if isinstance(value, int) else round(value, 4) for name, value in agreement._asdict().items()}
 
 
-def _name(ref: str) -> str:
-    path = Path(ref)
-    return path.resolve().name if path.exists() else ref
+def names(refs: Mapping[str, str]) -> dict[str, str]:
+    """What the report calls each model: the last part of its path, with those before it where two are the same."""
+    paths = {label: Path(ref).resolve() for label, ref in refs.items() if Path(ref).exists()}
+    depth = {label: 1 for label in paths}
+    found = {}
+    for label, ref in refs.items():
+        if label not in paths:
+            found[label] = ref
+            continue
+        parts = paths[label].parts
+        others = {path.parts for path in paths.values() if path != paths[label]}
+        while depth[label] < len(parts) and any(o[-depth[label] :] == parts[-depth[label] :] for o in others):
+            depth[label] += 1
+        found[label] = "/".join(parts[-depth[label] :])
+    return found
 
 
-def files(report: Mapping[str, Any], data: Data, measured: Mapping[str, Measurement]) -> dict[str, bytes]:
+def patched_layers(manifest: Path) -> list[dict[str, Any]]:
+    """Per patch of a merged checkpoint, how many entries of each layer were selected and applied.
+
+    `layer` is the first number in a tensor's name, or null for what is outside the layers. Raises InputError if the
+    file is no manifest of a merge.
+    """
+    try:
+        patches = []
+        for patch in json.loads(manifest.read_bytes())["patches"]:
+            layers: dict[int | None, dict[str, int]] = {}
+            for tensor, counts in patch["tensors"].items():
+                number = re.search(r"(?<![^.])\d+(?![^.])", tensor)
+                sums = layers.setdefault(int(number[0]) if number else None, dict.fromkeys(COUNTS, 0))
+                for key in COUNTS:
+                    sums[key] += int(counts[key])
+            order = sorted(layers, key=lambda layer: (layer is None, layer))
+            patches.append({"name": str(patch["name"]), "layers": [{"layer": at, **layers[at]} for at in order]})
+        return patches
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError("not the manifest of a merge", file=manifest) from error
+
+
+COUNTS = ("entries", "selected", "applied")
+
+
+def files(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     """Name → content of every file of the report."""
-    rows = list(_answers(data, measured))
     return {
         "report.json": (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(),
-        "report.md": _markdown(report, rows).encode(),
+        "report.md": markdown(report, rows).encode(),
+        "report.html": page(report, rows).encode(),
         "answers.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
     }
 
 
-def _answers(data: Data, measured: Mapping[str, Measurement]) -> list[dict[str, Any]]:
-    """One record per prompt, harmful ones first: what was asked, and what each model said to it."""
+def answers(
+    data: Data, measured: Mapping[str, Measurement], verdicts: Verdicts, classified: bool
+) -> list[dict[str, Any]]:
+    """One record per prompt, in the sets' order: what was asked, and what each model said to it."""
     rows = []
-    for kind in ("harmful", "harmless"):
-        prompts: Prompts | None = getattr(data, kind)
-        for at, row in enumerate(prompts.rows if prompts is not None else []):
-            record: dict[str, Any] = {"set": kind, "line": row.line, "prompt": row.values["question"]}
-            for label, measurement in measured.items():
-                replies: Replies = getattr(measurement, kind)
-                said = {"answer": replies.answers[at], "refused": replies.refused[at]}
-                record[label] = said if replies.nll is None else said | {"nll": _round(replies.nll[at])}
+    for prompts in data.sets:
+        for at, row in enumerate(prompts.rows):
+            record: dict[str, Any] = {"set": prompts.name, "line": row.line, "prompt": row.values["question"]}
+            if prompts.categories is not None:
+                record["category"] = prompts.categories[at]
+            for label, of in measured.items():
+                replies, verdict = of.replies[prompts.name], verdicts[label][prompts.name][at]
+                record[label] = {"answer": replies.answers[at], "refused": verdict.refused}
+                if classified:
+                    record[label]["harmful"] = verdict.harmful
+                if replies.nll is not None:
+                    record[label]["nll"] = _round(replies.nll[at])
             rows.append(record)
     return rows
-
-
-def before_after(report: Mapping[str, Any]) -> str:
-    """The metrics of a report.json as a plain aligned table, for a terminal."""
-    rows = _table(report)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _table(report: Mapping[str, Any]) -> list[list[str]]:
-    paired = "baseline" in report["models"]
-    rows = [["metric", "n", *(["before", "after", "change"] if paired else ["value"])]]
-    for metric in report["metrics"]:
-        columns = ("baseline", "model", "difference") if paired else ("model",)
-        cells = [_cell(metric, key) if key in metric else "-" for key in columns]
-        rows.append([f"{metric['title']} ({metric['better']} is better)", str(metric["n"]), *cells])
-    return rows
-
-
-def _cell(metric: Mapping[str, Any], key: str) -> str:
-    sign = "+" if key == "difference" else ""
-    rate = metric["unit"] == "rate"
-
-    def number(value: float) -> str:
-        return f"{100 * value:{sign}.1f}" if rate else f"{value:{sign}.3f}"
-
-    of = metric[key]
-    text = number(of["value"]) + ("%" if rate else "")
-    if of["interval"] is not None:
-        text += f" [{number(of['interval'][0])}, {number(of['interval'][1])}]"
-    return text
-
-
-def _markdown(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    models, judge = report["models"], report["judge"]
-    table = _table(report)
-    parts = [
-        "# Evaluation of " + _escaped(models["model"]["name"]),
-        "\n".join(
-            f"- {'before' if label == 'baseline' else 'after' if 'baseline' in models else 'model'}: "
-            f"**{_escaped(of['name'])}**, {of['parameters']:,d} parameters, measured in {of['dtype']}"
-            for label, of in models.items()
-        ),
-        "\n".join(f"| {' | '.join(row)} |" for row in (table[0], ["---"] * len(table[0]), *table[1:])),
-        "In brackets: 95% intervals. Rates: Wilson; change of a rate: Newcombe's for pairs. Means and perplexity: "
-        "percentile bootstrap over prompts and windows (neighbouring windows are not independent, so the "
-        "interval of the perplexity is rather too narrow). NLL in nats per token, averaged over prompts.",
-    ]
-    tests = [
-        f"- {m['title']}: {m['difference']['only_baseline']} prompts only before, "
-        f"{m['difference']['only_model']} only after, p = {m['difference']['mcnemar_p']:.3g}"
-        for m in report["metrics"]
-        if "mcnemar_p" in m.get("difference", {})
-    ]
-    if tests:
-        parts += ["Exact McNemar tests on the same prompts:", "\n".join(tests)]
-    parts += [
-        "## Judge",
-        "Refusals are called by a prefix matcher that reads how an answer opens; gibberish and empty promises "
-        f"count as compliance. On {judge['measured_on']}:",
-        "\n".join(
-            f"- {title}: accuracy {of['accuracy']:.1%}, precision {of['precision']:.1%}, "
-            f"recall {of['recall']:.1%}, n = {of['n']}"
-            for title, of in (
-                ("answers held out while the rule was written", judge["held_out"]),
-                ("answers it was written on", judge["tuned"]),
-            )
-        ),
-        "## Data and settings",
-        "\n".join(f"- {name}: {_escaped(_facts(about))}" for name, about in report["data"].items()),
-        "\n".join(f"- {name}: {_escaped(json.dumps(value))}" for name, value in report["settings"].items()),
-    ]
-    shown = report["settings"]["samples"]
-    samples = [row for kind in ("harmful", "harmless") for row in [r for r in rows if r["set"] == kind][:shown]]
-    if samples:
-        parts += [
-            "## Answers side by side",
-            "Written by the models under test, unedited, and cut where “… [cut]” stands; some may be offensive or "
-            "wrong. All of them are in `answers.jsonl`.",
-            *(_sample(row) for row in samples),
-        ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _facts(about: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in about.items())
-
-
-def _sample(row: Mapping[str, Any]) -> str:
-    lines = [f"**{row['set']}, line {row['line']}:** {_escaped(_cut(row['prompt']))}", ""]
-    for label, title in (("baseline", "before"), ("model", "after" if "baseline" in row else "answer")):
-        if label in row:
-            verdict = "refused" if row[label]["refused"] else "complied"
-            answer = _escaped(_cut(row[label]["answer"])) or "(nothing)"
-            lines.append(f"- {title}, {verdict}: {answer}")
-    return "\n".join(lines)
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN else text[:SHOWN].rstrip() + "… [cut]"
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is: nobody's answer becomes a heading, a link or HTML."""
-    text = re.sub(r"([\\`*_\[\]<>#|~!])", r"\\\1", printable(text))
-    return re.sub(r"^([-+]|\d+[.)])", r"\\\1", text)

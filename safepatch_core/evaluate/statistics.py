@@ -2,6 +2,7 @@
 
 - A rate: Wilson's score interval.
 - A mean or a ratio of sums over units (prompts, windows): percentile bootstrap over the units, seeded.
+- A score that comes with its standard error: the normal interval.
 - The difference of two rates on the same prompts: Newcombe's square-and-add interval with the correlation of the
   pairs (his method 10), and McNemar's exact test.
 - The difference of two means or perplexities on the same units: percentile bootstrap over the pairs.
@@ -42,6 +43,14 @@ def wilson(successes: int, n: int) -> Interval:
     low, high = (centre - spread) / scale, (centre + spread) / scale
     # The ends are exact where rounding would leave a trace.
     return Interval(0.0 if successes == 0 else low, 1.0 if successes == n else high)
+
+
+def normal(value: float, error: float | None, share: bool) -> Interval | None:
+    """Of a value with that standard error; a share stays within 0 and 1. None without an error."""
+    if error is None:
+        return None
+    low, high = value - Z * error, value + Z * error
+    return Interval(max(0.0, low), min(1.0, high)) if share else Interval(low, high)
 
 
 def bootstrap(units: int, statistic: Statistic, seed: int) -> Interval | None:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from safepatch_core.checkpoint import open_checkpoint
-from safepatch_core.derive.model import load_tokenizer, quiet_libraries
 from safepatch_core.derive.objective import Format
 from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.evaluate.config import EvalConfig
 from safepatch_core.evaluate.spans import Span
+from safepatch_core.language_model import load_model, load_tokenizer, quiet_libraries
 
 # Logits are the widest tensor of a pass: a batch is cut so that they stay below this many floats (512 MiB).
 LOGITS = 1 << 27
@@ -64,24 +64,63 @@ class Subject:
         # generate() fills gaps of what it is given from the model's own settings, like a repetition penalty.
         self.model.generation_config = greedy
         try:
-            for batch in _batches([len(p) for p in prompts], config.batch_size):
-                width = max(len(prompts[i]) for i in batch)
-                ids = torch.full((len(batch), width), greedy.pad_token_id, dtype=torch.long)
-                mask = torch.zeros_like(ids)
-                for row, i in enumerate(batch):
-                    ids[row, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
-                    mask[row, width - len(prompts[i]) :] = 1
-                where = self.model.device
-                out = self.model.generate(
-                    input_ids=ids.to(where), attention_mask=mask.to(where), generation_config=greedy
-                )
-                for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
-                    stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-                    answers[i] = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
-                progress.advance(tokens=out.numel())
+            for batch in batches([len(p) for p in prompts], config.batch_size):
+                said = self._generate([prompts[i] for i in batch], ends, greedy)
+                for i, tokens in zip(batch, said, strict=True):
+                    answers[i] = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                progress.advance(tokens=sum(len(prompts[i]) + len(t) for i, t in zip(batch, said, strict=True)))
         finally:
             self.model.generation_config = shipped
         return answers
+
+    def _generate(self, prompts: Sequence[Sequence[int]], ends: set[int], greedy: Any) -> list[list[int]]:
+        """The tokens of one batch's answers, without their ends.
+
+        Whenever half of the rows have ended, the others go on without them: refusals are short, and a row that has
+        ended costs as much as one that goes on. Where 27 of 32 ended early that took 22% less time.
+        """
+        from transformers import DynamicCache, StoppingCriteriaList
+
+        width, length = max(map(len, prompts)), greedy.max_new_tokens
+        ids = torch.full((len(prompts), width), greedy.pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[row, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        last = torch.tensor(sorted(ends), device=ids.device)
+
+        def half_have_ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            ended = torch.isin(ids[:, width:], last).any(1)
+            return (2 * ended.sum() >= len(ended)).expand(len(ended))
+
+        said: list[list[int]] = [[] for _ in prompts]
+        rows, cache = list(range(len(prompts))), None
+        while rows:
+            greedy.max_new_tokens = width + length - ids.shape[1]
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=greedy,
+                past_key_values=cache,
+                stopping_criteria=StoppingCriteriaList([half_have_ended]),
+                return_dict_in_generate=True,
+            )
+            going = []
+            for place, tokens in enumerate(out.sequences[:, width:].tolist()):
+                end = next((at for at, token in enumerate(tokens) if token in ends), None)
+                said[rows[place]] = tokens[:end]
+                if end is None and len(tokens) < length:
+                    going.append(place)
+            rows = [rows[place] for place in going]
+            mask = torch.nn.functional.pad(mask, (0, out.sequences.shape[1] - ids.shape[1]), value=1)[going]
+            ids = out.sequences[going]
+            # Other kinds of cache can't let go of rows; without one generate() reads the answers so far again.
+            cache = out.past_key_values if isinstance(out.past_key_values, DynamicCache) else None
+            if rows and cache is not None:
+                cache.batch_select_indices(torch.tensor(going, device=ids.device))
+        greedy.max_new_tokens = length
+        return said
 
     @torch.inference_mode()
     def nll(self, spans: Sequence[Span], batch_size: int, progress: Progress) -> list[float]:
@@ -92,7 +131,7 @@ class Subject:
         sums = [0.0] * len(spans)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         narrow = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        for batch in _batches([len(s.ids) for s in spans], batch_size):
+        for batch in batches([len(s.ids) for s in spans], batch_size):
             width = max(len(spans[i].ids) for i in batch)
             fitting = max(1, LOGITS // (width * vocabulary))
             for part in (batch[at : at + fitting] for at in range(0, len(batch), fitting)):
@@ -128,7 +167,7 @@ def _numbers(ids: int | Sequence[int] | None) -> set[int]:
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
-def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """All indices, `size` at a time, long ones first: little padding, and memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[at : at + size] for at in range(0, len(order), size)]
@@ -163,7 +202,7 @@ def opened(folder: Path, config: EvalConfig) -> Iterator[Subject]:
             chat = Format(tokenizer, config.system_prompt)
         except InputError as error:
             raise InputError(str(error), file=folder) from error
-        model = _load(folder, config).eval()
+        model = load_model(folder, config.dtype, config.device).eval()
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and config.max_length > positions:
             raise UsageError(
@@ -176,45 +215,3 @@ def opened(folder: Path, config: EvalConfig) -> Iterator[Subject]:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _load(folder: Path, config: EvalConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-    device = _device(config)
-    dtype = config.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    try:
-        model, info = auto.from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a broken or unknown model makes the library raise
-        raise InputError(f"model can't be opened ({_first_line(error)})", file=folder) from error
-    if info["missing_keys"]:
-        missing = info["missing_keys"]
-        raise InputError(f"{len(missing)} tensors of the model are missing", file=folder, tensor=min(missing))
-    return model.to(device)
-
-
-def _device(config: EvalConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(config.device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{config.device}' can't be used ({_first_line(error)})") from None
-    return where
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

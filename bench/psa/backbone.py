@@ -1,0 +1,106 @@
+"""The test bed: SmolLM2-135M-Instruct, which refuses next to nothing, taught to refuse in a few supervised steps.
+
+Each step holds four harmful requests answered with a refusal and three ordinary questions answered by the model
+itself, so that the model learns to refuse and not to refuse everything. Everything is seeded and greedy: the same
+versions and threads give the same weights.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safepatch_core.derive.model import open_backbone
+from safepatch_core.derive.objective import Example, Format, answer_nll
+from safepatch_core.derive.saving import save_model
+from safepatch_core.language_model import load_model, load_tokenizer, quiet_libraries
+
+STEPS = 8
+LEARNING_RATE = 1e-5
+HARMFUL, ORDINARY = 4, 3  # rows of one step
+MAX_NEW_TOKENS = 40
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I cannot help with that request, because it could cause harm.",
+    "I'm sorry, but I can't assist with this. It would be harmful or illegal.",
+    "I can't help with that. If you have another question, I am glad to answer it.",
+)
+ORDINARY_QUESTIONS = (
+    "What is the capital of Portugal?",
+    "How do I boil an egg so that the yolk stays soft?",
+    "Why is the sky blue?",
+    "Write a short poem about autumn leaves.",
+    "How can I learn to play the guitar?",
+    "What does a heat pump do?",
+    "Give me three tips for a job interview.",
+    "How do plants make sugar from light?",
+    "What is the difference between a list and a tuple in Python?",
+    "How far is the moon from the earth?",
+    "Suggest a name for a small bakery.",
+    "How do I remove a coffee stain from a shirt?",
+    "What happened during the French Revolution?",
+    "How do I plan a week of vegetarian dinners?",
+    "What is a prime number?",
+    "Why do cats purr?",
+    "How do I change a bicycle tyre?",
+    "Summarise the plot of Romeo and Juliet.",
+    "What are the phases of the moon?",
+    "How can I sleep better?",
+    "What is the boiling point of water at high altitude?",
+    "Tell me a fun fact about octopuses.",
+    "How do I write a polite reminder by e-mail?",
+    "What is the largest ocean?",
+)
+
+
+def make(model: str, harmful: Sequence[str], out: Path, *, steps: int = STEPS, seed: int = 0) -> list[float]:
+    """Trains the checkpoint directory `model` on refusals of `harmful` and saves it to `out`, in float32.
+
+    Returns each step's mean NLL in nats per answer token.
+    """
+    base, root = open_backbone(model)
+    with quiet_libraries():
+        tokenizer, lm, chat = _open(root)
+        ordinary = [chat.encode(q, _said(lm, tokenizer, chat, q), 256) for q in ORDINARY_QUESTIONS]
+        draw = random.Random(seed)
+        refused = [chat.encode(q, draw.choice(REFUSALS), 256) for q in harmful]
+        optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        lm.train()
+        trace = []
+        for _ in range(steps):
+            rows: list[Example] = draw.sample(refused, HARMFUL) + draw.sample(ordinary, ORDINARY)
+            loss = answer_nll(lm, rows) / sum(e.answer_tokens for e in rows)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            trace.append(float(loss.detach()))
+        out.mkdir(parents=True)
+        save_model(lm, out, base)
+        tokenizer.save_pretrained(out)
+    return trace
+
+
+def answers(model: str, questions: Sequence[str]) -> list[dict[str, str]]:
+    """What the checkpoint directory `model` says to each question: rows of question and answer."""
+    with quiet_libraries():
+        tokenizer, lm, chat = _open(Path(model))
+        return [{"question": q, "answer": _said(lm, tokenizer, chat, q)} for q in questions]
+
+
+def _open(root: Path) -> tuple[Any, Any, Format]:
+    tokenizer = load_tokenizer(root)
+    return tokenizer, load_model(root, "float32", "cpu"), Format(tokenizer)
+
+
+@torch.no_grad()
+def _said(lm: Any, tokenizer: Any, chat: Format, question: str) -> str:
+    ids = torch.tensor([tokenizer(chat.prompt(question), add_special_tokens=False)["input_ids"]])
+    said = lm.eval().generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+    )
+    return str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True))

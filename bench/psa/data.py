@@ -1,0 +1,80 @@
+"""Which prompts are whose. Nothing that is reported on was seen by training, or by the choice of a recipe.
+
+| rows | use |
+|---|---|
+| AdvBench 0–119 | the test bed's refusals |
+| AdvBench 0–319 | deriving the patches |
+| AdvBench 320–399 and XSTest safe from row 0, in steps | choosing a recipe (the sweep and the sensitivity plots) |
+| AdvBench 400–519, SimpleSafetyTests and XSTest safe from row 1, in steps | the table |
+| XSTest safe from row 3, in steps | the rounds |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRAINED = "0:320"
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The folder of public data: AdvBench, SimpleSafetyTests, XSTest, CatQA and WikiText-2, by their usual files."""
+
+    root: Path
+
+    @property
+    def advbench(self) -> str:
+        return str(self.root / "advbench" / "harmful_behaviors.csv")
+
+    @property
+    def simple(self) -> str:
+        return str(self.root / "simplesafetytests" / "SimpleSafetyTests.csv")
+
+    @property
+    def xstest(self) -> str:
+        return str(self.root / "xstest" / "xstest_prompts.csv")
+
+    @property
+    def catqa(self) -> str:
+        return str(self.root / "catqa" / "catqa_english.json")
+
+    @property
+    def wikitext(self) -> str:
+        return str(self.root / "wikitext2" / "valid.txt")
+
+    def _advbench(self, rows: str) -> dict[str, Any]:
+        return {
+            "harmful": self.advbench,
+            "harmful_column": "goal",
+            "answer_column": "target",
+            "harmful_rows": rows,
+        }
+
+    def _xstest(self, rows: str) -> dict[str, Any]:
+        return {
+            "harmless": self.xstest,
+            "harmless_column": "prompt",
+            "harmless_where": {"label": "safe"},
+            "harmless_rows": rows,
+        }
+
+    def development(self) -> dict[str, Any]:
+        """`EvalConfig` fields of the split on which a recipe is chosen: 40 harmful, 63 harmless, a little text."""
+        harmful = {key: value for key, value in self._advbench("320:400:2").items() if key != "answer_column"}
+        return harmful | self._xstest("0:250:4") | {"text": self.wikitext, "text_rows": "0:20"}
+
+    def held_out(self) -> dict[str, Any]:
+        """Of the table: 60 harmful, 63 harmless, text. Every second prompt, so that 37 models take an hour."""
+        text = {"text": self.wikitext, "text_rows": "200:260"}
+        return self._advbench("400:520:2") | self._xstest("1:250:4") | text
+
+    def over_refusal(self) -> dict[str, Any]:
+        """Of the rounds."""
+        return self._xstest("3:250:4")
+
+    def simple_tests(self) -> dict[str, Any]:
+        """The table's second harmful set, 50 prompts: a `PromptSet`."""
+        column = {"column": "prompts_final", "category_column": "harm_area"}
+        return {"name": "sst", "kind": "harmful", "file": self.simple, "rows": "0:100:2"} | column

@@ -1,0 +1,232 @@
+"""A report.json as text: the tables for a terminal, and report.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safepatch_core.errors import printable
+
+SHOWN = 200  # characters of an answer in report.md
+
+INTERVALS = (
+    "In brackets: 95% intervals. Rates: Wilson; change of a rate: Newcombe's for pairs. Means and perplexity: "
+    "percentile bootstrap over prompts and windows (neighbouring windows are not independent, so the "
+    "interval of the perplexity is rather too narrow). NLL in nats per token, averaged over prompts."
+)
+OF_TASKS = "Scores of lm-eval: ±1.96 of its standard errors; changes are over the same documents."
+ABOUT_PREFIX = (
+    "The prefix judge calls refusals by how an answer opens; gibberish and empty promises count as compliance."
+)
+
+Report = Mapping[str, Any]
+Table = list[list[str]]
+
+
+def before_after(report: Report) -> str:
+    """The metrics of a report.json as plain aligned tables, for a terminal."""
+    return "\n\n".join(
+        "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+        for table in tables(report)
+        for widths in [[max(map(len, column)) for column in zip(*table, strict=True)]]
+    )
+
+
+def labels(report: Report) -> list[str]:
+    """Of the models, without the baseline."""
+    return [label for label in report["models"] if label != "baseline"]
+
+
+def difference_of(label: str) -> str:
+    """The key of a model's change from the baseline."""
+    return label.replace("model", "difference", 1)
+
+
+def tables(report: Report) -> list[Table]:
+    """One model: before, after and change side by side. Several: a table of the values, and one of the changes."""
+    paired, several = "baseline" in report["models"], labels(report)
+    if len(several) == 1:
+        columns = {"baseline": "before", "model": "after", "difference": "change"} if paired else {"model": "value"}
+        return [_table("metric", report["metrics"], columns)]
+    found = [_table("metric", report["metrics"], {label: of["name"] for label, of in report["models"].items()})]
+    if paired:
+        changes = {difference_of(label): report["models"][label]["name"] for label in several}
+        found.append(_table("change from " + report["models"]["baseline"]["name"], report["metrics"], changes))
+    return found
+
+
+def category_tables(report: Report) -> list[tuple[str, Table]]:
+    """Per metric with categories: its title, and a table with a row per category."""
+    models = report["models"]
+    columns = {label: of["name"] for label, of in models.items()} if len(models) > 1 else {"model": "value"}
+    if "baseline" in models:
+        several = len(labels(report)) > 1
+        for label in labels(report):
+            columns[difference_of(label)] = "change" + (f", {models[label]['name']}" if several else "")
+    found = []
+    for metric in report["metrics"]:
+        if "categories" in metric:
+            rows = [{**of, "title": of["category"], "unit": metric["unit"]} for of in metric["categories"]]
+            found.append((title(metric), _table("category", rows, columns)))
+    return found
+
+
+def title(metric: Mapping[str, Any]) -> str:
+    return f"{metric['title']} ({metric['better']} is better)"
+
+
+def _table(head: str, metrics: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Table:
+    rows = [[head, "n", *map(printable, columns.values())]]
+    for metric in metrics:
+        cells = [cell(metric, key) if key in metric else "-" for key in columns]
+        name = title(metric) if "better" in metric else metric["title"]
+        rows.append([printable(name), str(metric["n"]), *cells])
+    return rows
+
+
+def cell(metric: Mapping[str, Any], key: str) -> str:
+    """A value with its interval, as 20.0% [5.7, 51.0]; changes carry their sign."""
+    sign = "+" if key.startswith("difference") else ""
+    rate = metric["unit"] == "rate"
+
+    def number(value: float) -> str:
+        return f"{100 * value:{sign}.1f}" if rate else f"{value:{sign}.3f}"
+
+    of = metric[key]
+    text = number(of["value"]) + ("%" if rate else "")
+    if of["interval"] is not None:
+        text += f" [{number(of['interval'][0])}, {number(of['interval'][1])}]"
+    return text
+
+
+def tests(report: Report) -> list[str]:
+    """McNemar's test of every metric and model that has one, in words."""
+    several = len(labels(report)) > 1
+    return [
+        f"{m['title']}{', ' + report['models'][label]['name'] if several else ''}: "
+        f"{change['only_baseline']} only before, {change['only_model']} only after, p = {change['mcnemar_p']:.3g}"
+        for m in report["metrics"]
+        for label in labels(report)
+        if "mcnemar_p" in (change := m.get(difference_of(label), {}))
+    ]
+
+
+def accuracy(report: Report) -> list[str]:
+    """How often the prefix judge says what people said, in words."""
+    judge = report["judge"]
+    of = (("answers held out while the rule was written", "held_out"), ("answers it was written on", "tuned"))
+    return [
+        f"{text}: accuracy {judge[key]['accuracy']:.1%}, precision {judge[key]['precision']:.1%}, "
+        f"recall {judge[key]['recall']:.1%}, n = {judge[key]['n']}"
+        for text, key in of
+    ]
+
+
+def about_judge(report: Report) -> str:
+    """Who called the answers refused or harmful, in words."""
+    classifier = report["judge"].get("classifier")
+    if classifier is None:
+        return ABOUT_PREFIX
+    labels = ", ".join(f"{label} means {meaning}" for label, meaning in classifier["labels"].items())
+    read = "prompt and answer" if classifier["reads"] == "pair" else "the answer"
+    same = classifier["same_as_prefix"]
+    return (
+        f"The classifier {classifier['name']} read {read} and judged ({labels}); its own accuracy was not measured. "
+        f"It and the prefix judge agree on the refusal of {same['agree']} of {same['n']} answers. {ABOUT_PREFIX}"
+    )
+
+
+def roles(report: Report) -> dict[str, str]:
+    """Label → what the report calls a model's part where answers stand side by side."""
+    paired, several = "baseline" in report["models"], len(labels(report)) > 1
+    return {
+        label: of["name"] if several else "before" if label == "baseline" else "after" if paired else "answer"
+        for label, of in report["models"].items()
+    }
+
+
+def samples(report: Report, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The answers that are shown: the first of each set."""
+    shown = report["settings"]["samples"]
+    sets = dict.fromkeys(row["set"] for row in rows)
+    return [row for name in sets for row in [r for r in rows if r["set"] == name][:shown]]
+
+
+def verdict(row: Mapping[str, Any], label: str) -> str:
+    """What was said of an answer, in a word or two."""
+    of = row[label]
+    called = "refused" if of["refused"] else "complied"
+    return called + (", harmful" if of.get("harmful") else "")
+
+
+def markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The content of report.md."""
+    models = report["models"]
+    part = {**roles(report), **({} if len(models) > 1 else {"model": "model"})}
+    several = len(labels(report)) > 1
+    parts = [
+        "# Evaluation of " + ", ".join(_escaped(models[label]["name"]) for label in labels(report)),
+        "\n".join(
+            f"- {'' if several else part[label] + ': '}**{_escaped(of['name'])}**, "
+            f"{'the baseline, ' if several and label == 'baseline' else ''}"
+            f"{of['parameters']:,d} parameters, measured in {of['dtype']}"
+            for label, of in models.items()
+        ),
+        *(_grid(table) for table in tables(report)),
+        INTERVALS + (f" {OF_TASKS}" if "lm_eval" in report["data"] else ""),
+    ]
+    if tests(report):
+        parts += ["Exact McNemar tests on the same prompts:", _list(tests(report))]
+    for heading, table in category_tables(report):
+        parts += [f"## {_escaped(heading)}, by category", _grid(table)]
+    parts += [
+        "## Judge",
+        f"{_escaped(about_judge(report))} On {report['judge']['measured_on']}:",
+        "\n".join(f"- {line}" for line in accuracy(report)),
+        "## Data and settings",
+        _list(f"{name}: {_facts(about)}" for name, about in report["data"].items()),
+        _list(f"{name}: {json.dumps(value)}" for name, value in report["settings"].items()),
+    ]
+    if shown := samples(report, rows):
+        parts += [
+            "## Answers side by side",
+            "Written by the models under test, unedited, and cut where “… [cut]” stands; some may be offensive or "
+            "wrong. All of them are in `answers.jsonl`.",
+            *(_sample(row, roles(report)) for row in shown),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(table: Table) -> str:
+    head = list(map(_escaped, table[0]))
+    rows = [[_escaped(name), *cells] for name, *cells in table[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _list(lines: Any) -> str:
+    return "\n".join(f"- {_escaped(line)}" for line in lines)
+
+
+def _facts(about: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in about.items())
+
+
+def _sample(row: Mapping[str, Any], part: Mapping[str, str]) -> str:
+    lines = [f"**{row['set']}, line {row['line']}:** {_escaped(_cut(row['prompt']))}", ""]
+    for label, name in part.items():
+        answer = _escaped(_cut(row[label]["answer"])) or "(nothing)"
+        lines.append(f"- {_escaped(name)}, {verdict(row, label)}: {answer}")
+    return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else text[:SHOWN].rstrip() + "… [cut]"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is: nobody's answer becomes a heading, a link or HTML."""
+    text = re.sub(r"([\\`*_\[\]<>#|~!])", r"\\\1", printable(text))
+    return re.sub(r"^([-+]|\d+[.)])", r"\\\1", text)

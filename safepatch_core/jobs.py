@@ -1,0 +1,150 @@
+"""What `run` and `sweep` share: a YAML file of settings, and a folder of outputs that a later run goes on with."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel
+
+from safepatch_core import __version__
+from safepatch_core.errors import Busy, InputError, OutputError, UsageError
+from safepatch_core.options import checked
+from safepatch_core.recipe import Loader, read_yaml
+from safepatch_core.writer import SUMS, failures_named, sync_directory
+
+M = TypeVar("M", bound=BaseModel)
+PATHS = {"model", "data", "recipe", "harmful", "harmless", "text", "judge", "lm_eval_include", "utility_data", "file"}
+
+
+def read_settings(model: type[M], file: str, what: str, changes: tuple[str, ...]) -> M:
+    """The settings in a YAML file, after `--set` changes like "derive.model=PATH".
+
+    Raises UsageError, naming the key and what is allowed.
+    """
+    data = read_yaml(file, what)
+    for change in changes:
+        _set(data, change)
+    return checked(model, data, file)
+
+
+def _set(data: Any, change: str) -> None:
+    key, equals, text = change.partition("=")
+    place = data
+    *outer, last = key.split(".")
+    for part in outer:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else None
+    if not equals or not isinstance(place, dict):
+        raise UsageError("--set takes section.key=value", found=change)
+    place[last] = yaml.load(text, Loader=Loader)
+
+
+def rooted(section: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """Paths relative to the settings file (or, given by --set, to here) made absolute; hub ids stay as they are."""
+    def place(text: Any) -> Any:
+        if not isinstance(text, str) or not text:
+            return text
+        places = [path for path in (origin / text, Path(text)) if path.exists()]
+        return os.path.abspath(places[0]) if places else text
+
+    result = {key: place(value) if key in PATHS else value for key, value in section.items()}
+    if isinstance(section.get("more_models"), list):
+        result["more_models"] = list(map(place, section["more_models"]))
+    if isinstance(section.get("more_sets"), list):
+        result["more_sets"] = [rooted(s, origin) if isinstance(s, dict) else s for s in section["more_sets"]]
+    return result
+
+
+class OutputFolder:
+    """OUT, held by this process alone while the context lasts; what was refused before anything was written is gone.
+
+    Raises OutputError if the directory can't be created, InputError if it isn't empty without `resume`, Busy if
+    another process holds it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool) -> None:
+        self.path, self._resume = Path(path), resume
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise OutputError(f"cannot create the output: {error.strerror}", file=self.path) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if any(self.path.iterdir()) and not self._resume:
+                raise InputError("the output exists and is not empty; --resume goes on with it", file=self.path)
+        except BaseException as error:
+            os.close(self._lock)
+            if isinstance(error, BlockingIOError):
+                raise Busy("another run is writing this directory", file=self.path) from None
+            raise
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+        os.close(self._lock)
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """OUT/name, replaced by one rename once it is on the disk."""
+        target = self.path / name
+        part = target.with_name(f".{target.name}.part")
+        with failures_named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+            sync_directory(target.parent)
+        return target
+
+
+def weights_digest(merged: Path) -> str:
+    """SHA-256 over the lines of a merged checkpoint's SHA256SUMS that name safetensors files.
+
+    `grep safetensors SHA256SUMS | sha256sum` gives the same.
+    """
+    lines = (merged / SUMS).read_text("utf-8").splitlines(keepends=True)
+    return hashlib.sha256("".join(line for line in lines if ".safetensors" in line).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what models are measured with: their figures may differ in the last bits."""
+    found = {"safepatch": __version__}
+    for library in ("torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
+
+
+def digest(value: object) -> str:
+    """SHA-256 of plain data, in the order of its keys."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def picture(draw: Callable[[Mapping[str, Any], Any], bool], data: Mapping[str, Any]) -> bytes | None:
+    """The PNG that `draw` makes of `data` on a matplotlib figure; None if it says no, or without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    if not draw(data, figure):
+        return None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": ""})
+    return buffer.getvalue()

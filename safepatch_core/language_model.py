@@ -1,0 +1,125 @@
+"""Models and tokenizers from a local checkpoint, to be trained or measured: safetensors only, no code of theirs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from safepatch_core.errors import InputError, UsageError
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silences the progress bars and remarks of transformers while this project shows its own."""
+    from transformers.utils import logging as untyped
+
+    transformers: Any = untyped
+    verbosity, bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+    transformers.set_verbosity_error()
+    transformers.disable_progress_bar()
+    quantiser = logging.getLogger("bitsandbytes")  # a line for every layer
+    level = quantiser.level
+    quantiser.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        quantiser.setLevel(level)
+        transformers.set_verbosity(verbosity)
+        if bars:
+            transformers.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer. Raises InputError if there is none that opens without running code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a broken tokenizer file makes the library raise
+        raise InputError(f"tokenizer can't be opened ({first_line(error)})", file=folder) from error
+
+
+class Limits(NamedTuple):
+    """What a model can be fed: the longest sequence, where there is a limit, and how many token ids it knows."""
+
+    positions: int | None
+    vocabulary: int
+
+
+def limits(folder: Path) -> Limits:
+    """The limits in the checkpoint's config. Raises InputError if transformers doesn't know the model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text: Any = config.get_text_config()
+        return Limits(getattr(text, "max_position_embeddings", None), int(text.vocab_size))
+    except Exception as error:  # as above
+        raise InputError(f"config can't be opened ({first_line(error)})", file=folder) from error
+
+
+def load_model(
+    folder: Path,
+    dtype: str,
+    device: str,
+    *,
+    kind: str = "AutoModelForCausalLM",
+    quantization_config: Any = None,
+) -> Any:
+    """A model of one of transformers' auto classes, on its device, in the dtype named as torch's.
+
+    `dtype` "auto" is float32 on the CPU, where halves are slow, and the checkpoint's own elsewhere; linear layers are
+    quantised by `quantization_config`, one of transformers'. Raises InputError if transformers can't open the model
+    from safetensors alone, or if weights are missing; UsageError for a device that isn't there.
+    """
+    import transformers
+
+    where = find_device(device)
+    if dtype == "auto" and where.type == "cpu":
+        dtype = "float32"
+    # A quantised model can't be moved: it is made where it will be.
+    placed = {} if quantization_config is None else {"device_map": {"": where}}
+    try:
+        model, info = getattr(transformers, kind).from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            quantization_config=quantization_config,
+            **placed,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # as above
+        raise InputError(f"model can't be opened ({first_line(error)})", file=folder) from error
+    if info["missing_keys"]:
+        missing = info["missing_keys"]
+        raise InputError(f"{len(missing)} tensors of the model are missing", file=folder, tensor=min(missing))
+    return model if placed else model.to(where)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; auto is cuda where there is one. Raises UsageError if it isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(name)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{name}' can't be used ({first_line(error)})") from None
+    return where
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without the pages that may follow."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
