@@ -40,7 +40,7 @@ class MergeResult:
     bytes_read: int
     bytes_written: int
     warnings: tuple[str, ...]
-    # Over all targets that this run computed (a resumed one has left out the files that it found complete):
+    # Over all targets:
     acted: int  # entries on which at least one patch acts
     changed: int  # those of them whose stored bits are not the base's
 
