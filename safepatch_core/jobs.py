@@ -50,6 +50,7 @@ def _set(data: Any, change: str) -> None:
 
 def rooted(section: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     """Paths relative to the settings file (or, given by --set, to here) made absolute; hub ids stay as they are."""
+
     def place(text: Any) -> Any:
         if not isinstance(text, str) or not text:
             return text

@@ -17,6 +17,7 @@ from safepatch_core.checkpoint import TensorEntry, open_checkpoint
 from safepatch_core.derive.steps import PATCHES
 
 DEFAULTS = "SafePatching, defaults"
+STRONG = "SafePatching, scale 4"
 SWEPT = "SafePatching, swept"
 DENSE = {"top": 1.0, "retain": 1.0, "importance": "magnitude"}
 
@@ -32,6 +33,8 @@ METHODS: dict[str, Method] = {
     "intersection": {"patches": [{}, {}]},
     "no retention": {"patches": [{"retain": 1.0}] * 2},
     DEFAULTS: {"patches": [{}, {}]},
+    # What the sensitivity plots speak for, where the patches are trained with a utility term.
+    STRONG: {"patches": [{"scale": 4.0}] * 2},
 }
 
 

@@ -21,14 +21,14 @@ from safepatch_core.sweep import SweepConfig, sweep
 
 from . import backbone, tasks
 from .data import TRAINED, Corpora
-from .methods import DEFAULTS, METHODS, SWEPT, Method, intersection, merge, swept_method
+from .methods import DEFAULTS, METHODS, STRONG, SWEPT, Method, intersection, merge, swept_method
 
 BACKBONE = "backbone"
 # The patches as the paper trains them, and with a utility term beside both objectives.
 PLAIN, WITH_UTILITY = "plain", "utility"
 IN_TABLE = {
-    PLAIN: tuple(METHODS),
-    WITH_UTILITY: ("ascent only", "task arithmetic", DEFAULTS),
+    PLAIN: tuple(name for name in METHODS if name != STRONG),
+    WITH_UTILITY: ("ascent only", "task arithmetic", DEFAULTS, STRONG),
 }
 NESTED = "importance at the backbone"
 SEEDS = (0, 1, 2)
