@@ -16,25 +16,19 @@ from safetensors.torch import load_file
 
 from safepatch_core.derive import DeriveConfig, derive, importance
 from safepatch_core.derive.importance import Kind, Memory, take_importance
-from safepatch_core.derive.objective import Format, answer_nll
+from safepatch_core.derive.objective import answer_nll
 from safepatch_core.derive.progress import Progress
 from safepatch_core.derive.saving import Layer, by_layer
 from safepatch_core.errors import InputError, IOFailure
 from safepatch_core.recipe import load_recipe
-from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm, write_rows
+from tests.tiny_lm import examples, tiny_llama, write_lm, write_rows
 
-CHAT = Format(tiny_tokenizer())
-EXAMPLES = [CHAT.encode(f"What is {i}?", f"Sure, {i}{'.' * i}", 256) for i in range(5)]
+EXAMPLES = examples(5)
 FEW_STEPS: dict[str, Any] = {"threads": 1, "learning_rate": 1e-3, "batch_size": 3, "ascent_bound": 50.0}
 FEW_STEPS |= {"safety": {"max_steps": 2}, "over_safety": {"max_steps": 2}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def is_target(name: str, dimensions: int) -> bool:
@@ -63,6 +57,43 @@ def gradients(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     for example in EXAMPLES:
         loss = answer_nll(model, [example]) / example.answer_tokens
         yield dict(zip(names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True))
+
+
+def test_importance_is_the_mean_of_each_samples_absolute_product() -> None:
+    model = tiny_llama()
+    found, nll = layers(model)
+    scores = flat(found)
+
+    fresh = tiny_llama().eval()
+    names = {n for n, p in fresh.named_parameters() if is_target(n, p.ndim)}
+    expected = {n: torch.zeros_like(fresh.get_parameter(n)) for n in names}
+    folded = {n: torch.zeros_like(fresh.get_parameter(n)) for n in names}  # what |mean of w * g| would be
+    for example in EXAMPLES:
+        labels = torch.full((1, len(example.ids)), -100)
+        labels[0, example.answer :] = torch.tensor(example.ids[example.answer :])
+        loss = fresh(input_ids=torch.tensor([example.ids]), labels=labels).loss
+        for name, grad in zip(
+            expected, torch.autograd.grad(loss, [fresh.get_parameter(n) for n in expected]), strict=True
+        ):
+            product = (fresh.get_parameter(name) * grad).detach() / len(EXAMPLES)
+            expected[name] += product.abs()
+            folded[name] += product
+    assert scores.keys() == names
+    for name, score in scores.items():
+        assert score.dtype == torch.float32 and not score.requires_grad
+        torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-9)
+        assert not torch.allclose(score, folded[name].abs(), rtol=0.05)
+    tokens = sum(e.answer_tokens for e in EXAMPLES)
+    assert nll == pytest.approx(float(answer_nll(fresh, EXAMPLES).detach()) / tokens, rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_importance_of_bfloat16_weights_is_float32_and_of_broken_ones_an_error() -> None:
+    model = tiny_llama().bfloat16()
+    assert {scores.dtype for scores in flat(layers(model)[0]).values()} == {torch.float32}
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(InputError, match="not finite"):
+        layers(model)
 
 
 @pytest.mark.parametrize("kind", ["snip", "fisher"])

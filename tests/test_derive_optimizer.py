@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,24 +11,16 @@ from torch import Tensor
 
 from safepatch_core.derive import DeriveConfig
 from safepatch_core.derive import optimizer as optimizers
-from safepatch_core.derive.loop import Outcome, train
-from safepatch_core.derive.objective import Format, Likelihood, answer_nll
+from safepatch_core.derive.loop import Outcome
+from safepatch_core.derive.objective import Likelihood, answer_nll
 from safepatch_core.derive.optimizer import AdamW, round_stochastically
-from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import UsageError
 from safepatch_core.options import checked
-from tests.tiny_lm import tiny_llama, tiny_tokenizer
+from tests.tiny_lm import examples, tiny_llama, train_safety
 
-CHAT = Format(tiny_tokenizer())
-EXAMPLES = [CHAT.encode(f"What is {i}?", f"Sure, {i}{'.' * i}", 256) for i in range(8)]
+EXAMPLES = examples(8)
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(**changes: Any) -> DeriveConfig:
@@ -40,20 +29,7 @@ def settings(**changes: Any) -> DeriveConfig:
 
 
 def run(model: Any, bound: float | None = None, sign: float = 1.0, **changes: Any) -> tuple[Outcome, list[Any]]:
-    config, trace = settings(**changes), io.StringIO()
-    objective = Likelihood(sign)
-    with Progress("train", 4, quiet=True, report=None) as progress:
-        outcome = train(
-            model,
-            EXAMPLES,
-            config,
-            config.safety,
-            objective=objective,
-            bound=bound,
-            trace=trace,
-            progress=progress,
-        )
-    return outcome, [json.loads(line) for line in trace.getvalue().splitlines()]
+    return train_safety(model, EXAMPLES, settings(**changes), Likelihood(sign), bound=bound)
 
 
 def same(a: Any, b: Any) -> bool:

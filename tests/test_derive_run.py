@@ -195,7 +195,7 @@ def test_lora_gives_adapters_that_open_and_importance_of_the_merged_weights(wher
         assert weights(run / "importance" / name).keys() == {n for n in base if linear(n)}
     assert result.summary["nll"]["over-safety"] < result.summary["nll"]["backbone"] < result.summary["nll"]["safety"]
 
-    from safepatch_core.derive.importance import snip
+    from safepatch_core.derive.importance import take_importance
     from safepatch_core.derive.objective import Format
     from safepatch_core.derive.progress import Progress
 
@@ -204,8 +204,9 @@ def test_lora_gives_adapters_that_open_and_importance_of_the_merged_weights(wher
     examples = [chat.encode(row["question"], row["answer"], 512) for row in rows]
     model = AutoModelForCausalLM.from_pretrained(where / "base")
     model = peft.PeftModel.from_pretrained(model, run / "over-safety").merge_and_unload()
-    with Progress("snip", 6, quiet=True, report=None) as progress:
-        expected, _ = snip(model, examples, lambda name, _: linear(name), progress)
+    with Progress("importance", 6, quiet=True, report=None) as progress:
+        taken = take_importance(model, examples, lambda name, _: linear(name), progress)
+    expected = {name: scores for layer in taken.layers for name, scores in layer.items()}
     for name, score in weights(run / "importance/over-safety").items():
         torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-9)
 

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from safepatch_core.derive import DeriveConfig
-from safepatch_core.derive.importance import snip
 from safepatch_core.derive.loop import Outcome, planned_steps, train
 from safepatch_core.derive.objective import Example, Format, Likelihood, answer_nll
 from safepatch_core.derive.progress import Progress
-from safepatch_core.errors import InputError, UsageError
-from tests.tiny_lm import tiny_llama, tiny_tokenizer
+from safepatch_core.errors import UsageError
+from tests.tiny_lm import examples, tiny_llama, tiny_tokenizer, train_safety
 
 CHAT = Format(tiny_tokenizer())
-EXAMPLES = [CHAT.encode(f"What is {i}?", f"Sure, {i}{'.' * i}", 256) for i in range(8)]
+EXAMPLES = examples(8)
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(**changes: Any) -> DeriveConfig:
@@ -38,19 +29,8 @@ def settings(**changes: Any) -> DeriveConfig:
 
 def run(config: DeriveConfig, *, ascent: bool, examples: list[Example] = EXAMPLES) -> tuple[Any, Outcome, list[Any]]:
     model = tiny_llama()
-    trace = io.StringIO()
-    with Progress("train", 6, quiet=True, report=None) as progress:
-        outcome = train(
-            model,
-            examples,
-            config,
-            config.safety,
-            objective=Likelihood(-1.0 if ascent else 1.0),
-            bound=config.ascent_bound if ascent else None,
-            trace=trace,
-            progress=progress,
-        )
-    return model, outcome, [json.loads(line) for line in trace.getvalue().splitlines()]
+    bound = config.ascent_bound if ascent else None
+    return model, *train_safety(model, examples, config, Likelihood(-1.0 if ascent else 1.0), bound=bound)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -134,20 +114,8 @@ def test_utility_rows_join_the_loss_of_each_step_in_an_order_of_their_own() -> N
     ordinary = [CHAT.encode(f"Name {i}", "No." + "!" * i, 256) for i in range(5)]
 
     def trained(**changes: Any) -> tuple[Any, list[Any]]:
-        config, model, trace = settings(safety={"max_steps": 3}, **changes), tiny_llama(), io.StringIO()
-        with Progress("train", 3, quiet=True, report=None) as progress:
-            train(
-                model,
-                EXAMPLES,
-                config,
-                config.safety,
-                objective=Likelihood(-1.0),
-                bound=None,
-                trace=trace,
-                progress=progress,
-                utility=ordinary,
-            )
-        return model, [json.loads(line) for line in trace.getvalue().splitlines()]
+        config, model = settings(safety={"max_steps": 3}, **changes), tiny_llama()
+        return model, train_safety(model, EXAMPLES, config, Likelihood(-1.0), utility=ordinary)[1]
 
     model, trace = trained(utility_weight=0.5, max_grad_norm=None)
     halves, same_trace = trained(utility_weight=0.5, max_grad_norm=None, batch_size=2, gradient_accumulation_steps=2)
@@ -166,24 +134,12 @@ def test_utility_rows_join_the_loss_of_each_step_in_an_order_of_their_own() -> N
 def test_the_first_step_with_utility_rows_follows_the_gradient_of_the_sum() -> None:
     ordinary = [CHAT.encode("Name it", "No.", 256)] * 4
     config, model = settings(safety={"max_steps": 1}, batch_size=8, utility_weight=2.0), tiny_llama()
-    trace = io.StringIO()
-    with Progress("train", 1, quiet=True, report=None) as progress:
-        train(
-            model,
-            EXAMPLES,
-            config,
-            config.safety,
-            objective=Likelihood(-1.0),
-            bound=None,
-            trace=trace,
-            progress=progress,
-            utility=ordinary,
-        )
+    _, trace = train_safety(model, EXAMPLES, config, Likelihood(-1.0), utility=ordinary)
     fresh = tiny_llama()
     nlls = [answer_nll(fresh, rows) / sum(e.answer_tokens for e in rows) for rows in (EXAMPLES, ordinary)]
     gradients = torch.autograd.grad(-nlls[0] + 2.0 * nlls[1], list(fresh.parameters()))
     expected = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
-    assert json.loads(trace.getvalue())["grad_norm"] == pytest.approx(expected, rel=1e-4)
+    assert trace[0]["grad_norm"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_only_trainable_parameters_move() -> None:
@@ -210,49 +166,6 @@ def test_rates_default_by_method_and_give_way_to_the_nearer_one() -> None:
     assert (lora.rate(lora.safety), lora.rate(lora.over_safety)) == (1e-3, 1e-4)
     _, _, trace = run(settings(safety={"max_steps": 1, "learning_rate": 1e-3}), ascent=True)
     assert trace[0]["learning_rate"] == 1e-3
-
-
-def is_target(name: str, dimensions: int) -> bool:
-    return dimensions >= 2 and "embed" not in name
-
-
-def test_importance_is_the_mean_of_each_samples_absolute_product() -> None:
-    model = tiny_llama()
-    with Progress("snip", len(EXAMPLES), quiet=True, report=None) as progress:
-        scores, nll = snip(model, EXAMPLES, is_target, progress)
-
-    fresh = tiny_llama().eval()
-    names = {n for n, p in fresh.named_parameters() if is_target(n, p.ndim)}
-    expected = {n: torch.zeros_like(fresh.get_parameter(n)) for n in names}
-    folded = {n: torch.zeros_like(fresh.get_parameter(n)) for n in names}  # what |mean of w * g| would be
-    for example in EXAMPLES:
-        labels = torch.full((1, len(example.ids)), -100)
-        labels[0, example.answer :] = torch.tensor(example.ids[example.answer :])
-        loss = fresh(input_ids=torch.tensor([example.ids]), labels=labels).loss
-        for name, grad in zip(
-            expected, torch.autograd.grad(loss, [fresh.get_parameter(n) for n in expected]), strict=True
-        ):
-            product = (fresh.get_parameter(name) * grad).detach() / len(EXAMPLES)
-            expected[name] += product.abs()
-            folded[name] += product
-    assert scores.keys() == names
-    for name, score in scores.items():
-        assert score.dtype == torch.float32 and not score.requires_grad
-        torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-9)
-        assert not torch.allclose(score, folded[name].abs(), rtol=0.05)
-    tokens = sum(e.answer_tokens for e in EXAMPLES)
-    assert nll == pytest.approx(float(answer_nll(fresh, EXAMPLES).detach()) / tokens, rel=1e-5)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_importance_of_bfloat16_weights_is_float32_and_of_broken_ones_an_error() -> None:
-    model = tiny_llama().bfloat16()
-    with Progress("snip", 2, quiet=True, report=None) as progress:
-        scores, _ = snip(model, EXAMPLES[:2], is_target, progress)
-        assert {s.dtype for s in scores.values()} == {torch.float32}
-        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
-        with pytest.raises(InputError, match="not finite"):
-            snip(model, EXAMPLES[:2], is_target, progress)
 
 
 def test_progress_is_plain_lines_off_a_terminal_events_for_programs_and_silent_when_quiet(

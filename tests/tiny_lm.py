@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from safepatch_core.derive import DeriveConfig
+from safepatch_core.derive.loop import Outcome, train
+from safepatch_core.derive.objective import Example, Format, Objective
+from safepatch_core.derive.progress import Progress
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -62,3 +69,35 @@ def write_rows(path: Path, count: int = 6) -> Path:
     rows = [{"question": f"What is {'x' * (i % 3)}{i}?", "answer": f"Sure, {i * 7} it is."} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def examples(count: int) -> list[Example]:
+    """Rows of different lengths, as the tiny tokenizer reads them."""
+    chat = Format(tiny_tokenizer())
+    return [chat.encode(f"What is {i}?", f"Sure, {i}{'.' * i}", 256) for i in range(count)]
+
+
+def train_safety(
+    model: Any,
+    rows: Sequence[Example],
+    config: DeriveConfig,
+    objective: Objective,
+    *,
+    bound: float | None = None,
+    **more: Any,
+) -> tuple[Outcome, list[Any]]:
+    """Trains the model as the run's safety patch; returns the outcome and the trace's records."""
+    trace = io.StringIO()
+    with Progress("train", config.safety.max_steps or 1, quiet=True, report=None) as progress:
+        outcome = train(
+            model,
+            rows,
+            config,
+            config.safety,
+            objective=objective,
+            bound=bound,
+            trace=trace,
+            progress=progress,
+            **more,
+        )
+    return outcome, [json.loads(line) for line in trace.getvalue().splitlines()]

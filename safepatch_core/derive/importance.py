@@ -88,14 +88,6 @@ def take_importance(
     return Importance(parameters, _means(sums, len(examples)), nats / sum(e.answer_tokens for e in examples))
 
 
-def snip(
-    model: Any, examples: Sequence[Example], is_target: Target, progress: Progress
-) -> tuple[dict[str, Tensor], float]:
-    """SNIP importance as a whole, in memory, and the mean answer NLL. As `take_importance`; raises InputError."""
-    taken = take_importance(model, examples, is_target, progress)
-    return {name: scores for layer in taken.layers for name, scores in layer.items()}, taken.nll
-
-
 class _Sums(Protocol):
     def snip(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         """Adds |weight * gradient|; the gradient may be overwritten."""

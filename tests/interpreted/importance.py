@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from safepatch_core.derive import importance
-from safepatch_core.derive.objective import Format
 from safepatch_core.derive.progress import Progress
-from tests.tiny_lm import tiny_llama, tiny_tokenizer
+from tests.tiny_lm import examples, tiny_llama
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_kernel_gives_the_plain_importance(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    examples = [Format(tiny_tokenizer()).encode(f"What is {i}?", f"Sure, {i}{'.' * i}", 256) for i in range(3)]
-    found = []
+    rows, found = examples(3), []
     for fused in (True, False):
         monkeypatch.setattr(importance, "interpreted", lambda fused=fused: fused)
-        with Progress("snip", len(examples), quiet=True, report=None) as progress:
-            found.append(importance.snip(tiny_llama().to(dtype), examples, lambda name, n: n >= 2, progress)[0])
+        with Progress("importance", len(rows), quiet=True, report=None) as progress:
+            taken = importance.take_importance(tiny_llama().to(dtype), rows, lambda name, n: n >= 2, progress)
+            found.append({name: scores for layer in taken.layers for name, scores in layer.items()})
     assert found[0].keys() == found[1].keys()
     for name, scores in found[0].items():
         assert scores.any(), name
