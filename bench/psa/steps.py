@@ -186,13 +186,13 @@ def _merged(job: Evidence, run: Path, out: Path, method: Method) -> None:
     mark.write_text(json.dumps({"method": wanted, "entries": make(run, method, out, job.threads)}) + "\n")
 
 
-def make_rounds(job: Evidence, chosen: dict[str, Any]) -> None:
-    """OUT/rounds: three rounds over CatQA, whose answers the descent patch of seed 0 writes."""
+def make_rounds(job: Evidence) -> None:
+    """OUT/rounds: three rounds over CatQA at the recipe that the sensitivity plots speak for.
+
+    The descent patch of seed 0 writes the answers.
+    """
     job.say("continual rounds")
-    safety, over_safety = (
-        {key: value for key, value in patch.items() if key in ("top", "retain", "scale")}
-        for patch in swept_method(chosen)["patches"]
-    )
+    safety, over_safety = METHODS[STRONG]["patches"]
     out = job.out / "rounds"
     file = job.out / "rounds.yaml"
     sections = {
@@ -209,7 +209,7 @@ def make_rounds(job: Evidence, chosen: dict[str, Any]) -> None:
             "threads": job.threads,
         },
         "answers": {"model": str(job.run_of(PLAIN, 0) / "over-safety"), "max_new_tokens": 32},
-        # The even questions train, the odd ones measure.
+        # Rows 0, 2, … train, rows 1, 3, … measure.
         "eval": job.corpora.over_refusal()
         | job.measuring
         | {"harmful": job.corpora.catqa, "harmful_column": "text", "harmful_rows": "1:100:2"},
@@ -272,7 +272,7 @@ def run(job: Evidence, parts: Sequence[str]) -> dict[str, list[tuple[str, int]]]
         for name, parameters in VARIED.items():
             search(job, WITH_UTILITY, f"sensitivity-{name}", parameters)
     if "rounds" in parts:
-        make_rounds(job, chosen_by_sweep(job, WITH_UTILITY))
+        make_rounds(job)
     return models
 
 
