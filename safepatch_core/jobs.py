@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +15,10 @@ import yaml
 from pydantic import BaseModel
 
 from safepatch_core import __version__
-from safepatch_core.errors import Busy, InputError, OutputError, UsageError
+from safepatch_core.errors import InputError, UsageError
 from safepatch_core.options import checked
 from safepatch_core.recipe import Loader, read_yaml
-from safepatch_core.writer import SUMS, failures_named, sync_directory
+from safepatch_core.writer import SUMS, failures_named, hold, replacing
 
 M = TypeVar("M", bound=BaseModel)
 PATHS = {"model", "data", "recipe", "harmful", "harmless", "text", "judge", "lm_eval_include", "utility_data", "file"}
@@ -76,20 +74,10 @@ class OutputFolder:
         self.path, self._resume = Path(path), resume
 
     def __enter__(self) -> OutputFolder:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise OutputError(f"cannot create the output: {error.strerror}", file=self.path) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if any(self.path.iterdir()) and not self._resume:
-                raise InputError("the output exists and is not empty; --resume goes on with it", file=self.path)
-        except BaseException as error:
+        self._lock = hold(self.path, "output")
+        if any(self.path.iterdir()) and not self._resume:
             os.close(self._lock)
-            if isinstance(error, BlockingIOError):
-                raise Busy("another run is writing this directory", file=self.path) from None
-            raise
+            raise InputError("the output exists and is not empty; --resume goes on with it", file=self.path)
         return self
 
     def __exit__(self, *of_error: object) -> None:
@@ -100,15 +88,10 @@ class OutputFolder:
     def write(self, name: str, content: str | bytes) -> Path:
         """OUT/name, replaced by one rename once it is on the disk."""
         target = self.path / name
-        part = target.with_name(f".{target.name}.part")
         with failures_named(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            sync_directory(target.parent)
+        with replacing(target, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         return target
 
 
@@ -133,19 +116,3 @@ def versions() -> dict[str, str]:
 def digest(value: object) -> str:
     """SHA-256 of plain data, in the order of its keys."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def picture(draw: Callable[[Mapping[str, Any], Any], bool], data: Mapping[str, Any]) -> bytes | None:
-    """The PNG that `draw` makes of `data` on a matplotlib figure; None if it says no, or without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    if not draw(data, figure):
-        return None
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": ""})
-    return buffer.getvalue()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from safepatch_core.errors import InputError, UsageError
+from safepatch_core.errors import InputError, IOFailure, UsageError
 
 
 @contextmanager
@@ -35,6 +35,23 @@ def quiet_libraries() -> Iterator[None]:
         transformers.set_verbosity(verbosity)
         if bars:
             transformers.enable_progress_bar()
+
+
+@contextmanager
+def at_work(threads: int | None, hint: str) -> Iterator[None]:
+    """torch with so many threads (None: as it is), given back at the end. Raises IOFailure, which ends in `hint`,
+    for what a full memory makes the libraries raise."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise IOFailure(f"out of memory: {hint}") from error
+        raise
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_tokenizer(folder: Path) -> Any:

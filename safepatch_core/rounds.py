@@ -14,7 +14,7 @@ from safepatch_core import __version__
 from safepatch_core.errors import printable
 from safepatch_core.evaluate.statistics import difference_of_rates, mcnemar, pair
 from safepatch_core.evaluate.text import cell
-from safepatch_core.jobs import picture
+from safepatch_core.pictures import picture
 
 FORMAT = 1
 BACKBONE = "backbone"

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -79,6 +79,55 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def hold(folder: Path, what: str) -> int:
+    """Creates a directory, if need be, and locks it for this process: a descriptor, whose closing frees it.
+
+    Raises OutputError, which calls it `what`, if it can't be created; Busy if another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise OutputError(f"cannot create the {what}: {error.strerror}", file=folder) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise Busy("another run is writing this directory", file=folder) from None
+        raise
+    return lock
+
+
+@contextlib.contextmanager
+def replacing(target: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
+    """A file that takes its place as `target`, by one rename once it is on the disk, when the block ends well."""
+    staging = staged_name(target)
+    with failures_named(target), removed_on_failure(staging):
+        with open(staging, mode, encoding=None if mode == "wb" else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, target)
+        sync_directory(target.parent)
+
+
+def staged_name(target: Path) -> Path:
+    """Where what will be `target` is made."""
+    return target.with_name(f".safepatch-{target.name}")
+
+
+@contextlib.contextmanager
+def removed_on_failure(staging: Path) -> Iterator[None]:
+    """Nothing half-written stays."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(staging)
+        raise
 
 
 def _sync_file_range(fd: int, at: int, nbytes: int, flags: int) -> None:

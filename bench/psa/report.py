@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.jobs import picture
+from safepatch_core.pictures import picture
 
 from .steps import BACKBONE, PLAIN, VARIED, WITH_UTILITY, Evidence
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal
 
 from safepatch_core import __version__
-from safepatch_core.errors import Busy, InputError, OutputError, UsageError
-from safepatch_core.writer import failures_named, sync_directory
+from safepatch_core.errors import InputError, UsageError
+from safepatch_core.writer import failures_named, hold, removed_on_failure, replacing, staged_name, sync_directory
 
 RECORD = "derive.json"
 
@@ -43,13 +42,8 @@ class RunDirectory:
         }
 
     def __enter__(self) -> RunDirectory:
+        self._lock = hold(self.path, "run directory")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise OutputError(f"cannot create the run directory: {error.strerror}", file=self.path) from None
-        try:
-            self._take_lock()
             self._start_or_go_on()
         except BaseException:
             os.close(self._lock)
@@ -73,25 +67,18 @@ class RunDirectory:
         self._write_record()
 
     @contextlib.contextmanager
-    def new_file(self, name: str) -> Iterator[TextIO]:
-        """A text file that takes its place as RUN/name, by one rename, when the block ends well."""
-        target = self.path / name
-        staging = target.parent / f".safepatch-{target.name}"
-        with failures_named(target), _removed_on_failure(staging):
-            with open(staging, "w", encoding="utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staging, target)
-            self._written.add(name)
-            sync_directory(target.parent)
+    def new_file(self, name: str, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
+        """A file that takes its place as RUN/name, by one rename, when the block ends well."""
+        with replacing(self.path / name, mode) as file:
+            yield file
+        self._written.add(name)
 
     @contextlib.contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:
         """A directory of files that takes its place as RUN/name, by one rename, when the block ends well."""
         target = self.path / name
-        staging = target.parent / f".safepatch-{target.name}"
-        with failures_named(target), _removed_on_failure(staging):
+        staging = staged_name(target)
+        with failures_named(target), removed_on_failure(staging):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             yield staging
@@ -111,7 +98,7 @@ class RunDirectory:
     def remove_folder(self, name: str) -> None:
         """Removes RUN/name, if it is there, so that it is never seen in part under its name."""
         target = self.path / name
-        doomed = target.parent / f".safepatch-{target.name}"
+        doomed = staged_name(target)
         with failures_named(target):
             shutil.rmtree(doomed, ignore_errors=True)
             if target.exists():
@@ -126,12 +113,6 @@ class RunDirectory:
             for name in self._written:
                 (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy("another run is writing this directory", file=self.path) from None
 
     def _start_or_go_on(self) -> None:
         if not any(self.path.iterdir()):
@@ -171,16 +152,3 @@ def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
             nested = value.items() if isinstance(value, dict) else ()
             flat |= {f"{prefix}{key}.{inner}": v for inner, v in nested} or {f"{prefix}{key}": value}
     return flat
-
-
-@contextlib.contextmanager
-def _removed_on_failure(staging: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if staging.is_dir():
-                shutil.rmtree(staging)
-            else:
-                staging.unlink(missing_ok=True)
-        raise

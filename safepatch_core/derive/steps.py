@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safepatch_core.checkpoint import Checkpoint
 from safepatch_core.derive.checkpoints import TrainingCheckpoints
 from safepatch_core.derive.config import DeriveConfig, PatchConfig, SafetyPatch, libraries
-from safepatch_core.derive.curves import can_draw, draw
+from safepatch_core.derive.curves import Curves, draw
 from safepatch_core.derive.importance import take_importance
 from safepatch_core.derive.loop import planned_steps, train
 from safepatch_core.derive.model import (
@@ -46,7 +46,8 @@ from safepatch_core.derive.progress import Progress, Report, warn
 from safepatch_core.derive.rundir import RunDirectory
 from safepatch_core.derive.saving import applied, patched_tensors, save_delta, save_model, save_scores
 from safepatch_core.errors import InputError, IOFailure, UsageError
-from safepatch_core.language_model import Limits, find_device, limits, load_tokenizer, quiet_libraries
+from safepatch_core.language_model import Limits, at_work, find_device, limits, load_tokenizer, quiet_libraries
+from safepatch_core.pictures import can_draw, picture
 from safepatch_core.recipe import Recipe, parse_recipe
 from safepatch_core.rows import Row, read_rows
 from safepatch_core.writer import hash_file
@@ -78,20 +79,13 @@ def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Report | Non
 def _environment(config: DeriveConfig) -> Iterator[None]:
     """The run's threads and random state, given back at the end; what the libraries raise becomes one line."""
     where = find_device(config.device)
-    threads = torch.get_num_threads()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    devices = [where] if where.type == "cuda" else []
+    hint = "lower batch_size or max_length, or take method lora"
     try:
-        with quiet_libraries(), torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        with at_work(config.threads, hint), quiet_libraries(), torch.random.fork_rng(devices=devices):
             yield
     except SafetensorError as error:
         raise IOFailure(f"writing failed: {error}", file=config.out) from error
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise IOFailure("out of memory: lower batch_size or max_length, or take method lora") from error
-        raise
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Job:
@@ -238,8 +232,11 @@ class Job:
     def draw_curves(self, out: RunDirectory) -> None:
         """RUN/curves.png."""
         traces = {name: out.path / f"trace-{name}.jsonl" for name in PATCHES}
-        with out.new_file(CURVES) as file:
-            draw(traces, out.record["nll"], self._config.ascent_bound, file.buffer)
+        levels = {"backbone": out.record["nll"][BACKBONE], "ascent bound": self._config.ascent_bound}
+        drawn = picture(draw, Curves(traces, levels))
+        assert drawn is not None
+        with out.new_file(CURVES, "wb") as file:
+            file.write(drawn)
 
     def write_recipe(self, out: RunDirectory) -> None:
         """RUN/recipe.yaml."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from safepatch_core.errors import printable
 from safepatch_core.evaluate import text
-from safepatch_core.evaluate.plots import layer_shares, plots_available, trade_off
+from safepatch_core.evaluate.plots import layer_shares, trade_off
+from safepatch_core.pictures import can_draw
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN = 4000  # characters of an answer
@@ -21,7 +22,7 @@ def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = _shown
-    drawn = plots_available()
+    drawn = can_draw()
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         report=report,
         models=report["models"],

@@ -48,15 +48,6 @@ class Plot(NamedTuple):
     svg: str
 
 
-def plots_available() -> bool:
-    """Whether matplotlib is installed; without it a report has tables only."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def trade_off(report: Mapping[str, Any]) -> list[Plot]:
     """For each harmful set, harmful compliance against over-refusal, one point per model, utility as colour."""
     metrics = report["metrics"]

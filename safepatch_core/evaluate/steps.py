@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from safepatch_core import __version__
 from safepatch_core.api import MANIFEST
 from safepatch_core.checkpoint import open_checkpoint
-from safepatch_core.errors import IOFailure
 from safepatch_core.evaluate.config import PREFIX, EvalConfig
 from safepatch_core.evaluate.data import Data, load
 from safepatch_core.evaluate.judge import Verdict, prefix_verdict
@@ -25,6 +24,7 @@ from safepatch_core.evaluate.measure import Measurement, measure
 from safepatch_core.evaluate.report import answers, build, files, names, patched_layers
 from safepatch_core.evaluate.subject import locate
 from safepatch_core.evaluate.tasks import Tasks
+from safepatch_core.language_model import at_work
 from safepatch_core.writer import SUMS, Staging, hash_file
 
 # The report's own size hardly matters; a disk with less room than this is full.
@@ -38,7 +38,7 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
     data = load(config)
     folders = {label: locate(ref) for label, ref in config.models.items()}
     judge = None if config.judge == PREFIX else locate(config.judge)
-    with _environment(config):
+    with at_work(config.threads, "lower batch_size or max_length"):
         classifier = None if judge is None else Classifier(judge, config)
         tasks = Tasks(config) if config.tasks else None
         digests = {label: _digest(folder) for label, folder in folders.items()}
@@ -183,19 +183,3 @@ def _only_what_helps_is_left(staging: Staging) -> Iterator[None]:
         if not (staging.finished or staging.files):
             staging.discard()
         raise
-
-
-@contextlib.contextmanager
-def _environment(config: EvalConfig) -> Iterator[None]:
-    """The run's threads, given back at the end; what a full memory makes the libraries raise becomes one line."""
-    threads = torch.get_num_threads()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise IOFailure("out of memory: lower batch_size or max_length") from error
-        raise
-    finally:
-        torch.set_num_threads(threads)

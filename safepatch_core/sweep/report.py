@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safepatch_core.evaluate.text import cell
-from safepatch_core.jobs import picture
+from safepatch_core.pictures import picture
 
 Data = Mapping[str, Any]
 CUT = 4
