@@ -404,6 +404,17 @@ def test_a_finished_run_resumes_to_nothing_and_heals_a_lost_step(undisturbed: Pa
     assert content(undisturbed / "run") == before
 
 
+def test_resuming_is_refused_where_one_weight_of_the_backbone_has_changed(undisturbed: Path) -> None:
+    path = undisturbed / "base/model.safetensors"
+    data = path.read_bytes()
+    try:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(InputError, match=r"another inputs\.model\.sha256"):
+            go(settings(undisturbed), resume=True)
+    finally:
+        path.write_bytes(data)
+
+
 def test_resuming_another_run_is_refused_by_the_key_that_differs(undisturbed: Path, tmp_path: Path) -> None:
     before = content(undisturbed / "run")
     with pytest.raises(InputError, match=r"another batch_size, seed: found 2, expected 3"):

@@ -326,9 +326,9 @@ def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:
 
 
 def _fingerprint(base: Checkpoint, root: Path) -> dict[str, Any]:
-    """What tells one backbone from another without reading its weights: tables, sizes and config."""
+    """What tells one backbone from another: its config and every byte of its weights."""
     digest = hashlib.sha256((root / "config.json").read_bytes())
     for shard in base.shards:
-        digest.update(shard.header + shard.size.to_bytes(8, "little"))
+        digest.update(bytes.fromhex(hash_file(shard.path)))
     entries = sum(entry.entries for entry in base.tensors.values())
-    return {"sha256_of_tables": digest.hexdigest(), "tensors": len(base.tensors), "entries": entries}
+    return {"sha256": digest.hexdigest(), "tensors": len(base.tensors), "entries": entries}
