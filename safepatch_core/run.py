@@ -170,7 +170,7 @@ def _once(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     if measuring is not None:
         work.say("4/4 eval")
         report = work.evaluate("eval", measuring)
-        page = work.root / "eval" / "report.md"
+        page = work.root / "eval" / "report.html"
         summary |= {"report": str(page), "metrics": report["metrics"]}
         parts = [before_after(report), *parts]
         parts[-1] += f"\nreport:  {printable(page)}"
