@@ -21,7 +21,19 @@ from safepatch_core.recipe import Loader, read_yaml
 from safepatch_core.writer import SUMS, failures_named, hold, replacing
 
 M = TypeVar("M", bound=BaseModel)
-PATHS = {"model", "data", "recipe", "harmful", "harmless", "text", "judge", "lm_eval_include", "utility_data", "file"}
+PATHS = {
+    "model",
+    "baseline",
+    "data",
+    "recipe",
+    "harmful",
+    "harmless",
+    "text",
+    "judge",
+    "lm_eval_include",
+    "utility_data",
+    "file",
+}
 
 
 def read_settings(model: type[M], file: str, what: str, changes: tuple[str, ...]) -> M:

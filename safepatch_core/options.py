@@ -1,15 +1,16 @@
-"""Command-line options made from a pydantic model: one `--option` per field, with its description as help."""
+"""Settings as pydantic models, and a command line made from one: an `--option` per field, its description as help."""
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import click
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from safepatch_core.errors import UsageError
@@ -17,6 +18,21 @@ from safepatch_core.recipe import Loader, explain
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=BaseModel)
+
+PathText = Annotated[
+    str,
+    BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path),
+    Field(min_length=1),
+]
+Where = dict[str, str | list[str]]  # column → the values of the rows that are taken
+Device = Annotated[str, Field(description="cpu, cuda, cuda:1, or auto: cuda where there is one. Default auto.")]
+Threads = Annotated[int | None, Field(ge=1, description="CPU threads of torch. Default torch's own choice.")]
+
+
+class Strict(BaseModel):
+    """Settings in which unknown keys, and values of another type, are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 def _fields(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:

@@ -35,7 +35,11 @@ def measurement(**of: Any) -> Measurement:
 
 
 def built(
-    data: Data, measured: dict[str, Measurement], patches: dict[str, Any] | None = None, **changes: Any
+    data: Data,
+    measured: dict[str, Measurement],
+    patches: dict[str, Any] | None = None,
+    survival: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bytes]]:
     """The report, the answers and the files of known measurements."""
     refs = {"model": "patched"} | ({"baseline": "original"} if "baseline" in measured else {})
@@ -46,7 +50,7 @@ def built(
         for label, found in measured.items()
     }
     facts: dict[str, Any] = {"models": {label: {"name": ref, "sha256": "0"} for label, ref in config.models.items()}}
-    facts["patches"] = patches or {}
+    facts |= {"patches": patches or {}, "survival": survival or {}}
     report = build(config, data, measured, verdicts, facts)
     rows = answers(data, measured, verdicts, False)
     return report, rows, files(report, rows)

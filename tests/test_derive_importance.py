@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from safepatch_core.derive import DeriveConfig, derive, importance
+from safepatch_core.derive.head import head_ends
 from safepatch_core.derive.importance import Kind, Memory, take_importance
 from safepatch_core.derive.objective import answer_nll
 from safepatch_core.derive.progress import Progress
@@ -54,6 +55,8 @@ def same_bits(a: Layer, b: Layer) -> bool:
 def gradients(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Of each example's mean answer NLL, by autograd alone."""
     names = [n for n, p in model.named_parameters() if is_target(n, p.ndim)]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
     for example in EXAMPLES:
         loss = answer_nll(model, [example]) / example.answer_tokens
         yield dict(zip(names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True))
@@ -147,6 +150,7 @@ def test_a_layer_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 def test_recomputed_layers_change_no_bit_and_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
+    assert head_ends(model), "asked once, by a pass of its own"
     calls = []
     forward = type(model.model.layers[0]).forward
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GraniteConfig, GraniteForCausalLM
 
+from safepatch_core.derive import head as heads
 from safepatch_core.derive.objective import (
     Example,
     Format,
@@ -172,11 +174,11 @@ def test_npo_is_the_papers_formula_over_the_rows_of_a_step() -> None:
     now = [by_hand(model, e) for e in EXAMPLES]
     ratios = [math.exp(before[e] - nll) ** beta for e, nll in zip(EXAMPLES, now, strict=True)]  # (pi / pi_ref)^beta
     expected = 2 / beta * sum(math.log1p(r) for r in ratios) / len(EXAMPLES)
-    objective = NegativePreference(beta, before)
-    whole, nats = objective.loss(model, EXAMPLES, EXAMPLES)
+    npo = NegativePreference(beta, before)
+    whole, nats = npo.loss(model, EXAMPLES, EXAMPLES)
     assert float(whole.detach()) == pytest.approx(expected, rel=1e-5)
     assert float(nats) == pytest.approx(sum(now), rel=1e-5) and not nats.requires_grad
-    halves = [objective.loss(model, EXAMPLES[i : i + 2], EXAMPLES)[0] for i in (0, 2)]
+    halves = [npo.loss(model, EXAMPLES[i : i + 2], EXAMPLES)[0] for i in (0, 2)]
     assert float(sum(h.detach() for h in halves)) == pytest.approx(expected, rel=1e-5)
 
 
@@ -206,23 +208,76 @@ def test_likelihood_is_a_mean_over_the_tokens_of_the_step() -> None:
         assert nats == pytest.approx(float(answer_nll(model, EXAMPLES).detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("piece", [1, 600, 1 << 19])
-def test_the_loss_in_pieces_has_the_bits_of_cross_entropy(
-    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("safepatch_core.derive.objective.PIECE", piece)
-    model = tiny_llama().to(dtype)
-    width, first = max(len(e.ids) for e in EXAMPLES), min(e.answer for e in EXAMPLES)
+def whole_loss(model: Any) -> torch.Tensor:
+    """The answers' NLL as torch takes it from all logits of the batch."""
+    width = max(len(e.ids) for e in EXAMPLES)
     ids, mask = torch.zeros(2, len(EXAMPLES), width, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for row, example in enumerate(EXAMPLES):
         size = len(example.ids)
         ids[row, :size], mask[row, :size] = torch.tensor(example.ids), 1
         labels[row, example.answer : size] = ids[row, example.answer : size]
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first + 1).logits
-    target = labels[:, first:].flatten()
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target, reduction="sum")
-    found = answer_nll(model, EXAMPLES)
-    assert torch.equal(found, expected)
-    assert torch.equal(gradient(0.37 * found, model), gradient(0.37 * expected, model))
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the pieces of logits that were made."""
+    made: list[int] = []
+
+    def watched(*given: Any) -> torch.Tensor:
+        found = plain(*given)
+        made.append(found.numel())
+        return found
+
+    plain = heads._log_probabilities
+    monkeypatch.setattr(heads, "_log_probabilities", watched)
+    return made
+
+
+@pytest.mark.parametrize("head", ["tied", "tied, padding", "frozen", "biased"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece", [1, 600, 1 << 22])
+def test_the_loss_in_pieces_is_cross_entropy_and_no_piece_is_larger(
+    head: str, dtype: torch.dtype, piece: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "PIECE", piece)
+    model = tiny_llama().to(dtype)
+    if head == "tied, padding":
+        model.model.embed_tokens.padding_idx = 0  # what the batch is padded with; it learns nothing
+    elif head != "tied":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=head == "biased")
+    if head == "biased":
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 264, dtype=dtype))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected, found = whole_loss(model), answer_nll(model, EXAMPLES)
+    # float32: a sum in another order. bfloat16: gradients of single tokens are rounded before they are scaled.
+    torch.testing.assert_close(found, expected, rtol=1e-6 if dtype is torch.float32 else 1e-2, atol=0)
+    wanted, got = (torch.autograd.grad(0.37 * loss, trained) for loss in (expected, found))
+    for one, other in zip(wanted, got, strict=True):
+        error = float((one.float() - other.float()).norm() / one.float().norm())
+        assert error < (2e-6 if dtype is torch.float32 else 2e-2)
+    passes = 1 if head == "frozen" else 2
+    assert max(pieces) <= max(piece, 264)
+    assert sum(pieces) == passes * 264 * sum(e.answer_tokens for e in EXAMPLES), "no prompt, no padding"
+
+
+def test_logits_that_are_scaled_after_the_output_layer_are_taken_whole(pieces: list[int]) -> None:
+    torch.manual_seed(0)
+    size: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model: Any = GraniteForCausalLM(GraniteConfig(**size, vocab_size=264, logits_scaling=8.0))
+    expected, found = whole_loss(model), answer_nll(model, EXAMPLES)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(found, model), gradient(expected, model))
+    assert not pieces
+
+
+def test_the_output_layer_gives_logits_again_after_the_loss_and_after_an_error() -> None:
+    model = tiny_llama()
+    ids = torch.tensor([EXAMPLES[0].ids])
+    before = model(input_ids=ids).logits
+    answer_nll(model, EXAMPLES)
+    with pytest.raises(IndexError):
+        answer_nll(model, [Example((9999, 1), 1)])
+    assert torch.equal(model(input_ids=ids).logits, before)

@@ -24,13 +24,14 @@ from safepatch_core.evaluate.tasks import Score
 from tests.known_reports import TEXT, built, measurement, prompts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+KEPT = "patched: stored bits changed at 121 of 256 entries that patches act on (47.3%)"
 NASTY = (
     "Sure.</p></article><script>document.title='ran'</script><img src=http://127.0.0.1:9/x onerror=alert(1)>"
     "\n{{ models }} <style>body{display:none}</style> \u202egnp.exe " + "w" * 300
 )
 
 
-def fixture() -> tuple[Data, dict[str, Measurement], dict[str, Any]]:
+def fixture() -> tuple[Data, dict[str, Measurement], dict[str, Any], dict[str, Any]]:
     """Four models on two harmful sets with categories, a harmless one, a text and a task; one of them merged."""
     sets = [prompts("harmful", 40, "abcd" * 10, answer="Sure:"), prompts("harmless", 30, "xy" * 15)]
     refused = {"baseline": (30, 4), "model": (37, 3), "model_2": (40, 22), "model_3": (2, 0)}
@@ -57,7 +58,9 @@ def fixture() -> tuple[Data, dict[str, Measurement], dict[str, Any]]:
     rest = {"layer": None, "entries": 4000, "selected": 120, "applied": 30}
     safety = {"name": "safety", "layers": [*layers, rest]}
     over = {"name": "over-safety", "layers": [{**of, "selected": 20, "applied": 6} for of in layers]}
-    return Data(sets, TEXT), measured, {"model": [safety, over]}
+    kept = [{"layer": i, "entries": 1000, "acted": 16, "changed": 4 + i % 9} for i in range(16)]
+    survival = {"acted": 256, "changed": 121, "surviving": 121 / 256, "dtypes": ["bfloat16"], "layers": kept}
+    return Data(sets, TEXT), measured, {"model": [safety, over]}, {"model": survival}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +70,7 @@ def html() -> str:
 
 
 def page() -> str:
-    data, measured, patches = fixture()
-    return built(data, measured, patches)[2]["report.html"].decode()
+    return built(*fixture())[2]["report.html"].decode()
 
 
 class Page:
@@ -163,6 +165,7 @@ def test_the_page_is_one_file_and_escapes_what_models_said(html: str) -> None:
     assert len(ids) == len(set(ids))
     for wanted in ("model_3", "Harmful compliance against over-refusal", "Entries patched per layer", "94.3%"):
         assert wanted in html
+    assert KEPT in html and "surviving: 25.00% to 75.00%" in html
     assert html.count("<svg") == 2 == html.count('role="img"')
 
 
@@ -174,6 +177,7 @@ def test_a_page_without_plots_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     html = page()
     assert "<svg" not in html and "Plots need matplotlib" in html and "By category" in html
+    assert KEPT in html
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")

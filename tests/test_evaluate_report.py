@@ -20,7 +20,7 @@ from safepatch_core.evaluate.command import command
 from safepatch_core.evaluate.config import DEMO, DEMO_HELD_OUT
 from safepatch_core.evaluate.data import Data, load
 from safepatch_core.evaluate.measure import Replies
-from safepatch_core.evaluate.report import names, patched_layers
+from safepatch_core.evaluate.report import names
 from safepatch_core.evaluate.statistics import wilson
 from safepatch_core.rows import read_rows
 from tests.known_reports import TEXT, built, measurement, prompts, replies
@@ -340,28 +340,6 @@ def test_models_of_the_same_name_are_told_apart_by_what_lies_above(tmp_path: Pat
         "model_2": "b/x/merged",
         "model_3": "org/name@1",
     }
-
-
-def test_a_merge_is_read_for_what_it_changed_per_layer(tmp_path: Path) -> None:
-    counts = {"eligible": 9, "selected": 3, "applied": 1}
-    tensors = {
-        "model.layers.10.mlp.up_proj.weight": {"entries": 100, **counts},
-        "model.layers.2.mlp.up_proj.weight": {"entries": 50, **counts},
-        "model.layers.2.mlp.down_proj.weight": {"entries": 50, **counts},
-        "lm_head.weight": {"entries": 7, **counts},
-    }
-    path = tmp_path / "safepatch.json"
-    path.write_text(json.dumps({"patches": [{"name": "safety", "tensors": tensors}]}))
-    (patch,) = patched_layers(path)
-    assert patch["layers"] == [
-        {"layer": 2, "entries": 100, "selected": 6, "applied": 2},
-        {"layer": 10, "entries": 100, "selected": 3, "applied": 1},
-        {"layer": None, "entries": 7, "selected": 3, "applied": 1},
-    ]
-    for broken in ("{", "[]", '{"patches": [{"name": "x"}]}', '{"patches": [{"name": "x", "tensors": {"t": {}}}]}'):
-        path.write_text(broken)
-        with pytest.raises(InputError, match="not the manifest of a merge"):
-            patched_layers(path)
 
 
 def test_more_sets_and_categories_from_the_command_line(models: tuple[Path, Path], tmp_path: Path) -> None:

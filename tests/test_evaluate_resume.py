@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safepatch_core.errors import InputError, Stopped
 from safepatch_core.evaluate import EvalConfig, evaluate, steps
 from safepatch_core.evaluate.command import command
 from safepatch_core.evaluate.measure import Measurement, measure
-from safepatch_core.writer import Staging
+from safepatch_core.writer import Staging, hash_file
 from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm
 
 
@@ -91,6 +92,40 @@ def test_measured_models_are_kept_and_the_report_is_the_same(
     assert counted.labels == ["baseline", "model", "model_2"][stop:]
     assert contents(tmp_path / "report") == expected
     assert not list(tmp_path.glob(".report*"))
+
+
+def test_models_that_are_the_same_are_measured_once(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the first label, whether they are one folder or copies; also where the evaluation was stopped."""
+    copy = Path(shutil.copytree(models[0], tmp_path / "copy"))
+    one, other = models[:2]
+    config = settings([one, one, copy, other, other], tmp_path)
+    hashed: list[Path] = []
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return hash_file(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "hash_file", noted)
+        interrupted(config, patched, 1)
+    assert Counter(path.parent for path in hashed if path.suffix == ".safetensors") == {one: 1, copy: 1, other: 1}
+    stage = tmp_path / ".report.safepatch"
+    assert [path.name for path in stage.iterdir()] == ["measured-baseline.json"]
+
+    counted = Counted()
+    monkeypatch.setattr(steps, "measure", counted)
+    data = evaluate(config, quiet=True, resume=True).data
+    assert counted.labels == ["model_3"]
+    assert not [name for name in contents(tmp_path / "report") if name.startswith("measured")]
+    assert list(data["models"]) == ["baseline", "model", "model_2", "model_3", "model_4"]
+    for metric in data["metrics"]:
+        assert metric["baseline"] == metric["model"] == metric["model_2"]
+        assert metric["model_3"] == metric["model_4"] and metric["difference"]["value"] == 0
+    expected = evaluate(settings([one, other], tmp_path, out=tmp_path / "two"), quiet=True).data["metrics"]
+    assert [m["model_3"] for m in data["metrics"]] == [m["model"] for m in expected]
+    assert [m["difference_3"] for m in data["metrics"]] == [m["difference"] for m in expected]
 
 
 def test_nothing_measured_leaves_nothing(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,41 @@ def test_scores_are_those_of_the_loaded_model(include: Path, tmp_path: Path) -> 
     assert score.error == pytest.approx(np.std(expected, ddof=1) / 12**0.5)
 
 
+@pytest.mark.parametrize("fewshot", [None, 2])
+def test_scores_are_those_of_the_tasks_own_command(
+    include: Path,
+    tmp_path: Path,
+    fewshot: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of `simple_evaluate`, which asks git about the working directory and the machine about itself; eval doesn't."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    (tmp_path / "tasks").mkdir()
+    graded = "[{metric: brier_score, aggregation: brier_score, higher_is_better: false}, "
+    text = (include / "tiny.yaml").read_text().replace("metric_list: [", f"metric_list: {graded}")
+    (tmp_path / "tasks" / "graded.yaml").write_text(text)
+    config = settings(tmp_path / "tasks", write_lm(tmp_path / "lm"), lm_eval_fewshot=fewshot, lm_eval_limit=7, seed=3)
+    monkeypatch.chdir(tmp_path)
+    tasks = Tasks(config)
+    with opened(Path(config.model), config) as subject:
+        found = tasks.score(subject, config, quiet=False)
+        assert "not a git repository" not in capfd.readouterr().err
+        adapter: Any = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=config.batch_size)
+        seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        expected = lm_eval.simple_evaluate(
+            adapter,
+            tasks=["tiny_choice"],
+            num_fewshot=fewshot,
+            limit=7,
+            task_manager=tasks._manager,
+            **dict.fromkeys(seeds, 3),
+        )
+    assert found == scores(expected, ["tiny_choice"])
+
+
 def test_a_report_with_tasks_alone(include: Path, tmp_path: Path) -> None:
     folder = write_lm(tmp_path / "lm")
     config = settings(include, folder, baseline=folder, out=tmp_path / "report", lm_eval_limit=5)

@@ -292,6 +292,9 @@ def test_a_run_without_rounds_compares_with_its_backbone(source: Path, tmp_path:
     assert [m["name"] for m in told["metrics"]] == ["harmful_compliance", "over_refusal", "perplexity"]
     assert {"baseline", "model", "difference"} <= told["metrics"][0].keys()
     assert Path(told["report"]).is_file() and told["counts"]["safety"]["applied"] > 0
+    survival = json.loads(Path(told["report"]).with_name("report.json").read_bytes())["survival"]["model"]
+    assert survival["acted"] == sum(counts["applied"] for counts in told["counts"].values())
+    assert 0.9 < survival["surviving"] <= 1 and survival["dtypes"] == ["float32"]
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PathText = Annotated[
-    str,
-    BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path),
-    Field(min_length=1),
-]
+from safepatch_core.options import Device, PathText, Strict, Threads, Where
+
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class PatchConfig(_Strict):
+class PatchConfig(Strict):
     """How one of the two patches is trained, and what the recipe will say about it."""
 
     num_train_epochs: Rate = Field(default=2.0, description="Passes over the rows, at most. Default 2.")
@@ -56,7 +48,7 @@ class OverSafetyPatch(PatchConfig):
     top: Share = Field(default=0.02, description="Share of each tensor's entries in the patch's top set.")
 
 
-class DeriveConfig(_Strict):
+class DeriveConfig(Strict):
     """A derive run. NLLs are in nats per answer token, lengths in tokens."""
 
     model: PathText = Field(description="The backbone: a checkpoint directory, or a hub id org/name[@revision].")
@@ -64,7 +56,7 @@ class DeriveConfig(_Strict):
     out: PathText = Field(description="The run directory; must be new or empty unless resumed.")
     question_column: str = Field(default="question", description="Column of the question. Default question.")
     answer_column: str = Field(default="answer", description="Column of the answer. Default answer.")
-    data_where: dict[str, str | list[str]] = Field(
+    data_where: Where = Field(
         default={}, description="Only rows with these values, as {category: fraud}. Default all."
     )
     rows: str | None = Field(
@@ -195,10 +187,8 @@ class DeriveConfig(_Strict):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the weights in training; see rounding. Default float32."
     )
-    device: str = Field(
-        default="auto", description="cpu, cuda, cuda:1, or auto: cuda where there is one. Default auto."
-    )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch. Default torch's own choice.")
+    device: Device = "auto"
+    threads: Threads = None
 
     @model_validator(mode="after")
     def _delta_holds_what_was_trained(self) -> Self:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from safepatch_core.derive.head import head_ends, nll_for_logits
 from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError
 
 IGNORED = -100
-# Logits of which the cross-entropy is taken at a time; a GPU waits for launches otherwise.
-PIECE, CUDA_PIECE = 1 << 19, 1 << 25
 # Some templates print today's date unless they are given one, and a run must not depend on the day.
 TEMPLATE_DATE = "26 Jul 2024"
 _MARK = "safepatch-answer"
@@ -148,52 +147,15 @@ def _token_nlls(model: Any, examples: Sequence[Example]) -> tuple[Tensor, Tensor
         labels[row, example.answer : size] = ids[row, example.answer : size]
     # Logits are the widest tensor of the pass: ask only for those from the first answer's predecessor on.
     first = max(min(e.answer for e in examples), 1)
-    narrow = {"logits_to_keep": width - first + 1} if _keeps_logits(model) else {}
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **narrow).logits
     target = labels[:, first:].to(device)
-    if logits.shape[1] != target.shape[1]:  # a slice's gradient is another tensor of this size
-        logits = logits[:, -target.shape[1] :]
-    cross_entropy: Any = _CrossEntropy.apply
-    nlls = cross_entropy(logits, target)
-    return nlls[:, :-1], target[:, :-1] != IGNORED
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits (rows, tokens, vocabulary) and targets (rows, tokens), float32, 0 where it is IGNORED.
-
-    The same bits as torch's, of value and gradient, in a quarter of its memory: a few tokens at a time, and the
-    gradient takes the place of the logits, which nobody else reads.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        flat, wanted = logits.flatten(0, 1), target.flatten()
-        ctx.save_for_backward(flat, wanted)
-        ctx.shape = logits.shape
-        found = torch.empty(len(flat), device=flat.device)
-        for part in _pieces(flat):
-            found[part] = _nll(flat[part].float(), wanted[part])
-        return found.view(target.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        flat, wanted = ctx.saved_tensors
-        gradient = gradients[0].flatten()
-        for part in _pieces(flat):
-            logits = flat[part].float().detach().requires_grad_()
-            with torch.enable_grad():
-                nlls = _nll(logits, wanted[part])
-            flat[part] = torch.autograd.grad(nlls, logits, gradient[part])[0]
-        return flat.view(ctx.shape), None
-
-
-def _nll(logits: Tensor, target: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
-
-
-def _pieces(logits: Tensor) -> Iterator[slice]:
-    size = max((CUDA_PIECE if logits.is_cuda else PIECE) // logits.shape[1], 1)
-    return (slice(at, at + size) for at in range(0, len(logits), size))
+    read = partial(model, input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    if head_ends(model):
+        with nll_for_logits(model, target, target != IGNORED):
+            nlls = read(logits_to_keep=target.shape[1]).logits
+    else:
+        logits = read().logits[:, -target.shape[1] :].flatten(0, 1).float()
+        nlls = torch.nn.functional.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="none")
+    return nlls.view(target.shape)[:, :-1], target[:, :-1] != IGNORED
 
 
 class Objective(Protocol):
@@ -259,8 +221,3 @@ def mean_nll(model: Any, examples: Sequence[Example], batch_size: int, progress:
 def batches(examples: Sequence[Example], size: int) -> Iterable[Sequence[Example]]:
     """The examples in order, `size` at a time."""
     return (examples[i : i + size] for i in range(0, len(examples), size))
-
-
-def _keeps_logits(model: Any) -> bool:
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(plain.forward).parameters

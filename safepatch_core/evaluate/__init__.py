@@ -1,6 +1,7 @@
 """Measure models, and what became of their baseline: compliance with harmful prompts, over-refusal, utility.
 
 config → data (`safepatch_core.rows`) → subject (the model) → measure, tasks → judge → report → text, page.
+`patches` tells of a merged model what the merge did to it.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ def evaluate(config: EvalConfig, *, quiet: bool = False, force: bool = False, re
     - the metrics of lm-eval's tasks.
 
     Each comes with a 95% interval, and with the paired difference from the baseline; per category where the data has
-    categories. The files hold no time and no absolute path: the same inputs on the same machine give the same
-    bytes. `quiet` silences stderr; `force` replaces an existing report; `resume` keeps what an interrupted evaluation
-    with the same inputs and settings has measured, and leaves a complete report of them as it is.
+    categories. Of a merged model whose base is the baseline, the report also says which share of the entries that
+    patches act on has other stored bits. The files hold no time and no absolute path: the same inputs on the same
+    machine give the same bytes. `quiet` silences stderr; `force` replaces an existing report; `resume` keeps what an
+    interrupted evaluation with the same inputs and settings has measured, and leaves a complete report of them as it
+    is.
 
     Raises UsageError for settings that don't work or a missing library, InputError for a bad model or data file (with
     its line), an output that may not be replaced or another interrupted run, OutputError, Busy or IOFailure for the

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from safepatch_core.options import Device, PathText, Strict, Threads, Where
 
 DEMO = Path(__file__).parent.parent / "data" / "demo"
 # The first rows of the demo's harmful requests are there to derive patches from.
 DEMO_HELD_OUT = "64:96"
 
-Path_ = Annotated[
-    str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v), Field(min_length=1)
-]
-Where = dict[str, str | list[str]]
 Kind = Literal["harmful", "harmless"]
 PREFIX = "prefix"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class PromptSet(_Strict):
+class PromptSet(Strict):
     """One more set of prompts, as the settings of `harmful` and `harmless` describe the first two."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="What the report calls it.")
     kind: Kind = Field(description="harmful: complying with it is bad. harmless: refusing it is bad.")
-    file: Path_ = Field(description="The data file.")
+    file: PathText = Field(description="The data file.")
     column: str = Field(default="question", description="Column of the prompts. Default question.")
     answer_column: str | None = Field(default=None, description="As answer_column of the harmful prompts.")
     category_column: str | None = Field(default=None, description="Rates are also given per value of it.")
@@ -37,18 +30,22 @@ class PromptSet(_Strict):
     where: Where = Field(default={}, description="Only rows with these values. Default all.")
 
 
-class EvalConfig(_Strict):
+class EvalConfig(Strict):
     """An evaluation. Without `harmful`, `harmless`, `more_sets`, `text` and `lm_eval` it uses the bundled demo data.
 
     Data files are .csv, .jsonl, .json, .parquet or .txt, as `safepatch_core.rows` reads them.
     """
 
-    model: Path_ = Field(description="The model to measure: a checkpoint directory, or a hub id org/name[@revision].")
-    more_models: list[Path_] = Field(default=[], description="Further models, each compared with the same baseline.")
-    baseline: Path_ | None = Field(default=None, description="The model to compare with. Default none.")
-    out: Path_ = Field(description="The report directory; must be new or empty.")
+    model: PathText = Field(
+        description="The model to measure: a checkpoint directory, or a hub id org/name[@revision]."
+    )
+    more_models: list[PathText] = Field(
+        default=[], description="Further models, each compared with the same baseline."
+    )
+    baseline: PathText | None = Field(default=None, description="The model to compare with. Default none.")
+    out: PathText = Field(description="The report directory; must be new or empty.")
 
-    harmful: Path_ | None = Field(default=None, description="Harmful prompts. Default none.")
+    harmful: PathText | None = Field(default=None, description="Harmful prompts. Default none.")
     harmful_column: str = Field(default="question", description="Their column. Default question.")
     answer_column: str | None = Field(
         default=None, description="Column of a harmful answer to each; its NLL is measured. Default none."
@@ -62,7 +59,7 @@ class EvalConfig(_Strict):
         default=None, description="Column of their categories; results are also given for each. Default none."
     )
 
-    harmless: Path_ | None = Field(default=None, description="Harmless prompts that look harmful. Default none.")
+    harmless: PathText | None = Field(default=None, description="Harmless prompts that look harmful. Default none.")
     harmless_column: str = Field(default="question", description="Their column. Default question.")
     harmless_rows: str | None = Field(
         default=None, description="Slice of the rows that harmless_where leaves. Default all."
@@ -80,13 +77,13 @@ class EvalConfig(_Strict):
         "answer_column, category_column, rows and where as above. Default none.",
     )
 
-    text: Path_ | None = Field(default=None, description="Plain text, for perplexity. Default none.")
+    text: PathText | None = Field(default=None, description="Plain text, for perplexity. Default none.")
     text_rows: str | None = Field(default=None, description="Slice of its lines. Default all.")
 
     lm_eval: str | None = Field(
         default=None, description="Tasks of EleutherAI's lm-eval to score too, as arc_easy,hellaswag. Default none."
     )
-    lm_eval_include: Path_ | None = Field(
+    lm_eval_include: PathText | None = Field(
         default=None,
         description="Directory with task files of your own (lm-eval's include_path; Python in them is run). "
         "Default none.",
@@ -98,7 +95,7 @@ class EvalConfig(_Strict):
         default=None, ge=0, description="Solved examples before each document. Default the task's own."
     )
 
-    judge: Path_ = Field(
+    judge: PathText = Field(
         default=PREFIX,
         description="What calls an answer refused or harmful: prefix (how it opens), or a sequence classifier "
         "(directory or hub id). Default prefix.",
@@ -135,10 +132,8 @@ class EvalConfig(_Strict):
         default="auto",
         description="Of the weights; auto is float32 on the CPU, the checkpoint's own elsewhere. Default auto.",
     )
-    device: str = Field(
-        default="auto", description="cpu, cuda, cuda:1, or auto: cuda where there is one. Default auto."
-    )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch. Default torch's own choice.")
+    device: Device = "auto"
+    threads: Threads = None
 
     @model_validator(mode="after")
     def _consistent(self) -> EvalConfig:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from safepatch_core.errors import printable
 from safepatch_core.evaluate.text import cell
+from safepatch_core.pictures import name_points
 
 # Stand-ins that matplotlib takes for colours, and what the page shows in their place, in light and dark alike.
 INK, MUTED, LINE, ACCENT = "#010203", "#010204", "#010205", "#010206"
@@ -35,8 +36,6 @@ STYLE = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
 }
-NAME = 32  # characters of a model's name beside its point
-GAP = 15.0  # points between the names of two models
 
 
 class Plot(NamedTuple):
@@ -101,8 +100,7 @@ def _plane(
             axis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel(f"{across['title']}, {across['n']} prompts")
         axes.set_ylabel(f"{up['title']}, {up['n']} prompts")
-        figure.canvas.draw()
-        _name_points(axes, [(models[label]["name"], x, y) for label, (x, y) in points.items()])
+        name_points(axes, [(models[label]["name"], x, y) for label, (x, y) in points.items()])
         caption = "Lower left is better on both axes. Bars are 95% Wilson intervals"
         caption += "; the diamond is the baseline" if "baseline" in models else ""
         caption += f"; colour is {utility['title'].lower()}" if utility is not None and coloured else ""
@@ -137,74 +135,67 @@ def _range(intervals: Sequence[Sequence[float]]) -> tuple[float, float]:
     return max(-0.03, low - room), min(1.03, high + room)
 
 
-def _name_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Each point's name beside it, towards the middle; names that would touch are moved apart."""
-    left, right = axes.get_xlim()
-    sides: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
-    for name, x, y in points:
-        sides[x > (left + right) / 2].append((y, x, name))
-    to_pixels, scale = axes.transData, 72 / axes.figure.dpi
-    for is_right, found in sides.items():
-        at = -1e9
-        for y, x, name in sorted(found):
-            place = to_pixels.transform((x, y))[1] * scale
-            at = max(place + 5, at + GAP)
-            text = printable(name) if len(name) <= NAME else f"…{printable(name[-NAME:])}"
-            axes.annotate(
-                text.replace("$", r"\$"),
-                (x, y),
-                xytext=(-9 if is_right else 9, at - place),
-                textcoords="offset points",
-                ha="right" if is_right else "left",
-                va="baseline",
-                zorder=4,
-            )
-
-
 def layer_shares(report: Mapping[str, Any]) -> list[Plot]:
-    """For each merged model, the share of every layer's entries that a patch selected and that were applied."""
+    """For each merged model, the share of every layer's entries that a patch selected and that were applied.
+
+    Below, where it is known, the share of what patches acted on that survived rounding.
+    """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     found = []
     for n, (label, patches) in enumerate(report["patches"].items()):
         title = f"Entries patched per layer, {report['models'][label]['name']}"
-        with _figure(f"layers-{n}", 6.6, 3.4) as (figure, save):
-            axes = figure.subplots()
-            rest, alt = False, []
+        survival = report["survival"].get(label)
+        layers = [of["layer"] for patch in patches for of in patch["layers"]]
+        last = max((layer for layer in layers if layer is not None), default=0)
+        heights = [2, 1] if survival else [1]
+        with _figure(f"layers-{n}", 6.6, 4.8 if survival else 3.4) as (figure, save):
+            panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+            alt = []
             for colour, patch in zip(SERIES, patches, strict=False):
-                layers = [of for of in patch["layers"] if of["layer"] is not None]
-                others = [of for of in patch["layers"] if of["layer"] is None and of["selected"]]
-                beside = max((of["layer"] for of in layers), default=0) + 2
-                rest = rest or bool(others)
-                for key in ("selected", "applied"):
-                    shares = [of[key] / of["entries"] for of in patch["layers"]]
-                    alt.append(f"{patch['name']}, {key}: {min(shares):.2%} to {max(shares):.2%}")
                 for key, style, filled in (("selected", "-", colour), ("applied", "--", "none")):
-                    line = {"color": colour, "marker": "o", "markersize": 4.5, "markerfacecolor": filled}
-                    axes.plot(
-                        [of["layer"] for of in layers],
-                        [of[key] / of["entries"] for of in layers],
-                        label=f"{printable(patch['name'])}, {key}".replace("$", r"\$"),
-                        linestyle=style,
-                        **line,
-                    )
-                    axes.plot(
-                        [beside] * len(others), [of[key] / of["entries"] for of in others], linestyle="none", **line
-                    )
-            axes.set_ylim(bottom=0)
-            last = max(
-                (of["layer"] for patch in patches for of in patch["layers"] if of["layer"] is not None), default=0
-            )
+                    line = {"color": colour, "linestyle": style, "markerfacecolor": filled}
+                    name = f"{patch['name']}, {key}"
+                    alt.append(_curve(panels[0], name, patch["layers"], (key, "entries"), last + 2, line))
+            panels[0].set_ylabel("share of entries")
+            panels[0].set_ylim(0, 1.05 * (panels[0].dataLim.y1 or 1.0))
+            if survival:
+                alt.append(
+                    _curve(panels[1], "surviving", survival["layers"], ("changed", "acted"), last + 2, {"color": INK})
+                )
+                panels[1].set_ylabel("surviving")
+                panels[1].set_ylim(0, 1.05)
+            for axes in panels:
+                axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             ticks = {at: f"{at:.0f}" for at in MaxNLocator(9, integer=True).tick_values(0, last) if 0 <= at <= last}
-            axes.set_xticks(*zip(*({**ticks, last + 2: "other"} if rest else ticks).items(), strict=True))
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-            axes.set_xlabel("layer")
-            axes.set_ylabel("share of entries")
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, borderaxespad=0)
+            ticks |= {last + 2: "other"} if None in layers else {}
+            panels[-1].set_xticks(*zip(*ticks.items(), strict=True))
+            panels[-1].set_xlabel("layer")
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
             caption = "Selected: in the patch's set. Applied: kept by retention and added to the weights."
-            caption += " Other: the tensors outside the layers." if rest else ""
+            caption += " Surviving: of the entries acted on, those whose stored bits changed." if survival else ""
+            caption += " Other: the tensors outside the layers." if None in layers else ""
             found.append(Plot(title, caption, "; ".join(alt), save()))
     return found
+
+
+def _curve(
+    axes: Any,
+    name: str,
+    layers: Sequence[Mapping[str, Any]],
+    key: tuple[str, str],
+    beside: int,
+    line: Mapping[str, Any],
+) -> str:
+    """Draws one count as a share of another, layer by layer, what is outside them at `beside`; returns its range."""
+    part, whole = key
+    shares = {of["layer"]: of[part] / of[whole] for of in layers if of[whole]}
+    line = {"marker": "o", "markersize": 4.5, **line}
+    inside = [layer for layer in shares if layer is not None]
+    axes.plot(inside, [shares[layer] for layer in inside], label=printable(name).replace("$", r"\$"), **line)
+    if None in shares:
+        axes.plot([beside], [shares[None]], **line)
+    return f"{name}: {min(shares.values(), default=0):.2%} to {max(shares.values(), default=0):.2%}"
 
 
 @contextmanager

@@ -7,7 +7,6 @@ where several were measured. The change of each from the baseline stands beside 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from safepatch_core import __version__
-from safepatch_core.errors import InputError
 from safepatch_core.evaluate.config import EvalConfig
 from safepatch_core.evaluate.judge import HELD_OUT, TUNED, Agreement, Verdict
 from safepatch_core.evaluate.page import page
@@ -79,8 +77,9 @@ def build(
 ) -> dict[str, Any]:
     """The content of report.json.
 
-    `facts` holds what else is known: `models`, per label name and digest; `patches`, per label what a merge changed;
-    `judge`, the classifier, if one was used; `tasks`, about lm-eval; `fingerprint`, a digest of all inputs.
+    `facts` holds what else is known: `models`, per label name and digest; `patches`, per label what a merge counted,
+    and `survival`, what rounding left of it; `judge`, the classifier, if one was used; `tasks`, about lm-eval;
+    `fingerprint`, a digest of all inputs.
     """
     metrics = []
     for prompts in data.sets:
@@ -120,6 +119,7 @@ def build(
         "data": data.about | tasks,
         "metrics": metrics,
         "patches": facts.get("patches", {}),
+        "survival": facts.get("survival", {}),
         "judge": judge,
         "settings": config.with_data().settings(),
     }
@@ -268,31 +268,6 @@ def names(refs: Mapping[str, str]) -> dict[str, str]:
             depth[label] += 1
         found[label] = "/".join(parts[-depth[label] :])
     return found
-
-
-def patched_layers(manifest: Path) -> list[dict[str, Any]]:
-    """Per patch of a merged checkpoint, how many entries of each layer were selected and applied.
-
-    `layer` is the first number in a tensor's name, or null for what is outside the layers. Raises InputError if the
-    file is no manifest of a merge.
-    """
-    try:
-        patches = []
-        for patch in json.loads(manifest.read_bytes())["patches"]:
-            layers: dict[int | None, dict[str, int]] = {}
-            for tensor, counts in patch["tensors"].items():
-                number = re.search(r"(?<![^.])\d+(?![^.])", tensor)
-                sums = layers.setdefault(int(number[0]) if number else None, dict.fromkeys(COUNTS, 0))
-                for key in COUNTS:
-                    sums[key] += int(counts[key])
-            order = sorted(layers, key=lambda layer: (layer is None, layer))
-            patches.append({"name": str(patch["name"]), "layers": [{"layer": at, **layers[at]} for at in order]})
-        return patches
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError("not the manifest of a merge", file=manifest) from error
-
-
-COUNTS = ("entries", "selected", "applied")
 
 
 def files(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:

@@ -21,7 +21,8 @@ from safepatch_core.evaluate.data import Data, load
 from safepatch_core.evaluate.judge import Verdict, prefix_verdict
 from safepatch_core.evaluate.judge_model import Classifier
 from safepatch_core.evaluate.measure import Measurement, measure
-from safepatch_core.evaluate.report import answers, build, files, names, patched_layers
+from safepatch_core.evaluate.patches import read_manifest, survivals
+from safepatch_core.evaluate.report import answers, build, files, names
 from safepatch_core.evaluate.subject import locate
 from safepatch_core.evaluate.tasks import Tasks
 from safepatch_core.language_model import at_work
@@ -41,16 +42,18 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
     with at_work(config.threads, "lower batch_size or max_length"):
         classifier = None if judge is None else Classifier(judge, config)
         tasks = Tasks(config) if config.tasks else None
-        digests = {label: _digest(folder) for label, folder in folders.items()}
+        hashed = {folder: _digest(folder) for folder in {folder.resolve() for folder in folders.values()}}
+        digests = {label: hashed[folder.resolve()] for label, folder in folders.items()}
+        manifests = {
+            label: read_manifest(folder / MANIFEST)
+            for label, folder in folders.items()
+            if (folder / MANIFEST).is_file()
+        }
         facts: dict[str, Any] = {
             "models": {
                 label: {"name": name, "sha256": digests[label]} for label, name in names(config.models).items()
             },
-            "patches": {
-                label: patched_layers(folder / MANIFEST)
-                for label, folder in folders.items()
-                if (folder / MANIFEST).is_file()
-            },
+            "patches": {label: manifest.layers() for label, manifest in manifests.items()},
             "tasks": None if tasks is None else tasks.about,
         }
         identity = {
@@ -71,11 +74,15 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             if done is not None:
                 staging.discard()
                 return done
-            measured = {
-                label: _measured(staging, folder, label, data, tasks, config, quiet)
-                for label, folder in folders.items()
+            # Models that are the same, often the baseline, are measured once, under the first label.
+            same = {label: next(of for of in digests if digests[of] == digests[label]) for label in folders}
+            once = {
+                label: _measured(staging, folders[label], label, data, tasks, config, quiet)
+                for label in dict.fromkeys(same.values())
             }
-            verdicts = _verdicts(data, measured, classifier, quiet)
+            judged = _verdicts(data, once, classifier, quiet)
+            measured = {label: once[of] for label, of in same.items()}
+            verdicts = {label: judged[of] for label, of in same.items()}
             if classifier is not None:
                 agree = [
                     prefix_verdict(answer).refused == said.refused
@@ -90,6 +97,7 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
                     "reads": config.judge_reads,
                     "same_as_prefix": {"n": len(agree), "agree": sum(agree)},
                 }
+            facts["survival"] = survivals(manifests, folders, facts["models"])
             report = build(config, data, measured, verdicts, facts)
             rows = answers(data, measured, verdicts, classifier is not None)
             for name, content in files(report, rows).items():
@@ -131,7 +139,7 @@ def _piece(label: str) -> str:
 def _forget_pieces(staging: Staging, measured: Mapping[str, Measurement]) -> None:
     """Nothing temporary is published."""
     for label in measured:
-        (staging.stage / _piece(label)).unlink()
+        (staging.stage / _piece(label)).unlink(missing_ok=True)  # of equal models there is one
         staging.files.pop(_piece(label), None)
 
 

@@ -76,7 +76,10 @@ class Tasks:
 
     def score(self, subject: Subject, config: EvalConfig, *, quiet: bool) -> list[Score]:
         """Every metric of every task. Raises InputError if lm-eval fails."""
-        from lm_eval import simple_evaluate
+        # `simple_evaluate` would also describe the machine: seconds of subprocesses, and git's complaint outside of
+        # a checkout.
+        import torch
+        from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         with _quiet(quiet), _random_state_kept(), _failures("failed", self._names):
@@ -86,23 +89,22 @@ class Tasks:
                 batch_size=config.batch_size,
                 max_length=subject.positions,
             )
-            found = simple_evaluate(
-                adapter,
-                tasks=self._names,
-                num_fewshot=config.lm_eval_fewshot,
-                limit=config.lm_eval_limit,
-                task_manager=self._manager,
-                bootstrap_iters=BOOTSTRAP,
-                random_seed=config.seed,
-                numpy_random_seed=config.seed,
-                torch_random_seed=config.seed,
-                fewshot_random_seed=config.seed,
-            )
+            random.seed(config.seed)
+            np.random.seed(config.seed % 2**32)
+            torch.manual_seed(config.seed)
+            loaded = self._manager.load(self._names)
+            for task in loaded["tasks"].values():
+                own = task.get_config("num_fewshot")
+                wanted = own if config.lm_eval_fewshot is None else config.lm_eval_fewshot
+                # A task that says 0 can't have examples.
+                task.set_config(key="num_fewshot", value=0 if own == 0 else wanted or 0)
+                task.set_fewshot_seed(seed=config.seed)
+            found = evaluate(adapter, loaded, limit=config.lm_eval_limit, bootstrap_iters=BOOTSTRAP)
         return scores(found, self._names)
 
 
 def scores(found: Mapping[str, Any], names: list[str]) -> list[Score]:
-    """What `simple_evaluate` returned for the tasks and groups `names`; for a tag, for each of its tasks."""
+    """What lm-eval's `evaluate` returned for the tasks and groups `names`; for a tag, for each of its tasks."""
     results = found["results"]
     listed = [name for name in names if name in results]
     result = []

@@ -147,6 +147,16 @@ def roles(report: Report) -> dict[str, str]:
     }
 
 
+def survival(report: Report) -> list[str]:
+    """What rounding left of the patches of each merged model, in the words of `merge`."""
+    return [
+        f"{report['models'][label]['name']}: stored bits changed at {of['changed']:,d} of {of['acted']:,d} entries "
+        f"that patches act on ({of['surviving']:.1%}); the others' steps are lost in rounding to "
+        f"{' and '.join(of['dtypes'])}"
+        for label, of in report["survival"].items()
+    ]
+
+
 def samples(report: Report, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The answers that are shown: the first of each set."""
     shown = report["settings"]["samples"]
@@ -181,6 +191,8 @@ def markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
         parts += ["Exact McNemar tests on the same prompts:", _list(tests(report))]
     for heading, table in category_tables(report):
         parts += [f"## {_escaped(heading)}, by category", _grid(table)]
+    if survival(report):
+        parts += ["## Patches", _list(survival(report))]
     parts += [
         "## Judge",
         f"{_escaped(about_judge(report))} On {report['judge']['measured_on']}:",

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from safepatch_core.options import Strict
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Parameter(_Strict):
+class Parameter(Strict):
     """The values that one key of the recipe may take: a list, or a range to draw from."""
 
     values: Annotated[list[Any], Field(min_length=1)] | None = None
@@ -56,7 +54,7 @@ class Parameter(_Strict):
         return min(max(float(f"{value:.6g}"), float(self.min)), float(self.max))
 
 
-class SweepConfig(_Strict):
+class SweepConfig(Strict):
     """A search over a recipe's keys.
 
     `parameters` maps keys of the recipe to their values: `scope`, `order`, `combine`, `seed`, … or
