@@ -70,7 +70,7 @@ def test_no_prompt_is_in_two_splits() -> None:
         return set(range(of)[slice(*(int(part) for part in text.split(":")))])
 
     harmful = [rows(TRAINED, 520), rows(development["harmful_rows"], 520), rows(held_out["harmful_rows"], 520)]
-    assert sum(map(len, harmful)) == len(set.union(*harmful)) == 320 + 40 + 60
+    assert sum(map(len, harmful)) == len(set.union(*harmful)) == 320 + 40 + 120
     harmless = [rows(development["harmless_rows"], 250), rows(held_out["harmless_rows"], 250)]
     assert sum(map(len, harmless)) == len(set.union(*harmless)) == 63 + 63
 

@@ -4,8 +4,9 @@
 |---|---|
 | AdvBench 0–119 | the test bed's refusals |
 | AdvBench 0–319 | deriving the patches |
-| AdvBench 320–399 and XSTest safe from row 0, in steps | choosing a recipe (the sweep and the sensitivity plots) |
-| AdvBench 400–519, SimpleSafetyTests and XSTest safe from row 1, in steps | the table |
+| AdvBench 320–399, CatQA and XSTest safe from row 0, in steps | choosing a recipe (sweep, sensitivity plots) |
+| AdvBench 400–519, SimpleSafetyTests, and XSTest safe from row 1, in steps | the table |
+| CatQA from rows 0 and 1 of three pairs of categories, in steps of 2 | deriving and measuring the rounds |
 | XSTest safe from row 3, in steps | the rounds |
 """
 
@@ -61,20 +62,24 @@ class Corpora:
         }
 
     def development(self) -> dict[str, Any]:
-        """`EvalConfig` fields of the split on which a recipe is chosen: 40 harmful, 63 harmless, a little text."""
+        """`EvalConfig` fields of the split on which a recipe is chosen: 40 harmful orders, 40 harmful questions, 63
+        harmless ones, a little text. A recipe chosen on orders alone did not hold on questions."""
         harmful = {key: value for key, value in self._advbench("320:400:2").items() if key != "answer_column"}
-        return harmful | self._xstest("0:250:4") | {"text": self.wikitext, "text_rows": "0:20"}
+        # Even rows: the rounds measure odd ones.
+        questions = {"name": "catqa", "kind": "harmful", "file": self.catqa, "column": "text", "rows": "0:550:14"}
+        text = {"text": self.wikitext, "text_rows": "0:20"}
+        return harmful | self._xstest("0:250:4") | text | {"more_sets": [questions]}
 
     def held_out(self) -> dict[str, Any]:
-        """Of the table: 60 harmful, 63 harmless, text. Every second prompt, so that 37 models take an hour."""
+        """Of the table: 120 harmful, 63 harmless, text."""
         text = {"text": self.wikitext, "text_rows": "200:260"}
-        return self._advbench("400:520:2") | self._xstest("1:250:4") | text
+        return self._advbench("400:520") | self._xstest("1:250:4") | text
 
     def over_refusal(self) -> dict[str, Any]:
         """Of the rounds."""
         return self._xstest("3:250:4")
 
     def simple_tests(self) -> dict[str, Any]:
-        """The table's second harmful set, 50 prompts: a `PromptSet`."""
+        """The table's second harmful set, 100 prompts: a `PromptSet`."""
         column = {"column": "prompts_final", "category_column": "harm_area"}
-        return {"name": "sst", "kind": "harmful", "file": self.simple, "rows": "0:100:2"} | column
+        return {"name": "sst", "kind": "harmful", "file": self.simple, "rows": "0:100"} | column

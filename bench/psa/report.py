@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.pictures import picture
+from safepatch_core.pictures import name_points, picture
 
-from .steps import BACKBONE, PLAIN, VARIED, WITH_UTILITY, Evidence
+from .steps import ANSWERED_BY, BACKBONE, PLAIN, VARIED, WITH_UTILITY, Evidence
 
 Data = Mapping[str, Any]
 # Of report.json: title of the column, and how it is shown.
@@ -99,18 +99,14 @@ def _draw(tables: Mapping[str, Data], figure: Any) -> bool:
             plot.errorbar(
                 [100 * across["mean"]], [100 * up["mean"]], fmt=marker, markersize=14 if bars == {} else 7, **bars
             )
-            plot.annotate(
-                method,
-                (100 * across["mean"], 100 * up["mean"]),
-                xytext=(6, 6),
-                textcoords="offset points",
-                fontsize="small",
-            )
         start = table[BACKBONE]
         plot.axvline(100 * start["harmful_compliance"]["mean"], color="0.8", zorder=0)
         plot.axhline(100 * start["over_refusal"]["mean"], color="0.8", zorder=0)
         plot.set(title=VARIANTS[variant], xlabel="harmful compliance, AdvBench 400–519, %")
     axes[0].set_ylabel("over-refusal, XSTest safe, %")
+    for plot, table in zip(axes, tables.values(), strict=True):
+        rates = ("harmful_compliance", "over_refusal")
+        name_points(plot, [(method, *(100 * of[rate]["mean"] for rate in rates)) for method, of in table.items()])
     return True
 
 
@@ -132,6 +128,9 @@ def write(job: Evidence, models: Mapping[str, Sequence[tuple[str, int]]], folder
         for file in ("sweep.json", "pareto.png" if name.startswith("sweep") else "sensitivity.png"):
             if (job.out / name / file).exists():
                 shutil.copy(job.out / name / file, folder / f"{name}{Path(file).suffix}")
-    for path in (job.out / "sets.json", *(job.out / "rounds" / f"rounds.{kind}" for kind in ("json", "md", "png"))):
-        if path.exists():
-            shutil.copy(path, folder)
+    for who in ANSWERED_BY:
+        for kind in ("json", "md", "png"):
+            if (job.out / f"rounds-{who}" / f"rounds.{kind}").exists():
+                shutil.copy(job.out / f"rounds-{who}" / f"rounds.{kind}", folder / f"rounds-{who}.{kind}")
+    if (job.out / "sets.json").exists():
+        shutil.copy(job.out / "sets.json", folder)

@@ -123,6 +123,7 @@ def search(
             "method": "grid" if trials is None else "random",
             "parameters": parameters,
             "trials": trials,
+            "objectives": OBJECTIVES,
             "eval": job.corpora.development() | job.measuring | {"max_new_tokens": 16},
         }
     )
@@ -187,15 +188,30 @@ def _merged(job: Evidence, run: Path, out: Path, method: Method) -> None:
 
 
 def make_rounds(job: Evidence) -> None:
-    """OUT/rounds: three rounds over CatQA at the recipe that the sensitivity plots speak for.
+    """OUT/rounds-WHO: three rounds over CatQA at the recipe that the sensitivity plots speak for.
 
-    The descent patch of seed 0 writes the answers.
+    WHO answers the questions: the descent patch of seed 0, whose answers open with "Sure, here is"; or the model
+    before it was taught to refuse, whose answers are close to what the backbone says where it complies.
     """
-    job.say("continual rounds")
+    for who, model in ANSWERED_BY.items():
+        job.say(f"continual rounds, answers of {who}")
+        file = job.out / f"rounds-{who}.yaml"
+        file.write_text(yaml.safe_dump(_rounds(job, model(job)), sort_keys=False))
+        out = job.out / f"rounds-{who}"
+        if not (out / "rounds.json").exists():
+            call(run_command, [str(file), "-o", str(out), "--resume", "--quiet"])
+
+
+ANSWERED_BY: dict[str, Callable[[Evidence], str]] = {
+    "descent": lambda job: str(job.run_of(PLAIN, 0) / "over-safety"),
+    "original": lambda job: job.model,
+}
+
+
+def _rounds(job: Evidence, answering: str) -> dict[str, Any]:
+    """The file of `safepatch run`. Rows 0, 2, … train, rows 1, 3, … measure."""
     safety, over_safety = METHODS[STRONG]["patches"]
-    out = job.out / "rounds"
-    file = job.out / "rounds.yaml"
-    sections = {
+    return {
         "derive": {
             "model": str(job.backbone),
             "data": job.corpora.catqa,
@@ -208,16 +224,12 @@ def make_rounds(job: Evidence) -> None:
             "utility_data": str(job.utility),
             "threads": job.threads,
         },
-        "answers": {"model": str(job.run_of(PLAIN, 0) / "over-safety"), "max_new_tokens": 32},
-        # Rows 0, 2, … train, rows 1, 3, … measure.
+        "answers": {"model": answering, "max_new_tokens": 32},
         "eval": job.corpora.over_refusal()
         | job.measuring
         | {"harmful": job.corpora.catqa, "harmful_column": "text", "harmful_rows": "1:100:2"},
         "rounds": [{"name": name, "where": {"category": categories}} for name, categories in ROUNDS.items()],
     }
-    file.write_text(yaml.safe_dump(sections, sort_keys=False))
-    if not (out / "rounds.json").exists():
-        call(run_command, [str(file), "-o", str(out), "--resume", "--quiet"])
 
 
 def call(command: click.Command, arguments: Sequence[str]) -> None:
@@ -236,6 +248,8 @@ SEARCHED = {
     "order": {"values": ["retain-first", "select-first"]},
 }
 TRIALS = 10
+# Both kinds of harm together weigh as much as refusing what is harmless.
+OBJECTIVES = {"harmful_compliance": 0.5, "harmful_compliance.catqa": 0.5, "over_refusal": 1.0}
 # One at a time around derive's defaults.
 VARIED = {
     "scale": {"patches.*.scale": {"values": [0.5, 1.0, 2.0, 4.0]}},
