@@ -353,10 +353,10 @@ def main() -> NoReturn:
     except click.exceptions.Exit as error:
         status = error.exit_code
     except click.ClickException as error:
-        click.echo(f"safepatch: {printable(error.format_message())}", err=True)
+        _tell(printable(error.format_message()), shared=True)
         status = UsageError.status
     except (SafepatchError, Stopped) as error:
-        click.echo(f"safepatch: {error}", err=True)
+        _tell(str(error), shared=error.shared)
         status = error.status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -367,6 +367,14 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(status)
+
+
+def _tell(line: str, *, shared: bool) -> None:
+    """The line of a failure; once, if it is shared by the ranks of a run."""
+    from safepatch_core.ranks import is_first
+
+    if is_first() or not shared:
+        click.echo(f"safepatch: {line}", err=True)
 
 
 def _failed(error: Exception) -> int:

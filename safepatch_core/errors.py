@@ -26,9 +26,13 @@ def _cut(value: object) -> str | None:
 
 
 class SafepatchError(Exception):
-    """Base of all errors raised on purpose; `status` is the exit status of the command line."""
+    """Base of all errors raised on purpose; `status` is the exit status of the command line.
+
+    `shared`: every rank of the run raises it, so the first one's line is enough.
+    """
 
     status = 70
+    shared = False
 
     def __init__(
         self,
@@ -84,7 +88,9 @@ class Stopped(BaseException):
     """Stopped by a signal; `--resume` goes on.
 
     Like KeyboardInterrupt it may be raised anywhere, so it is no Exception: what handles any failure of a library,
-    and what the standard library does where a thread can't be started, must not take it for one.
+    and what the standard library does where a thread can't be started, must not take it for one. A launcher stops all
+    ranks.
     """
 
     status = 75
+    shared = True

@@ -90,7 +90,9 @@ def checked(model: type[M], data: Any, file: str | None = None) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UsageError(explain(error, model), file=file) from None
+        refused = UsageError(explain(error, model), file=file)
+        refused.shared = True  # every rank of a run is given the same
+        raise refused from None
 
 
 def _value(path: tuple[str, ...], text: str) -> Any:

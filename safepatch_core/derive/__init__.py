@@ -43,6 +43,9 @@ def derive(
     not at all; with `resume` what is done is kept, and the rest gives the bytes that an undisturbed run gives. On the
     CPU a seed repeats bit for bit (same versions and number of threads).
 
+    Under torchrun or accelerate launch every rank calls it with the same arguments: they train one model, of which
+    each holds a part, and the first writes. With another number of ranks the bytes are others.
+
     `quiet` silences stderr; `report` gets progress events: {phase, done, total, tokens_per_second, …} or {warning}.
 
     Raises UsageError for settings that don't work (training diverged, no room below the ascent bound, missing

@@ -1,4 +1,7 @@
-"""Training checkpoints: RUN/checkpoint-NAME/STEP, the latest alone, gone once the patch is there."""
+"""Training checkpoints: RUN/checkpoint-NAME/STEP, the latest alone, gone once the patch is there.
+
+Of several ranks each writes and reads its own part.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from safepatch_core.derive.loop import Tensors
 from safepatch_core.derive.rundir import RunDirectory
 
-TENSORS, FACTS = "training.safetensors", "training.json"
+FACTS = "training.json"
 
 
 class TrainingCheckpoints:
@@ -22,12 +25,15 @@ class TrainingCheckpoints:
 
     def __init__(self, out: RunDirectory, patch: str) -> None:
         self._out, self._folder = out, f"checkpoint-{patch}"
+        ranks = out.ranks
+        self._tensors = "training.safetensors" if ranks.size == 1 else f"training-{ranks.rank}.safetensors"
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Writes tensors and facts of a training that has taken `step` steps."""
         with self._out.new_folder(f"{self._folder}/{step}") as folder:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
-            (folder / FACTS).write_text(json.dumps(facts), "utf-8")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / self._tensors)
+            if self._out.ranks.rank == 0:
+                (folder / FACTS).write_text(json.dumps(facts), "utf-8")
         for older in self._steps():
             if older != step:
                 self._out.remove_folder(f"{self._folder}/{older}")
@@ -41,7 +47,7 @@ class TrainingCheckpoints:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text("utf-8"))
 
         def read(name: str) -> Tensor:
-            with safe_open(folder / TENSORS, framework="pt") as file:
+            with safe_open(folder / self._tensors, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
             return tensor
 

@@ -10,6 +10,7 @@ from safepatch_core.cli import emit, output_options
 from safepatch_core.derive.config import DeriveConfig
 from safepatch_core.errors import printable
 from safepatch_core.options import model_from_options, model_options
+from safepatch_core.ranks import is_first
 
 
 @click.command(name="derive")
@@ -22,6 +23,8 @@ def command(out: str, resume: bool, quiet: bool, as_json: bool, **given: Any) ->
     from safepatch_core.derive import derive
 
     result = derive(model_from_options(DeriveConfig, given, out=out), resume=resume, quiet=quiet or as_json)
+    if not is_first():
+        return
     if as_json:
         emit(result.summary)
     elif not quiet:

@@ -9,6 +9,10 @@ nats per token, of the answer's tokens alone. Over n samples, with g = dL/dw of 
                                   (arXiv 1612.00796), up to each answer's length
 
 All arithmetic is float32. The recipe's own ranking, by magnitude |delta|, needs no pass.
+
+Of a model that is spread over ranks, all work on the same sample at the same time: |w * g| needs each sample's own
+gradient, and what a rank sees is already averaged over the ranks. The average of equal gradients is the gradient, to
+the bit if their number is a power of two. Sums are cut as the weights are. So ranks save memory here, not time.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +35,10 @@ from safepatch_core.derive.model import Target
 from safepatch_core.derive.objective import Example, answer_nll
 from safepatch_core.derive.progress import Progress
 from safepatch_core.derive.saving import Layer, by_layer
+from safepatch_core.derive.sharding import like, local
 from safepatch_core.errors import InputError
+from safepatch_core.language_model import freed_memory_returned
+from safepatch_core.ranks import Alone, Ranks
 
 Kind = Literal["snip", "fisher"]
 Memory = Literal["auto", "memory", "disk"]
@@ -59,6 +67,7 @@ def take_importance(
     kind: Kind = "snip",
     memory: Memory = "auto",
     folder: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Importance:
     """The importance of every target parameter: one backward per sample.
 
@@ -73,19 +82,21 @@ def take_importance(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_target(name, parameter.ndim))
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = {name: local(parameter.detach()) for name, parameter in parameters.items()}
     sums: _Sums
-    if folder is not None and _spills(memory, parameters):
-        sums = _OnDisk(parameters, folder)
+    if folder is not None and _spills(memory, parts):
+        sums = _OnDisk(parts, folder)
     else:
-        sums = _InMemory(parameters)
+        sums = _InMemory(parts)
     nats = 0.0
-    with _folded(parameters, sums, kind), _recomputed(model):
+    with freed_memory_returned(recomputed=True), _folded(parameters, sums, kind), _recomputed(model):
         for example in examples:
             nll = answer_nll(model, [example])
             torch.autograd.backward(nll / example.answer_tokens)
             nats += float(nll.detach())
             progress.advance(tokens=len(example.ids))
-    return Importance(parameters, _means(sums, len(examples)), nats / sum(e.answer_tokens for e in examples))
+    means = _means(sums, len(examples), parameters, ranks or Alone())
+    return Importance(parameters, means, nats / sum(e.answer_tokens for e in examples))
 
 
 class _Sums(Protocol):
@@ -186,13 +197,15 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.flatten().view(torch.uint8).numpy().data
 
 
-def _means(sums: _Sums, count: int) -> Iterator[Layer]:
+def _means(sums: _Sums, count: int, parameters: Mapping[str, Tensor], ranks: Ranks) -> Iterator[Layer]:
     for layer in sums.layers():
-        for name, total in layer.items():
+        for total in layer.values():
             total /= count
-            if not bool(torch.isfinite(total).all()):
-                raise InputError("importance is not finite", tensor=name)
-        yield layer
+        faults = np.array([not bool(torch.isfinite(mean).all()) for mean in layer.values()], dtype=np.int64)
+        ranks.total(faults)
+        if faults.any():
+            raise InputError("importance is not finite", tensor=list(layer)[int(faults.argmax())])
+        yield {name: like(mean, parameters[name]) for name, mean in layer.items()}
 
 
 @contextmanager
@@ -204,7 +217,7 @@ def _folded(parameters: Mapping[str, Tensor], sums: _Sums, kind: Kind) -> Iterat
     def fold(name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        add(name, parameter.detach(), gradient)
+        add(name, local(parameter.detach()), local(gradient))
 
     hooked: Mapping[str, Any] = parameters
     hooks = [p.register_post_accumulate_grad_hook(partial(fold, name)) for name, p in hooked.items()]
@@ -244,7 +257,8 @@ def _spills(memory: Memory, parameters: Mapping[str, Tensor]) -> bool:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken on a device; of the host's, no more than a container is allowed."""
+    """Bytes that may still be taken on a device; of the host's no more than a container is allowed, shared by the
+    ranks that run there."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text("ascii").splitlines()
@@ -253,4 +267,4 @@ def _free_memory(device: torch.device) -> int:
     with suppress(OSError, ValueError):  # no container, or no limit
         used = dict(line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())["anon"]
         free = min(free, int((group / "memory.max").read_text("ascii")) - int(used))
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +17,11 @@ from safepatch_core.derive.config import DeriveConfig, PatchConfig
 from safepatch_core.derive.objective import Example, Likelihood, Objective
 from safepatch_core.derive.optimizer import AdamW, Where
 from safepatch_core.derive.progress import Progress
+from safepatch_core.derive.sharding import local, share
 from safepatch_core.errors import UsageError
+from safepatch_core.language_model import freed_memory_returned
+from safepatch_core.ranks import Alone, Ranks
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
 GRADIENT_BYTES = 1 << 30  # a larger set of gradients is never held as a whole, if optim is auto
 
 Tensors = Callable[[str], Tensor]  # reads a saved tensor by its name
@@ -67,6 +68,7 @@ def train(
     progress: Progress,
     utility: Sequence[Example] = (),
     checkpoints: Checkpoints | None = None,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Trains the model's trainable parameters in place, with AdamW at a constant learning rate.
 
@@ -77,12 +79,15 @@ def train(
     grad_norm (unclipped), below_half_step (see Step) with bfloat16 weights, and learning_rate; the step that ends
     it at the bound has no update to tell of, but "stopped". Goes on with what `checkpoints` hold, and adds to them
     every save_steps steps. Raises UsageError if training diverges.
+
+    Of a model that is spread over `ranks`, each takes its share of the rows of every forward pass, and all find the
+    same numbers and write the same trace.
     """
+    ranks = ranks or Alone()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rate, weight, size = config.rate(patch), config.weight(patch), config.batch_size
     where, ordinary, so_far = _where(config, parameters), Likelihood(1.0), _SoFar()
     total_steps = planned_steps(len(examples), config, patch)
-    _return_freed_memory(recomputed=config.gradient_checkpointing)
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -95,26 +100,29 @@ def train(
         rounding=config.rounding,
         state_dtype=getattr(torch, config.optim_state_dtype),
         seed=config.seed,
+        ranks=ranks,
     )
-    with optimizer:
+    with freed_memory_returned(recomputed=config.gradient_checkpointing), optimizer:
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
             so_far = _restore(*found, parameters, optimizer)
             trace.writelines(so_far.lines)
             progress.skip(so_far.steps)
         for rows, beside in islice(_steps(examples, utility, config, patch), so_far.steps, None):
             step, tokens = so_far.steps + 1, sum(e.answer_tokens for e in rows)
-            nats = utility_nats = 0.0
+            nlls = np.zeros(2)  # of the rows, and of the utility rows
             loss: Tensor | None = None
             for at in range(0, len(rows), size):
                 if loss is not None:
                     torch.autograd.backward(loss)
-                loss, nll = objective.loss(model, rows[at : at + size], rows)
-                nats += float(nll)
+                loss, nll = _loss(objective, model, rows[at : at + size], rows, ranks)
+                nlls[0] += float(nll)
                 if beside:
-                    term, nll = ordinary.loss(model, beside[at : at + size], beside)
+                    term, nll = _loss(ordinary, model, beside[at : at + size], beside, ranks)
                     loss = loss + weight * term
-                    utility_nats += float(nll)
+                    nlls[1] += float(nll)
             assert loss is not None
+            ranks.total(nlls)
+            nats, utility_nats = nlls.tolist()
             _check_finite(step, rate, "NLL", nats / tokens)
             record: dict[str, Any] = {"step": step, "nll": nats / tokens, "tokens": tokens}
             if beside:
@@ -162,23 +170,23 @@ class _SoFar:
         return Outcome(self.steps, bounded, where, small)
 
 
-def _return_freed_memory(*, recomputed: bool) -> None:
-    """Lets glibc give freed activations back, for the rest of the process.
-
-    By itself it learns to keep blocks of up to 32 MiB in a heap, where small objects that live on settle in their
-    holes. SmolLM2-135M, trained 384 tokens at a time, then peaks at 1.22 times its weights and optimiser state; with
-    blocks above 4 MiB given back at 1.20, above 512 KiB at 1.08. But memory that is always fresh costs page faults, a
-    fifth of the step's CPU time for the latter: only who recomputes activations, and so trades time for memory, pays.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 512 << 10 if recomputed else 4 << 20)
-
-
 def _where(config: DeriveConfig, parameters: Mapping[str, Tensor]) -> Where:
     if config.optim != "auto":
         return config.optim
-    large = sum(p.nbytes for p in parameters.values()) > GRADIENT_BYTES
+    large = sum(p.numel() * p.element_size() for p in parameters.values()) > GRADIENT_BYTES
     return "adamw_in_backward" if large and config.gradient_accumulation_steps == 1 else "adamw"
+
+
+def _loss(
+    objective: Objective, model: Any, batch: Sequence[Example], step: Sequence[Example], ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """This rank's share of what `Objective.loss` gives of the batch: ranks add up the NLLs, and average gradients."""
+    if mine := share(batch, ranks):
+        loss, nll = objective.loss(model, mine, step)
+        return loss * ranks.size, nll
+    # The others wait for this one in every layer.
+    loss, nll = objective.loss(model, batch[:1], step)
+    return loss * 0.0, nll * 0.0
 
 
 def _check_finite(step: int, rate: float, what: str, value: float) -> None:
@@ -193,15 +201,15 @@ def _snapshot(
     so_far: _SoFar, parameters: Mapping[str, Tensor], optimizer: AdamW
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     moments, counts = optimizer.state()
-    tensors = {name: p.detach() for name, p in parameters.items()} | moments | _random_state(parameters)
+    weights = {name: local(p.detach()) for name, p in parameters.items()}
     facts = {"steps": so_far.steps, "window": so_far.window, "lines": so_far.lines, "small": so_far.small}
-    return tensors, facts | {"steps_of_tensors": counts}
+    return weights | moments | _random_state(parameters), facts | {"steps_of_tensors": counts}
 
 
 @torch.no_grad()
 def _restore(tensor: Tensors, facts: dict[str, Any], parameters: Mapping[str, Tensor], optimizer: AdamW) -> _SoFar:
     for name, parameter in parameters.items():
-        parameter.copy_(tensor(name))
+        local(parameter).copy_(tensor(name))
     optimizer.load_state(tensor, facts.pop("steps_of_tensors"))
     for name in _random_state(parameters):
         if name == "rng/cpu":

@@ -16,8 +16,10 @@ from safepatch_core import language_model
 from safepatch_core.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint, read_json
 from safepatch_core.derive.config import DeriveConfig
 from safepatch_core.derive.saving import DTYPES, read_tensor
+from safepatch_core.derive.sharding import trained_whole, whole
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.language_model import first_line
+from safepatch_core.ranks import Ranks
 
 Target = Callable[[str, int], bool]  # (tensor name, dimensions) -> whether the recipe patches it
 _PIECE = 1 << 22  # entries that are compared at a time
@@ -49,15 +51,15 @@ def targets(base: Checkpoint, is_target: Target) -> list[TensorEntry]:
     return found
 
 
-def load_model(folder: Path, config: DeriveConfig) -> Any:
-    """The backbone in the run's dtype, on its device. Raises as `language_model.load_model`."""
-    return language_model.load_model(folder, config.dtype, config.device)
+def load_model(folder: Path, config: DeriveConfig, device: str | None = None) -> Any:
+    """The backbone in the run's dtype, on its device or another. Raises as `language_model.load_model`."""
+    return language_model.load_model(folder, config.dtype, device or config.device)
 
 
-def load_frozen(folder: Path, config: DeriveConfig) -> Any:
+def load_frozen(folder: Path, config: DeriveConfig, device: str | None = None) -> Any:
     """The backbone as an adapter is trained on it: quantised, if the run says so. Raises as `load_model`."""
     if config.quantization == "none":
-        return load_model(folder, config)
+        return load_model(folder, config, device)
     from transformers import BitsAndBytesConfig
 
     dtype = getattr(torch, config.dtype)
@@ -67,7 +69,7 @@ def load_frozen(folder: Path, config: DeriveConfig) -> Any:
     else:
         quantised = untyped(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     _peft()
-    model = language_model.load_model(folder, config.dtype, config.device, quantization_config=quantised)
+    model = language_model.load_model(folder, config.dtype, device or config.device, quantization_config=quantised)
     for module in model.modules():
         # Once asked for an answer on a CPU with AVX512-BF16, a 4-bit layer would be packed, and have wrong gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -99,9 +101,15 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     return _peft().PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).merge_and_unload()
 
 
-def save_adapter(model: Any, folder: Path, base: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, the same bytes in every process."""
-    model.save_pretrained(folder, safe_serialization=True)
+def save_adapter(model: Any, folder: Path, base: str, ranks: Ranks) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, the same bytes in every process. Every rank calls it,
+    and the first writes."""
+    adapter = None
+    if ranks.size > 1:
+        adapter = {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if ranks.rank > 0:
+        return
+    model.save_pretrained(folder, safe_serialization=True, state_dict=adapter)
     (folder / "README.md").unlink(missing_ok=True)  # an empty form
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text("utf-8"))
@@ -131,8 +139,8 @@ def changed_entries(pairs: Iterable[tuple[Tensor, Tensor]]) -> Changed:
     """Measures (base tensor in its own dtype, patched tensor) pairs; sums are taken in float64."""
     exact = rounded = 0
     total = kept = squares = errors = 0.0
-    for whole in pairs:
-        for old, new in zip(*(torch.split(tensor.flatten(), _PIECE) for tensor in whole), strict=True):
+    for pair in pairs:
+        for old, new in zip(*(torch.split(tensor.flatten(), _PIECE) for tensor in pair), strict=True):
             after = new.to(old.dtype)
             survives = after != old
             delta, left = new.double() - old.double(), after.double() - old.double()
@@ -150,7 +158,7 @@ def changed_entries(pairs: Iterable[tuple[Tensor, Tensor]]) -> Changed:
 def adapted(model: Any, entries: Sequence[TensorEntry]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each of the base's tensors `entries` that the model's adapter changes, with float32 of base + adapter.
 
-    The base's own tensors are read: the model's may be in another dtype, or quantised.
+    The base's own tensors are read: the model's may be in another dtype, or quantised. Every rank goes through all.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -163,7 +171,9 @@ def adapted(model: Any, entries: Sequence[TensorEntry]) -> Iterator[tuple[Tensor
         entry = next((by_name[n] for n in names if n in by_name), None)
         if entry is not None:
             old = read_tensor(entry)
-            yield old, old.float() + layer.get_delta_weight("default").detach().cpu().float()
+            with trained_whole(layer):
+                delta = layer.get_delta_weight("default").detach()
+            yield old, old.float() + delta.cpu().float()
 
 
 def _peft() -> Any:

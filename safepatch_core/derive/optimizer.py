@@ -9,9 +9,13 @@ from hashlib import blake2b
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from safepatch_core.derive.sharding import add_up, local
+from safepatch_core.ranks import Alone, Ranks
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 # Entries that are in float32 at once while weights or state are stored in less; a GPU waits for launches otherwise.
@@ -39,6 +43,9 @@ class AdamW:
     Arithmetic is float32. bfloat16 weights are rounded from its result, `stochastic`ally (up or down with the odds
     that keep the mean, from bits that depend only on seed, name and step) or to `nearest`; moments stored in bfloat16
     always stochastically, since a second moment that is rounded to nearest stands still.
+
+    Of parameters that are cut over `ranks`, each works on its part; norms and shares are of whole tensors, and its
+    random bits are its own.
     """
 
     def __init__(
@@ -52,8 +59,9 @@ class AdamW:
         rounding: Literal["nearest", "stochastic"],
         state_dtype: torch.dtype,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._parameters = dict(parameters)
+        self._parameters, self._ranks = dict(parameters), ranks or Alone()
         self._in_backward = where == "adamw_in_backward"
         self._limit = math.inf if max_grad_norm is None else max_grad_norm
         self._stochastic, self._seed = rounding == "stochastic", seed
@@ -70,7 +78,7 @@ class AdamW:
             maximize=False,
         )
         self._moments = {
-            name: (torch.zeros_like(p, dtype=state_dtype), torch.zeros_like(p, dtype=state_dtype))
+            name: (torch.zeros_like(local(p), dtype=state_dtype), torch.zeros_like(local(p), dtype=state_dtype))
             for name, p in self._parameters.items()
         }
         self._taken = dict.fromkeys(self._parameters, 0)  # a tensor without a gradient takes no step
@@ -97,16 +105,17 @@ class AdamW:
         """Takes the step, or closes the one that the backward pass has taken. No gradient is left."""
         if not self._in_backward:
             with_gradient = {name: p for name, p in self._parameters.items() if p.grad is not None}
-            self._norms = {name: _norm(p.grad) for name, p in with_gradient.items() if p.grad is not None}
+            self._norms = self._whole({n: _norm(p.grad) for n, p in with_gradient.items() if p.grad is not None})
             factor = self._clip(_joint(self._norms.values()))
             for name, parameter in with_gradient.items():
                 self._step(name, parameter, factor)
         # Hooks run from the last tensor to the first; the sum is taken in one order.
         norm = float(_joint([self._norms[name] for name in self._parameters if name in self._norms]))
         entries = sum(p.numel() for n, p in self._parameters.items() if n in self._norms and self._is_half(p))
-        small = sum(int(count) for count in self._small) / entries if entries else None
+        small = np.array([sum(int(count) for count in self._small)])
+        self._ranks.total(small)
         self._norms, self._small = {}, []
-        return Step(norm, small)
+        return Step(norm, int(small[0]) / entries if entries else None)
 
     def drop_gradients(self) -> None:
         """Forgets what backward passes have gathered."""
@@ -130,8 +139,16 @@ class AdamW:
     @torch.no_grad()
     def _take_gradient(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        self._norms[name] = _norm(parameter.grad)
+        self._norms |= self._whole({name: _norm(parameter.grad)})
         self._step(name, parameter, self._clip(self._norms[name]))
+
+    def _whole(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The norms of whole tensors, from those of the ranks' parts."""
+        if self._ranks.size == 1 or not norms:
+            return norms
+        squares = torch.stack(list(norms.values())).square()
+        add_up(squares, self._ranks)
+        return dict(zip(norms, squares.sqrt(), strict=True))
 
     def _clip(self, norm: Tensor) -> Tensor | None:
         """What gradients of this norm are multiplied with."""
@@ -139,9 +156,10 @@ class AdamW:
 
     @torch.no_grad()
     def _step(self, name: str, parameter: Tensor, factor: Tensor | None) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
+        assert parameter.grad is not None
+        gradient = local(parameter.grad)
         parameter.grad = None
+        parameter = local(parameter)
         first, second = self._moments[name]
         # The fused kernel adds the one that makes it the step at hand.
         count = torch.full((), float(self._taken[name]), device=parameter.device)
@@ -151,7 +169,8 @@ class AdamW:
                 gradient.mul_(factor)
             self._update([parameter], [gradient], [first], [second], state_steps=[count])
             return
-        noise = _generator(f"{self._seed}/{self._taken[name]}/{name}", parameter.device)
+        part = f"/{self._ranks.rank}" if self._ranks.size > 1 else ""
+        noise = _generator(f"{self._seed}/{self._taken[name]}/{name}{part}", parameter.device)
         flat = [t.view(-1) for t in (parameter.detach(), gradient.contiguous(), first, second)]
         size = CUDA_CHUNK if parameter.is_cuda else CHUNK
         for at in range(0, parameter.numel(), size):
@@ -193,7 +212,7 @@ def _generator(key: str, device: torch.device) -> torch.Generator:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(local(gradient), dtype=torch.float32)
     return norm
 
 

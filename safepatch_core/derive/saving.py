@@ -1,7 +1,8 @@
 """Models, deltas and scores on disk: under the names of the base's tensors, in shards cut as the base's.
 
 Tensors are renamed layer by layer and written one by one into files of known layout, so that memory never holds a
-second copy of a model.
+second copy of a model. Of a model that is spread over ranks each layer is made whole in turn, on every rank, and
+written by the first: every rank calls what saves it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from safepatch_core.checkpoint import BITS, INDEX, SINGLE, Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.derive.sharding import class_of, whole
 from safepatch_core.errors import InputError
+from safepatch_core.ranks import Ranks
 
 Layer = dict[str, Tensor]  # tensors of one layer, by their names in the model
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,24 +52,30 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return tensor
 
 
-def save_model(model: Any, folder: Path, base: Checkpoint) -> None:
+def save_model(model: Any, folder: Path, base: Checkpoint, ranks: Ranks | None = None) -> None:
     """Writes the model's weights under exactly the base's names, in the model's dtypes; with its config.
 
     A tensor that the model doesn't use is the base's. Raises InputError if the model has a tensor without a
     counterpart in the base.
     """
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    if ranks is None or ranks.rank == 0:
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [class_of(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     state = _state(model)
     origins = _origins(model, base, base.tensors, state)
-    _write(model, folder, base, origins, _layers(state), lambda _, tensor: tensor, read_tensor)
+    _write(model, folder, base, origins, _layers(state), lambda _, tensor: tensor, read_tensor, ranks=ranks)
 
 
 def save_delta(
-    model: Any, folder: Path, base: Checkpoint, entries: Sequence[TensorEntry], dtype: torch.dtype
+    model: Any,
+    folder: Path,
+    base: Checkpoint,
+    entries: Sequence[TensorEntry],
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
 ) -> None:
     """Writes model - base for the base's tensors `entries` and nothing else, in `dtype` (float32 or bfloat16).
 
@@ -83,7 +92,7 @@ def save_delta(
     state = _state(model)
     every = _origins(model, base, base.tensors, state)
     origins = {entry.name: every[entry.name] for entry in entries}
-    _write(model, folder, base, origins, _layers(state), difference, unchanged, dtype)
+    _write(model, folder, base, origins, _layers(state), difference, unchanged, dtype, ranks)
 
 
 def save_scores(
@@ -93,6 +102,7 @@ def save_scores(
     entries: Sequence[TensorEntry],
     parameters: Mapping[str, Tensor],
     layers: Iterable[Layer],
+    ranks: Ranks | None = None,
 ) -> None:
     """Writes float32 scores of the model's `parameters`, for exactly the base's tensors `entries`.
 
@@ -104,7 +114,7 @@ def save_scores(
     def unused(entry: TensorEntry) -> Tensor:
         return torch.zeros(entry.shape)
 
-    _write(model, folder, base, origins, layers, lambda _, scores: scores, unused, torch.float32)
+    _write(model, folder, base, origins, layers, lambda _, scores: scores, unused, torch.float32, ranks)
 
 
 def patched_tensors(folder: Path, entries: Sequence[TensorEntry], *, delta: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,10 +225,16 @@ def _write(
     value: Callable[[TensorEntry, Tensor], Tensor],
     unused: Callable[[TensorEntry], Tensor],
     dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Writes `value` of every tensor of the base that has an origin, and what is `unused` of every other one."""
     from transformers.core_model_loading import revert_weight_conversion
 
+    layers = ({name: whole(tensor) for name, tensor in layer.items()} for layer in layers)
+    if ranks is not None and ranks.rank > 0:
+        for _ in layers:
+            pass
+        return
     codes, becomes = {}, dict[str, list[str]]()
     for name, origin in origins.items():
         chosen = dtype or (origin and origin.dtype)
@@ -256,7 +272,8 @@ def _origins(
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    saved = revert_weight_conversion(model, {name: tensor.to("meta") for name, tensor in state.items()})
+    shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+    saved = revert_weight_conversion(model, shapes)
     tied, prefix = _tied_names(model), model.base_model_prefix
     origins: dict[str, _Origin | None] = {}
     for name in names:
@@ -264,8 +281,8 @@ def _origins(
         found = next((a for c in candidates for a in (c, tied.get(c)) if a in saved), None)
         origins[name] = None if found is None else _Origin(found, saved[found].dtype)
         if found is not None and saved[found].shape != base.tensors[name].shape:
-            shapes = {"found": list(saved[found].shape), "expected": list(base.tensors[name].shape)}
-            raise InputError("trained tensor has another shape than the base's", file=base.ref, tensor=name, **shapes)
+            differ = {"found": list(saved[found].shape), "expected": list(base.tensors[name].shape)}
+            raise InputError("trained tensor has another shape than the base's", file=base.ref, tensor=name, **differ)
     lost = saved.keys() - {origin.name for origin in origins.values() if origin is not None}
     if lost:
         raise InputError("trained tensor has no counterpart in the base", file=base.ref, tensor=min(lost))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -45,9 +45,11 @@ from safepatch_core.derive.objective import (
 from safepatch_core.derive.progress import Progress, Report, warn
 from safepatch_core.derive.rundir import RunDirectory
 from safepatch_core.derive.saving import applied, patched_tensors, save_delta, save_model, save_scores
+from safepatch_core.derive.sharding import ranks_of_derive, share, spread
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.language_model import Limits, at_work, find_device, limits, load_tokenizer, quiet_libraries
 from safepatch_core.pictures import can_draw, picture
+from safepatch_core.ranks import Ranks, first, together
 from safepatch_core.recipe import Recipe, parse_recipe
 from safepatch_core.rows import Row, read_rows
 from safepatch_core.writer import hash_file
@@ -61,15 +63,15 @@ RANKED = {"patched": PATCHES, "backbone": (BACKBONE,), "none": ()}
 
 def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Report | None) -> dict[str, Any]:
     """Does every step that is not done yet; returns the record, as RUN/derive.json holds it."""
-    with _environment(config):
-        job = Job(config, quiet, report)
-        with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume) as out:
+    with ranks_of_derive(config) as ranks, _environment(config):
+        job = together(ranks, lambda: Job(config, quiet, report, ranks))
+        with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume, ranks=ranks) as out:
             for name in PATCHES:
                 out.step(name, partial(job.train, out, name))
                 TrainingCheckpoints(out, name).clear()
             for name in RANKED[config.ranked_at]:
                 out.step(f"importance/{name}", partial(job.rank, out, name))
-            if can_draw():
+            if first(ranks, can_draw):
                 out.step(CURVES, partial(job.draw_curves, out))
             out.step(RECIPE, partial(job.write_recipe, out))
             return out.record
@@ -94,8 +96,10 @@ class Job:
     Raises InputError for a bad model, tokenizer or data file, before anything is written.
     """
 
-    def __init__(self, config: DeriveConfig, quiet: bool, report: Report | None) -> None:
-        self._config = config
+    def __init__(self, config: DeriveConfig, quiet: bool, report: Report | None, ranks: Ranks) -> None:
+        self._config, self._ranks = config, ranks
+        if ranks.rank > 0:
+            quiet, report = True, None
         self._progress = partial(Progress, quiet=quiet, report=report)
         if not can_draw():
             warn(f"matplotlib is not installed: no {CURVES}", quiet, report)
@@ -109,16 +113,18 @@ class Job:
         self._tokenizer = load_tokenizer(self._root)
         self._examples = _encode(config.data, rows, self._tokenizer, limits(self._root), config)
         self._probe = _sample(self._examples, config)
-        self.inputs = {
+        self.inputs: dict[str, Any] = {
             "data": {
                 "sha256": hash_file(Path(config.data)),
                 "rows": len(rows),
                 "answer_tokens": sum(e.answer_tokens for e in self._examples),
                 "truncated_rows": sum(e.truncated for e in self._examples),
             },
-            "model": _fingerprint(self._base, self._root),
+            "model": _fingerprint(self._base, self._root) if ranks.rank == 0 else {},
             "libraries": {name: version(name) for name in libraries(config)},
         }
+        if ranks.size > 1:
+            self.inputs["ranks"] = ranks.size
         self._utility: list[Example] = []
         if config.utility_data is not None:
             columns = {"question": config.utility_question_column, "answer": config.utility_answer_column}
@@ -130,14 +136,15 @@ class Job:
         """RUN/NAME, a trained checkpoint or adapter, and RUN/trace-NAME.jsonl."""
         config, unlearned = self._config, name == "safety"
         patch = config.safety if unlearned else config.over_safety
-        model = load_frozen(self._root, config) if config.method == "lora" else load_model(self._root, config)
+        torch.manual_seed(config.seed)
+        model = self._spread(lambda device: self._trainable(load_frozen(self._root, config, device)))
+        if self._ranks.rank > 0:
+            torch.manual_seed(config.seed + self._ranks.rank)  # dropout of other rows
         if BACKBONE not in out.record["nll"]:
             out.record["nll"][BACKBONE] = self._nll(model, BACKBONE)
         if unlearned:
             self._check_room(out.record["nll"][BACKBONE])
         objective = self._objective(model, name, patch)
-        torch.manual_seed(config.seed)
-        model = self._trainable(model)
         steps = planned_steps(len(self._examples), config, patch)
         with out.new_file(f"trace-{name}.jsonl") as trace, self._progress(name, steps) as progress:
             outcome = train(
@@ -151,6 +158,7 @@ class Job:
                 progress=progress,
                 utility=self._utility if config.weight(patch) else (),
                 checkpoints=TrainingCheckpoints(out, name),
+                ranks=self._ranks,
             )
         with out.new_folder(name) as folder:
             changed = self._save(model, folder)
@@ -172,28 +180,27 @@ class Job:
             out.record["patches"][name]["updates_below_half_step"] = outcome.below_half_step
 
     def _objective(self, model: Any, name: str, patch: PatchConfig) -> Objective:
-        """What the patch's training minimises; `model` is still the backbone."""
+        """What the patch's training minimises; `model` still answers as the backbone does."""
         if not isinstance(patch, SafetyPatch):
             return Likelihood(1.0)
         if patch.objective == "ascent":
             return Likelihood(-1.0)
-        size = self._config.batch_size
-        with self._progress(f"reference {name}", -(-len(self._examples) // size)) as progress:
-            return NegativePreference(patch.npo_beta, reference_nlls(model, self._examples, size, progress))
+        return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
 
     def _save(self, model: Any, folder: Path) -> Changed:
         """The trained patch in its form: an adapter, a checkpoint, both with the tokenizer, or a delta."""
-        config, delta = self._config, self._config.save_as == "delta"
+        config, ranks, delta = self._config, self._ranks, self._config.save_as == "delta"
         if config.method == "lora":
-            save_adapter(model, folder, config.model)
+            save_adapter(model, folder, config.model, ranks)
             changed = changed_entries(adapted(model, self._targets))
         else:
             if delta:
-                save_delta(model, folder, self._base, self._targets, getattr(torch, config.delta_dtype))
+                save_delta(model, folder, self._base, self._targets, getattr(torch, config.delta_dtype), ranks)
             else:
-                save_model(model, folder, self._base)
-            changed = changed_entries(patched_tensors(folder, self._targets, delta=delta))
-        if not delta:
+                save_model(model, folder, self._base, ranks)
+            saved = partial(patched_tensors, folder, self._targets, delta=delta)
+            changed = first(ranks, lambda: changed_entries(saved()))
+        if not delta and ranks.rank == 0:
             self._tokenizer.save_pretrained(folder)
         return changed
 
@@ -202,7 +209,7 @@ class Job:
         config = self._config
         assert config.importance_kind != "magnitude"
         with out.new_folder(f"importance/{name}") as folder:
-            model = self._patched(out, name, folder)
+            model = self._spread(lambda device: self._patched(out, name, folder, device))
             with self._progress(f"importance {name}", len(self._probe)) as progress:
                 taken = take_importance(
                     model,
@@ -212,25 +219,37 @@ class Job:
                     kind=config.importance_kind,
                     memory=config.importance_memory,
                     folder=folder,
+                    ranks=self._ranks,
                 )
-            save_scores(model, folder, self._base, self._targets, taken.parameters, taken.layers)
+            scored = taken.parameters, taken.layers
+            save_scores(model, folder, self._base, self._targets, *scored, self._ranks)
         out.record["nll"][name] = taken.nll
         out.record["importance"][name] = {"samples": len(self._probe), "tensors": len(self._targets)}
 
-    def _patched(self, out: RunDirectory, name: str, scratch: Path) -> Any:
+    def _patched(self, out: RunDirectory, name: str, scratch: Path, device: str) -> Any:
         """The backbone, or that patched model: what was trained, or base + the delta or adapter that was saved."""
         config = self._config
-        if name == BACKBONE:
-            return load_model(self._root, config)
+        if name == BACKBONE or device == "meta":
+            return load_model(self._root, config, device)
         if config.method == "lora":
-            return merge_adapter(load_model(self._root, config), out.path / name)
+            return merge_adapter(load_model(self._root, config, device), out.path / name)
         if config.save_as == "delta":
             with applied(out.path / name, self._base, self._targets, scratch / "patched") as checkpoint:
-                return load_model(checkpoint, config)
-        return load_model(out.path / name, config)
+                return load_model(checkpoint, config, device)
+        return load_model(out.path / name, config, device)
+
+    def _spread(self, load: Callable[[str], Any]) -> Any:
+        """The model that `load` makes on a device; of several ranks the first alone reads its weights."""
+        ranks, device = self._ranks, self._config.device
+        if ranks.size == 1:
+            return load(device)
+        model = together(ranks, lambda: load("cpu" if ranks.rank == 0 else "meta"))
+        return spread(model, ranks, find_device(device))
 
     def draw_curves(self, out: RunDirectory) -> None:
         """RUN/curves.png."""
+        if self._ranks.rank > 0:
+            return
         traces = {name: out.path / f"trace-{name}.jsonl" for name in PATCHES}
         levels = {"backbone": out.record["nll"][BACKBONE], "ascent bound": self._config.ascent_bound}
         drawn = picture(draw, Curves(traces, levels))
@@ -245,9 +264,20 @@ class Job:
             yaml.safe_dump(self._recipe.model_dump(mode="json"), file, sort_keys=False)
 
     def _nll(self, model: Any, name: str) -> float:
-        size = self._config.batch_size
-        with self._progress(f"NLL {name}", -(-len(self._probe) // size)) as progress:
-            return mean_nll(model, self._probe, size, progress)
+        size, probe = self._config.batch_size, self._probe
+        if self._ranks.size > 1:
+            found = self._row_nlls(model, probe, f"NLL {name}")
+            return sum(found[e] for e in probe) / sum(e.answer_tokens for e in probe)
+        with self._progress(f"NLL {name}", -(-len(probe) // size)) as progress:
+            return mean_nll(model, probe, size, progress)
+
+    def _row_nlls(self, model: Any, examples: Sequence[Example], name: str) -> dict[Example, float]:
+        """Each row's answer NLL in nats; each rank takes its share of the rows, and all as many."""
+        ranks, size = self._ranks, self._config.batch_size
+        mine = [*share(examples, ranks), examples[0]][: -(-len(examples) // ranks.size)]
+        with self._progress(name, -(-len(mine) // size)) as progress:
+            found = reference_nlls(model, mine, size, progress)
+        return {example: nll for part in ranks.gather(found) for example, nll in part.items()}
 
     def _check_room(self, nll: float) -> None:
         bound = self._config.ascent_bound
