@@ -18,7 +18,7 @@ from safepatch_core.derive import DeriveConfig
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.evaluate import EvalConfig, EvalReport
 from safepatch_core.evaluate.statistics import wilson
-from safepatch_core.jobs import read_settings, weights_digest
+from safepatch_core.jobs import read_settings, rooted, weights_digest
 from safepatch_core.options import checked
 from safepatch_core.recipe import load_recipe
 from safepatch_core.rounds import heat_map, plain, summary
@@ -331,3 +331,10 @@ def test_the_examples_are_valid() -> None:
     sweep = read_settings(SweepConfig, str(examples / "sweep.yaml"), "sweep file", ())
     checked(EvalConfig, {**sweep.eval, "model": "-", "out": "-"})
     assert len([*candidates(sweep)]) == sweep.trials
+
+
+@pytest.mark.parametrize("key", ["model", "baseline", "harmful", "text"])
+def test_paths_are_relative_to_the_settings_file(tmp_path: Path, key: str) -> None:
+    (tmp_path / "here").mkdir()
+    assert rooted({key: "here"}, tmp_path) == {key: str(tmp_path / "here")}
+    assert rooted({key: "org/name"}, tmp_path) == {key: "org/name"}
