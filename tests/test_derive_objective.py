@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from safepatch_core.derive import head as heads
@@ -267,7 +268,10 @@ def test_logits_that_are_scaled_after_the_output_layer_are_taken_whole(pieces: l
     torch.manual_seed(0)
     size: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model: Any = GraniteForCausalLM(GraniteConfig(**size, vocab_size=264, logits_scaling=8.0))
-    expected, found = whole_loss(model), answer_nll(model, EXAMPLES)
+    expected, asked = whole_loss(model), list[Any]()
+    model.lm_head.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape[1]))
+    found = answer_nll(model, EXAMPLES)
+    assert asked[-1] == max(len(e.ids) for e in EXAMPLES) - min(e.answer for e in EXAMPLES) + 1, "no prompt"
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient(found, model), gradient(expected, model))
     assert not pieces
@@ -281,3 +285,20 @@ def test_the_output_layer_gives_logits_again_after_the_loss_and_after_an_error()
     with pytest.raises(IndexError):
         answer_nll(model, [Example((9999, 1), 1)])
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_tied_embeddings_have_one_gradient_of_the_whole_vocabulary() -> None:
+    model = tiny_llama()
+    loss = answer_nll(model, EXAMPLES)
+    made: set[int] = set()
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape == model.lm_head.weight.shape:
+                made.add(out.untyped_storage().data_ptr())  # what lives at the same time has two addresses
+            return out
+
+    with Watch():  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
+    assert len(made - {model.lm_head.weight.untyped_storage().data_ptr()}) == 1

@@ -18,6 +18,12 @@ PIECE, CUDA_PIECE = 1 << 22, 1 << 25
 _ENDS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
+def keeps_logits(model: Any) -> bool:
+    """Whether the model can be asked for the logits of the last tokens alone."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(plain.forward).parameters
+
+
 @torch.no_grad()
 def head_ends(model: Any) -> bool:
     """Whether the model's logits are what a plain linear layer gives: some models scale or cap them afterwards.
@@ -26,8 +32,7 @@ def head_ends(model: Any) -> bool:
     """
     if model not in _ENDS:
         head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        ends = type(head) is torch.nn.Linear and "logits_to_keep" in inspect.signature(plain.forward).parameters
+        ends = type(head) is torch.nn.Linear and keeps_logits(model)
         if ends:
             made: list[Tensor] = []
             hook = head.register_forward_hook(lambda _module, _given, logits: made.append(logits))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from safepatch_core.derive.head import head_ends, nll_for_logits
+from safepatch_core.derive.head import head_ends, keeps_logits, nll_for_logits
 from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError
 
@@ -148,10 +148,11 @@ def _token_nlls(model: Any, examples: Sequence[Example]) -> tuple[Tensor, Tensor
     # Logits are the widest tensor of the pass: ask only for those from the first answer's predecessor on.
     first = max(min(e.answer for e in examples), 1)
     target = labels[:, first:].to(device)
-    read = partial(model, input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    narrow = {"logits_to_keep": target.shape[1]} if keeps_logits(model) else {}
+    read = partial(model, input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **narrow)
     if head_ends(model):
         with nll_for_logits(model, target, target != IGNORED):
-            nlls = read(logits_to_keep=target.shape[1]).logits
+            nlls = read().logits
     else:
         logits = read().logits[:, -target.shape[1] :].flatten(0, 1).float()
         nlls = torch.nn.functional.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="none")
