@@ -42,9 +42,9 @@ setup(
     packages=[
         "safepatch_core",
         "safepatch_core.backends",
-        "safepatch_core.derive",
-        "safepatch_core.evaluate",
-        "safepatch_core.sweep",
+        "safepatch_core.deriving",
+        "safepatch_core.evaluating",
+        "safepatch_core.runs.sweep",
         "safepatch_core.include",
         "safepatch_core.kernels",
         "safepatch_core.bench",
@@ -60,7 +60,7 @@ setup(
     },
     package_data={
         "safepatch_core": ["py.typed", "*.pyi", "*.md", "data/demo/*"],
-        "safepatch_core.evaluate": ["*.html"],
+        "safepatch_core.evaluating": ["*.html"],
         "safepatch_core.bench.psa.tasks": ["*.jsonl", "*.yaml"],
         "safepatch_core.include": ["*.h"],
     },

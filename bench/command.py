@@ -87,7 +87,7 @@ def short(**options: Any) -> None:
 @bench_options
 def floor(save: bool, **options: Any) -> None:
     """This machine's rates: reading, writing, hashing, the engine."""
-    from safepatch_core.rates import save_rates
+    from safepatch_core.merging.rates import save_rates
 
     from .rates import measure_rates
 
@@ -172,7 +172,7 @@ def report(folder: str) -> None:
 
 
 def _size(text: str) -> int:
-    from safepatch_core.recipe import parse_size
+    from safepatch_core.merging.recipe import parse_size
 
     try:
         return parse_size(text)

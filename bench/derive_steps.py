@@ -46,10 +46,11 @@ def rows(vocabulary: int, count: int, length: int) -> list[list[int]]:
 def with_safepatch(model: Any, ids: list[list[int]], steps: int, batch: int, recompute: bool) -> tuple[Any, Any]:
     from io import StringIO
 
-    from safepatch_core.derive import DeriveConfig
-    from safepatch_core.derive.loop import train
-    from safepatch_core.derive.objective import Example, Likelihood
-    from safepatch_core.derive.progress import Progress
+    from safepatch_core.deriving import DeriveConfig
+    from safepatch_core.deriving.loop import train
+    from safepatch_core.deriving.objective import Likelihood
+    from safepatch_core.language.chat import Example
+    from safepatch_core.progress import Progress
 
     config = DeriveConfig(
         model="-",

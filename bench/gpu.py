@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from safepatch_core.api import merge
-from safepatch_core.backends import Backend, Bits, Block, Cut, open_backend
+from safepatch_core.backends import open_backend
 from safepatch_core.backends import passes as engine_passes
+from safepatch_core.backends.contract import Backend, Bits, Block, Cut
 from safepatch_core.backends.device import Device, TorchDevice
 from safepatch_core.backends.reference import to_float32
+from safepatch_core.backends.select import COARSE, FINE, LOW_BITS
+from safepatch_core.backends.selftest import examine, to_bits
 from safepatch_core.backends.triton import TritonBackend
 from safepatch_core.kernels.apply import apply
 from safepatch_core.kernels.faults import faults
@@ -36,9 +38,8 @@ from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, HISTOGRAMS, INTERPRETED, VECTOR, Launch, padded
 from safepatch_core.kernels.score import Piece, score_keys
 from safepatch_core.kernels.select import fold, histogram, ties
-from safepatch_core.recipe import parse_size
-from safepatch_core.select import COARSE, FINE, LOW_BITS
-from safepatch_core.selftest import examine, to_bits
+from safepatch_core.merging.api import merge
+from safepatch_core.merging.recipe import parse_size
 from safepatch_core.spec import EVERY, Combine, Dtype
 
 from . import models, peers, results

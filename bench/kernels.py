@@ -9,10 +9,11 @@ from typing import Literal
 
 import numpy as np
 
-from safepatch_core.backends import Backend, Bits, Block, Cut, Lora, PatchData, Window, open_backend
+from safepatch_core.backends import open_backend
+from safepatch_core.backends.contract import Backend, Bits, Block, Cut, Lora, PatchData, Window
 from safepatch_core.backends.reference import ReferenceBackend
+from safepatch_core.backends.select import COARSE, FINE, LOW_BITS
 from safepatch_core.errors import UsageError
-from safepatch_core.select import COARSE, FINE, LOW_BITS
 from safepatch_core.spec import keep_threshold, quota, random_key
 
 from . import models

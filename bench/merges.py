@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.recipe import parse_size
+from safepatch_core.merging.recipe import parse_size
 
 from . import models
 from .measure import ISOLATED, Cache, Red, alternate, prepared, remove, run, safepatch
@@ -50,7 +50,7 @@ def same_bytes(a: Path, b: Path) -> None:
 
 def equals_reference(bench: Bench, jobs: Sequence[Job]) -> None:
     """The gate of everything that merges: on a small model the engine and the reference write the same bytes."""
-    from safepatch_core.api import merge
+    from safepatch_core.merging.api import merge
 
     folder = bench.models(SHAPES["tiny"], KINDS)
     for kind, scope in jobs:
@@ -120,8 +120,8 @@ def copy_subject(
 
 def predicted(bench: Bench, recipe: Path, cache: Cache) -> float | None:
     """The seconds that the saved rates predict; None where no rates are saved."""
-    from safepatch_core.api import describe, prepare
-    from safepatch_core.rates import load_rates, predict
+    from safepatch_core.merging.api import describe, prepare
+    from safepatch_core.merging.rates import load_rates, predict
 
     rates = load_rates()
     if rates is None:

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.checkpoint import open_checkpoint
 from safepatch_core.errors import InputError
+from safepatch_core.files.checkpoint import open_checkpoint
 
 from . import models
 from .measure import Failed, Red, Skipped, alternate, prepared, remove, run

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safepatch_core import rates as names
-from safepatch_core.api import describe, prepare
 from safepatch_core.backends import open_backend
+from safepatch_core.merging import rates as names
+from safepatch_core.merging.api import describe, prepare
 
 from . import models
 from .kernels import COLS, Source, make_block, make_pass, quotas
@@ -28,7 +28,7 @@ SECONDS = 0.3
 
 
 def measure_rates(bench: Bench, log: Callable[[str], None]) -> dict[str, float]:
-    """All of `safepatch_core.rates.NAMES`, medians of `bench.rounds` runs. Raises Skipped where files don't fit."""
+    """All of `merging.rates.NAMES`, medians of `bench.rounds` runs. Raises Skipped where files don't fit."""
     folder = bench.models(SHAPES[SIZE])
     files = inputs(folder, "checkpoint")
     nbytes = sum(path.stat().st_size for path in files)

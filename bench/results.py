@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safepatch_core import __version__
 from safepatch_core.errors import InputError
+from safepatch_core.version import __version__
 
 from .measure import Spread, ratio
 from .registry import Case, Measured

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.api import merge
-from safepatch_core.checkpoint import TensorEntry, open_checkpoint
-from safepatch_core.recipe import parse_size
+from safepatch_core.files.checkpoint import TensorEntry, open_checkpoint
+from safepatch_core.merging.api import merge
+from safepatch_core.merging.recipe import parse_size
 
 from . import models
 from .measure import Red, alternate, remove, run, safepatch

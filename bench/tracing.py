@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from safepatch_core.api import merge
+from safepatch_core.merging.api import merge
 
 from . import models
 from .measure import Cache, alternate, prepared, remove

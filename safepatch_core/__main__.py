@@ -1,5 +1,5 @@
 """`python -m safepatch_core` is `safepatch`."""
 
-from safepatch_core.cli import main
+from safepatch_core.commands.cli import main
 
 main()

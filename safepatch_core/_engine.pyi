@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends import Block
+from safepatch_core.backends.contract import Block
 
 # (count, lowest index)
 _Fault = tuple[int, int]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.evaluate import EvalConfig
-from safepatch_core.evaluate.config import Kind
-from safepatch_core.evaluate.data import Data, Prompts, Text
-from safepatch_core.evaluate.judge import prefix_verdict
-from safepatch_core.evaluate.measure import Measurement, Replies
-from safepatch_core.evaluate.report import answers, build, files
-from safepatch_core.rows import Row
+from safepatch_core.evaluating import EvalConfig
+from safepatch_core.evaluating.config import Kind
+from safepatch_core.evaluating.data import Data, Prompts, Text
+from safepatch_core.evaluating.judge import prefix_verdict
+from safepatch_core.evaluating.measure import Measurement, Replies
+from safepatch_core.evaluating.report import answers, build, files
+from safepatch_core.language.rows import Row
 
 TEXT = Text(Path("t.txt"), "t", {"file": "t.txt"})
 

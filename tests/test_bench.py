@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from safepatch_core import rates
-from safepatch_core.api import describe, prepare
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.bench import kernels, measure, merges, models, registry, report, results, shape, tracing
 from safepatch_core.bench.command import command
 from safepatch_core.bench.measure import Failed, Red, Skipped
-from safepatch_core.checkpoint import open_checkpoint
 from safepatch_core.errors import InputError, UsageError
+from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.merging import rates
+from safepatch_core.merging.api import describe, prepare
 
 TINY = models.SHAPES["tiny"]
 
@@ -261,7 +261,7 @@ def test_models_that_the_user_linked_to_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_sample_of_a_model_is_recomputed(tmp_path: Path, bench: registry.Bench) -> None:
-    from safepatch_core.api import merge
+    from safepatch_core.merging.api import merge
 
     folder = bench.models(TINY, sparse=merges.SPARSE)
     merge(models.recipe_path(folder), tmp_path / "out", backend="reference")
@@ -469,7 +469,7 @@ def test_plain_torch_computes_the_recipe() -> None:
     pytest.importorskip("safetensors")
     from dataclasses import replace
 
-    from safepatch_core.backends import Bits
+    from safepatch_core.backends.contract import Bits
     from safepatch_core.bench import plain_torch
     from safepatch_core.spec import KEEP_ALL
 

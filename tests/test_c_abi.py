@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safepatch_core.backends import Bits, Block, PatchData
+from safepatch_core.backends.contract import Bits, Block, PatchData
 from safepatch_core.backends.reference import ReferenceBackend
 
 CSRC = Path(__file__).parents[1] / "csrc"

@@ -16,9 +16,9 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from safepatch_core import checkpoint
-from safepatch_core.checkpoint import BITS, HEADER_LIMIT, TensorEntry, read_exact, read_shard, read_tensor
 from safepatch_core.errors import InputError, IOFailure
+from safepatch_core.files import checkpoint
+from safepatch_core.files.checkpoint import BITS, HEADER_LIMIT, TensorEntry, read_exact, read_shard, read_tensor
 
 library: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from safepatch_core import checkpoint
-from safepatch_core.checkpoint import COMPANION_LIMIT, INDEX, companions, open_checkpoint, read_json
 from safepatch_core.errors import InputError, SafepatchError, UsageError
+from safepatch_core.files import checkpoint
+from safepatch_core.files.checkpoint import COMPANION_LIMIT, companions, open_checkpoint, read_json
+from safepatch_core.files.filenames import INDEX
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -416,7 +417,7 @@ def test_hub_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_offline(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
-    code = "from safepatch_core.checkpoint import open_checkpoint; open_checkpoint('org/name')"
+    code = "from safepatch_core.files.checkpoint import open_checkpoint; open_checkpoint('org/name')"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
@@ -427,7 +428,7 @@ def test_offline(tmp_path: Path) -> None:
 
 
 def test_imports_stay_light() -> None:
-    code = "import sys, safepatch_core.checkpoint; print(*sys.modules)"
+    code = "import sys, safepatch_core.files.checkpoint; print(*sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
     loaded = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True

@@ -53,7 +53,7 @@ def recipe(tmp_path: Path) -> Path:
 def imported(*args: str | Path) -> set[str]:
     """Modules that a command has imported when it ends."""
     code = (
-        "import sys\nfrom safepatch_core.cli import main\nsys.argv[1:] = sys.argv[1:]\n"
+        "import sys\nfrom safepatch_core.commands.cli import main\nsys.argv[1:] = sys.argv[1:]\n"
         "try:\n    main()\nfinally:\n    print(*sys.modules, file=open(sys.argv[0] + '.modules', 'w'))\n"
     )
     script = Path(str(args[-1])).parent / "probe.py" if len(args) > 1 else Path(os.environ["PROBE_DIR"]) / "probe.py"

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from safepatch_core.backends import (
+from safepatch_core.backends import open_backend
+from safepatch_core.backends.contract import (
     SELECT_ALL,
     SELECT_NONE,
     Bits,
@@ -29,7 +30,6 @@ from safepatch_core.backends import (
     PatchData,
     Report,
     Window,
-    open_backend,
 )
 from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.backends.reference import ReferenceBackend
@@ -351,7 +351,7 @@ def test_threads_may_share_an_engine() -> None:
 
 FORKED = """
 import os, numpy as np
-from safepatch_core.backends import Bits, Block
+from safepatch_core.backends.contract import Bits, Block
 from safepatch_core.backends.cpu import CpuBackend
 base = np.arange(200000, dtype=np.uint32)
 block = Block(Bits(base, "F32"), 0, 1, (), "sum", "retain-first", "error")
@@ -376,7 +376,7 @@ def test_a_forked_child_goes_on_alone() -> None:
 
 MEASURED = """
 import numpy as np
-from safepatch_core.backends import Bits, Block, PatchData
+from safepatch_core.backends.contract import Bits, Block, PatchData
 from safepatch_core.backends.cpu import CpuBackend
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

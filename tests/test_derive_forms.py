@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from safepatch_core.api import merge
-from safepatch_core.checkpoint import open_checkpoint
-from safepatch_core.derive import DeriveConfig, DeriveResult, derive, saving
-from safepatch_core.derive.model import changed_entries
-from safepatch_core.derive.saving import applied, patched_tensors, save_delta, save_model, save_scores
+from safepatch_core.deriving import DeriveConfig, DeriveResult, derive, saving
+from safepatch_core.deriving.model import changed_entries
+from safepatch_core.deriving.saving import applied, patched_tensors, save_delta, save_model, save_scores
 from safepatch_core.errors import InputError
+from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.merging.api import merge
 from tests.tiny_lm import tiny_llama, write_lm, write_rows
 
 FAST: dict[str, Any] = {"threads": 1, "learning_rate": 1e-3, "batch_size": 3, "ascent_bound": 50.0}

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from safepatch_core.api import merge
-from safepatch_core.derive import DeriveConfig, DeriveResult, derive
-from safepatch_core.derive.model import add_adapter, load_frozen
-from safepatch_core.derive.objective import Format, answer_nll, mean_nll
-from safepatch_core.derive.progress import Progress
+from safepatch_core.deriving import DeriveConfig, DeriveResult, derive
+from safepatch_core.deriving.model import add_adapter, load_frozen
+from safepatch_core.deriving.objective import answer_nll, mean_nll
 from safepatch_core.errors import UsageError
-from safepatch_core.recipe import load_recipe
+from safepatch_core.language.chat import Format
+from safepatch_core.merging.api import merge
+from safepatch_core.merging.recipe import load_recipe
+from safepatch_core.progress import Progress
 from tests.tiny_lm import tiny_tokenizer, write_rows
 
 Quantization = Literal["int8", "nf4"]
@@ -129,8 +130,8 @@ def test_gradients_are_the_same_after_the_backbone_was_measured(where: Path, qua
 def test_nothing_is_fetched_when_bitsandbytes_is_loaded(where: Path, tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'fetched')!r}, 'w')\ndef get_kernel(*a, **k): ...\n")
     code = (
-        "import sys; from pathlib import Path; from safepatch_core.derive import DeriveConfig\n"
-        "from safepatch_core.derive.model import load_frozen\n"
+        "import sys; from pathlib import Path; from safepatch_core.deriving import DeriveConfig\n"
+        "from safepatch_core.deriving.model import load_frozen\n"
         "config = DeriveConfig.model_validate_json(sys.argv[1])\n"
         "load_frozen(Path(config.model), config); assert 'bitsandbytes' in sys.modules\n"
         "assert 'kernels' not in sys.modules\n"
@@ -143,7 +144,7 @@ def test_nothing_is_fetched_when_bitsandbytes_is_loaded(where: Path, tmp_path: P
 def test_a_quantised_backbone_needs_bitsandbytes_and_an_adapter(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="quantization is of a frozen backbone: it needs method lora"):
         DeriveConfig.model_validate({"model": "m", "data": "d", "out": "o", "quantization": "nf4"})
-    monkeypatch.setattr("safepatch_core.derive.find_spec", lambda name: None if name == "bitsandbytes" else name)
+    monkeypatch.setattr("safepatch_core.deriving.find_spec", lambda name: None if name == "bitsandbytes" else name)
     with pytest.raises(UsageError, match=r"derive needs bitsandbytes.*pip install 'safepatch\[derive,quantize\]'"):
         go(settings(where, "nf4"))
     assert not (where / "run").exists()

@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safepatch_core.derive import DeriveConfig, derive, importance
-from safepatch_core.derive.head import head_ends
-from safepatch_core.derive.importance import Kind, Memory, take_importance
-from safepatch_core.derive.objective import answer_nll
-from safepatch_core.derive.progress import Progress
-from safepatch_core.derive.saving import Layer, by_layer
+from safepatch_core.deriving import DeriveConfig, derive, importance
+from safepatch_core.deriving.head import head_ends
+from safepatch_core.deriving.importance import Kind, Memory, take_importance
+from safepatch_core.deriving.objective import answer_nll
+from safepatch_core.deriving.saving import Layer, by_layer
 from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.recipe import load_recipe
+from safepatch_core.merging.recipe import load_recipe
+from safepatch_core.progress import Progress
 from tests.tiny_lm import examples, tiny_llama, write_lm, write_rows
 
 EXAMPLES = examples(5)
@@ -229,9 +229,9 @@ import sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from safepatch_core.derive.importance import take_importance
-from safepatch_core.derive.objective import Example
-from safepatch_core.derive.progress import Progress
+from safepatch_core.deriving.importance import take_importance
+from safepatch_core.language.chat import Example
+from safepatch_core.progress import Progress
 
 torch.set_num_threads(1)
 target = lambda name, dimensions: dimensions >= 2 and "embed" not in name and "lm_head" not in name

@@ -25,7 +25,7 @@ def child(where: Path, resume: bool, save_steps: int | None) -> int:
     try:
         import torch
 
-        from safepatch_core.derive import DeriveConfig, derive
+        from safepatch_core.deriving import DeriveConfig, derive
 
         torch.set_num_threads(1)
         steps = {"safety": {"max_steps": 12}, "over_safety": {"max_steps": 12}, "ascent_bound": 50.0, "batch_size": 2}

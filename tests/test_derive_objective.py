@@ -10,10 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from safepatch_core.derive import head as heads
-from safepatch_core.derive.objective import (
-    Example,
-    Format,
+from safepatch_core.deriving import head as heads
+from safepatch_core.deriving.objective import (
     Likelihood,
     NegativePreference,
     answer_nll,
@@ -21,8 +19,9 @@ from safepatch_core.derive.objective import (
     reference_nlls,
     row_nlls,
 )
-from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError
+from safepatch_core.language.chat import Example, Format
+from safepatch_core.progress import Progress
 from tests.tiny_lm import CHATML, tiny_llama, tiny_tokenizer
 
 THINKING = CHATML.replace(

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from safepatch_core.derive import DeriveConfig
-from safepatch_core.derive import optimizer as optimizers
-from safepatch_core.derive.loop import Outcome
-from safepatch_core.derive.objective import Likelihood, answer_nll
-from safepatch_core.derive.optimizer import AdamW, round_stochastically
+from safepatch_core.deriving import DeriveConfig
+from safepatch_core.deriving import optimizer as optimizers
+from safepatch_core.deriving.loop import Outcome
+from safepatch_core.deriving.objective import Likelihood, answer_nll
+from safepatch_core.deriving.optimizer import AdamW, round_stochastically
 from safepatch_core.errors import UsageError
-from safepatch_core.options import checked
+from safepatch_core.settings import checked
 from tests.tiny_lm import examples, tiny_llama, train_safety
 
 EXAMPLES = examples(8)
@@ -121,7 +121,7 @@ def test_divergence_inside_the_backward_pass_is_named() -> None:
 
 def test_auto_steps_in_the_backward_pass_where_gradients_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tiny_llama())[0].optim == "adamw"
-    monkeypatch.setattr("safepatch_core.derive.loop.GRADIENT_BYTES", 1000)
+    monkeypatch.setattr("safepatch_core.deriving.loop.GRADIENT_BYTES", 1000)
     assert run(tiny_llama())[0].optim == "adamw_in_backward"
     assert run(tiny_llama(), batch_size=2, gradient_accumulation_steps=2)[0].optim == "adamw"
 

@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from safepatch_core import cli
-from safepatch_core.derive import DeriveConfig, derive
-from safepatch_core.derive.checkpoints import TrainingCheckpoints
-from safepatch_core.derive.importance import Kind, take_importance
-from safepatch_core.derive.objective import Likelihood
-from safepatch_core.derive.optimizer import AdamW
-from safepatch_core.derive.progress import Progress
-from safepatch_core.derive.sharding import local, spread, whole
+from safepatch_core.commands import cli
+from safepatch_core.deriving import DeriveConfig, derive
+from safepatch_core.deriving.checkpoints import TrainingCheckpoints
+from safepatch_core.deriving.importance import Kind, take_importance
+from safepatch_core.deriving.objective import Likelihood
+from safepatch_core.deriving.optimizer import AdamW
+from safepatch_core.deriving.sharding import local, spread, whole
 from safepatch_core.errors import InputError
+from safepatch_core.progress import Progress
 from safepatch_core.ranks import Alone, Ranks, TorchRanks
 from tests.tiny_lm import examples, tiny_llama, train_safety, write_lm, write_rows
 
@@ -174,7 +174,7 @@ def test_two_ranks_train_the_patches_of_one_process_and_merge_takes_them(where: 
     derive(settings(where, "one", save_steps=1), quiet=True)
     agrees(two, where / "one", where / "base")
 
-    from safepatch_core.api import merge
+    from safepatch_core.merging.api import merge
 
     merge(two / "recipe.yaml", where / "merged", backend="reference")
     base, merged = (load_file(where / name / "model.safetensors") for name in ("base", "merged"))

@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from safepatch_core.derive import DeriveConfig, DeriveResult, derive
+from safepatch_core.deriving import DeriveConfig, DeriveResult, derive
 from safepatch_core.errors import Busy, InputError, OutputError, UsageError
-from safepatch_core.recipe import load_recipe
+from safepatch_core.merging.recipe import load_recipe
 from tests.tiny_lm import tiny_tokenizer, write_lm, write_rows
 
 FAST = {
@@ -126,7 +126,7 @@ def test_the_recipe_is_ready_to_merge(where: Path, monkeypatch: pytest.MonkeyPat
         "missing": "error",
         "max_shard_size": None,
     }
-    from safepatch_core.api import merge
+    from safepatch_core.merging.api import merge
 
     merge("runs/a/recipe.yaml", "merged", backend="reference")
     base, merged = weights(where / "base"), weights(where / "merged")
@@ -195,9 +195,9 @@ def test_lora_gives_adapters_that_open_and_importance_of_the_merged_weights(wher
         assert weights(run / "importance" / name).keys() == {n for n in base if linear(n)}
     assert result.summary["nll"]["over-safety"] < result.summary["nll"]["backbone"] < result.summary["nll"]["safety"]
 
-    from safepatch_core.derive.importance import take_importance
-    from safepatch_core.derive.objective import Format
-    from safepatch_core.derive.progress import Progress
+    from safepatch_core.deriving.importance import take_importance
+    from safepatch_core.language.chat import Format
+    from safepatch_core.progress import Progress
 
     chat = Format(tiny_tokenizer())
     rows = [json.loads(line) for line in (where / "rows.jsonl").read_text().splitlines()]
@@ -364,7 +364,7 @@ def test_curves_are_drawn_from_the_traces_or_their_lack_is_said(
 ) -> None:
     image = content(undisturbed / "run")["curves.png"]
     assert image.startswith(b"\x89PNG") and b"matplotlib" not in image and b"tIME" not in image
-    monkeypatch.setattr("safepatch_core.derive.steps.can_draw", lambda: False)
+    monkeypatch.setattr("safepatch_core.deriving.steps.can_draw", lambda: False)
     events: list[dict[str, Any]] = []
     go(settings(where, importance="none"), report=events.append)
     assert events[0] == {"warning": "matplotlib is not installed: no curves.png"}
@@ -374,8 +374,8 @@ def test_curves_are_drawn_from_the_traces_or_their_lack_is_said(
 def test_a_killed_run_resumes_to_the_same_bytes(undisturbed: Path) -> None:
     config = settings(undisturbed, out=undisturbed / "killed")
     code = (
-        "import os, sys\nfrom safepatch_core.derive import DeriveConfig, derive\n"
-        "import safepatch_core.derive.rundir as r\n"
+        "import os, sys\nfrom safepatch_core.deriving import DeriveConfig, derive\n"
+        "import safepatch_core.deriving.rundir as r\n"
         "rename = os.rename\n"
         "def late(a, b):\n    rename(a, b)\n    os._exit(9)\n"
         "r.os.rename = late\n"
@@ -544,7 +544,7 @@ def test_rows_longer_than_the_models_positions_are_cut_and_counted(where: Path) 
 
 
 def test_a_library_that_is_missing_is_named(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safepatch_core.derive.find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr("safepatch_core.deriving.find_spec", lambda name: None if name == "peft" else name)
     with pytest.raises(UsageError, match="derive needs peft"):
         go(settings(where, method="lora"))
     go(settings(where, importance="none"))
@@ -561,5 +561,5 @@ def test_config_refuses_unknown_keys_and_values_out_of_range() -> None:
 
 
 def test_importing_the_configuration_loads_no_torch() -> None:
-    code = "import sys, safepatch_core.derive; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, safepatch_core.deriving; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from safepatch_core.derive import DeriveConfig
-from safepatch_core.derive.loop import Outcome, planned_steps, train
-from safepatch_core.derive.objective import Example, Format, Likelihood, answer_nll
-from safepatch_core.derive.progress import Progress
+from safepatch_core.deriving import DeriveConfig
+from safepatch_core.deriving.loop import Outcome, planned_steps, train
+from safepatch_core.deriving.objective import Likelihood, answer_nll
 from safepatch_core.errors import UsageError
+from safepatch_core.language.chat import Example, Format
+from safepatch_core.progress import Progress
 from tests.tiny_lm import examples, tiny_llama, tiny_tokenizer, train_safety
 
 CHAT = Format(tiny_tokenizer())
@@ -101,7 +102,7 @@ def test_every_pass_sees_every_row_once_in_a_new_order(monkeypatch: pytest.Monke
         seen.extend(batch)
         return answer_nll(model, batch)
 
-    monkeypatch.setattr("safepatch_core.derive.objective.answer_nll", watched)
+    monkeypatch.setattr("safepatch_core.deriving.objective.answer_nll", watched)
     config = settings(batch_size=3, safety={"num_train_epochs": 2.5})
     assert planned_steps(8, config, config.safety) == 7
     _, outcome, _ = run(config, ascent=False)

@@ -11,9 +11,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.evaluate import EvalConfig, evaluate
-from safepatch_core.evaluate.judge import Verdict, prefix_verdict
-from safepatch_core.evaluate.judge_model import Classifier
+from safepatch_core.evaluating import EvalConfig, evaluate
+from safepatch_core.evaluating.judge import Verdict, prefix_verdict
+from safepatch_core.evaluating.judge_model import Classifier
 from tests.tiny_lm import tiny_tokenizer, write_lm
 
 LABELS = ("REJECTION", "NORMAL", "UNSAFE")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from safepatch_core.derive.progress import Progress
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.evaluate import EvalConfig, subject
-from safepatch_core.evaluate.spans import Span, windows
-from safepatch_core.evaluate.subject import Subject, locate, opened
+from safepatch_core.evaluating import EvalConfig, subject
+from safepatch_core.evaluating.spans import Span, windows
+from safepatch_core.evaluating.subject import Subject, locate, opened
+from safepatch_core.progress import Progress
 from tests.tiny_lm import tiny_tokenizer, write_lm
 
 PROMPTS = ["How do I kill a process?", "Hi", "Tell me about the sea, and please take your time. " * 2, "a b c"]

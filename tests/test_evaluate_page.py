@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safepatch_core.evaluate.data import Data
-from safepatch_core.evaluate.measure import Measurement, Replies
-from safepatch_core.evaluate.tasks import Score
+from safepatch_core.evaluating.data import Data
+from safepatch_core.evaluating.measure import Measurement, Replies
+from safepatch_core.evaluating.tasks import Score
 from tests.known_reports import TEXT, built, measurement, prompts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import save_file
 
 from safepatch_core import MergeResult, merge
-from safepatch_core.checkpoint import open_checkpoint, read_tensor
 from safepatch_core.errors import InputError
-from safepatch_core.evaluate import EvalConfig, evaluate, patches
-from safepatch_core.evaluate.patches import read_manifest, survival
+from safepatch_core.evaluating import EvalConfig, evaluate, patches
+from safepatch_core.evaluating.patches import read_manifest, survival
+from safepatch_core.files.checkpoint import open_checkpoint, read_tensor
 from tests.tiny_lm import tiny_llama, write_lm
 
 

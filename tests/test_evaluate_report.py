@@ -14,15 +14,15 @@ import torch
 from click.testing import CliRunner
 from pydantic import ValidationError
 
+from safepatch_core.commands.evaluate import command
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.evaluate import EvalConfig, before_after, evaluate
-from safepatch_core.evaluate.command import command
-from safepatch_core.evaluate.config import DEMO, DEMO_HELD_OUT
-from safepatch_core.evaluate.data import Data, load
-from safepatch_core.evaluate.measure import Replies
-from safepatch_core.evaluate.report import names
-from safepatch_core.evaluate.statistics import wilson
-from safepatch_core.rows import read_rows
+from safepatch_core.evaluating import EvalConfig, before_after, evaluate
+from safepatch_core.evaluating.config import DEMO, DEMO_HELD_OUT
+from safepatch_core.evaluating.data import Data, load
+from safepatch_core.evaluating.measure import Replies
+from safepatch_core.evaluating.report import names
+from safepatch_core.evaluating.statistics import wilson
+from safepatch_core.language.rows import read_rows
 from tests.known_reports import TEXT, built, measurement, prompts, replies
 from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from safepatch_core.commands.evaluate import command
 from safepatch_core.errors import InputError, Stopped
-from safepatch_core.evaluate import EvalConfig, evaluate, steps
-from safepatch_core.evaluate.command import command
-from safepatch_core.evaluate.measure import Measurement, measure
-from safepatch_core.writer import Staging, hash_file
+from safepatch_core.evaluating import EvalConfig, evaluate, steps
+from safepatch_core.evaluating.measure import Measurement, measure
+from safepatch_core.files.staging import Staging, hash_file
 from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm
 
 
@@ -209,7 +209,7 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes(models: list[Path], tmp_p
     config = settings(models, tmp_path)
     script = """
 import os, signal, sys
-from safepatch_core.evaluate import EvalConfig, evaluate, steps
+from safepatch_core.evaluating import EvalConfig, evaluate, steps
 genuine = steps.measure
 def measure(folder, label, *rest, **options):
     if label == "model_2":

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from safepatch_core.evaluate import statistics
-from safepatch_core.evaluate.statistics import Pairs, bootstrap, difference_of_rates, mcnemar, normal, pair, wilson
+from safepatch_core.evaluating import statistics
+from safepatch_core.evaluating.statistics import Pairs, bootstrap, difference_of_rates, mcnemar, normal, pair, wilson
 
 
 @pytest.mark.parametrize(

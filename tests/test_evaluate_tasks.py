@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.evaluate import EvalConfig, evaluate
-from safepatch_core.evaluate.data import Data
-from safepatch_core.evaluate.subject import opened
-from safepatch_core.evaluate.tasks import Score, Tasks, scores
+from safepatch_core.evaluating import EvalConfig, evaluate
+from safepatch_core.evaluating.data import Data
+from safepatch_core.evaluating.subject import opened
+from safepatch_core.evaluating.tasks import Score, Tasks, scores
 from tests.known_reports import built, measurement
 from tests.tiny_lm import write_lm
 

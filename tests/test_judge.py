@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safepatch_core.evaluate.judge import HELD_OUT, TUNED, Agreement, agreement, refuses
+from safepatch_core.evaluating.judge import HELD_OUT, TUNED, Agreement, agreement, refuses
 
 DATA = Path(os.environ.get("SAFEPATCH_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "xstest"
 

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from safepatch_core.pipeline import Cancelled, Region, Ring, run
+from safepatch_core.merging.pipeline import Cancelled, Region, Ring, run
 
 
 def ring(nbytes: int) -> Ring:

@@ -14,7 +14,7 @@ from safepatch_core.bench.psa.data import TRAINED, Corpora
 from safepatch_core.bench.psa.methods import DEFAULTS, METHODS, intersection, merge, recipe_of, swept_method
 from safepatch_core.bench.psa.report import collect, markdown
 from safepatch_core.bench.psa.tasks import CHOICE, CONTEXT, continuations
-from safepatch_core.recipe import parse_recipe
+from safepatch_core.merging.recipe import parse_recipe
 
 NAMES = ("safety", "over-safety")
 

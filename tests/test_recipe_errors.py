@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from safepatch_core.cli import main
+from safepatch_core.commands.cli import main
 from tests.oracle import Tensor, save_file
 from tests.recipes import write_plain
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.rows import Row, read_rows
+from safepatch_core.language.rows import Row, read_rows
 
 CSV = 'q,a,label\nfirst,1,safe\n"two\nlines",2,unsafe\nthird,3,safe\n'
 RECORDS = [{"q": f"question {i}", "a": str(i), "n": i, "label": "even" if i % 2 == 0 else "odd"} for i in range(10)]

@@ -12,18 +12,18 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from safepatch_core import run as module
-from safepatch_core.cli import cli
-from safepatch_core.derive import DeriveConfig
+from safepatch_core.commands.cli import cli
+from safepatch_core.deriving import DeriveConfig
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.evaluate import EvalConfig, EvalReport
-from safepatch_core.evaluate.statistics import wilson
-from safepatch_core.jobs import read_settings, rooted, weights_digest
-from safepatch_core.options import checked
-from safepatch_core.recipe import load_recipe
-from safepatch_core.rounds import heat_map, plain, summary
-from safepatch_core.sweep import SweepConfig
-from safepatch_core.sweep.candidates import candidates
+from safepatch_core.evaluating import EvalConfig, EvalReport
+from safepatch_core.evaluating.statistics import wilson
+from safepatch_core.merging.recipe import load_recipe
+from safepatch_core.runs import run as module
+from safepatch_core.runs.jobs import read_settings, rooted, weights_digest
+from safepatch_core.runs.rounds import heat_map, plain, summary
+from safepatch_core.runs.sweep import SweepConfig
+from safepatch_core.runs.sweep.candidates import candidates
+from safepatch_core.settings import checked
 from tests.tiny_lm import write_lm
 
 TOPICS = ("locks", "fires", "frauds")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from safepatch_core.backends import Bits, Block, Cut, PatchData, PatchReport
+from safepatch_core.backends.contract import Bits, Block, Cut, PatchData, PatchReport
 from safepatch_core.backends.reference import ReferenceBackend, Scored, cut_of
-from safepatch_core.select import Selection, TieCounter
+from safepatch_core.backends.select import Selection, TieCounter
 from safepatch_core.spec import KEEP_ALL, quota
 
 ENGINE = ReferenceBackend()

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safepatch_core.backends import Backend, open_backend
+from safepatch_core.backends import open_backend
+from safepatch_core.backends.contract import Backend
 from safepatch_core.backends.reference import ReferenceBackend
-from safepatch_core.errors import UsageError
-from safepatch_core.selftest import (
+from safepatch_core.backends.selftest import (
     CHECKS,
     DTYPES,
     FLAVOURS,
@@ -22,6 +22,7 @@ from safepatch_core.selftest import (
     selftest,
     settings,
 )
+from safepatch_core.errors import UsageError
 
 
 def test_the_cpu_engine_passes_and_the_report_says_on_what() -> None:

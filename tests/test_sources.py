@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from safepatch_core.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.sources import Factors, Source, extras, importance_of, lookup, open_importance, open_source
+from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.merging.sources import (
+    Factors,
+    Source,
+    extras,
+    importance_of,
+    lookup,
+    open_importance,
+    open_source,
+)
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "F64": "<f8", "U8": "u1"}
 Table = dict[str, tuple[str, tuple[int, ...]] | tuple[str, NDArray[Any]]]
@@ -600,7 +608,7 @@ def test_every_field_of_pefts_config_is_decided() -> None:
     import dataclasses
 
     peft = pytest.importorskip("peft")
-    from safepatch_core import sources
+    from safepatch_core.merging import sources
 
     refused = {
         *("modules_to_save", "megatron_config", "trainable_token_indices", "use_dora", "velora_config", "use_qalora"),

@@ -14,11 +14,12 @@ import yaml
 from click.testing import CliRunner
 
 from safepatch_core import merge
-from safepatch_core.backends import SELECT_ALL, Backend, Bits, Block, PatchData, Report, open_backend
+from safepatch_core.backends import open_backend
+from safepatch_core.backends.contract import SELECT_ALL, Backend, Bits, Block, PatchData, Report
 from safepatch_core.backends.reference import ReferenceBackend
-from safepatch_core.checkpoint import Checkpoint, open_checkpoint
-from safepatch_core.cli import cli
+from safepatch_core.commands.cli import cli
 from safepatch_core.errors import SafepatchError
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.spec import ITEMSIZE, KEEP_ALL, Combine
 from tests.recipes import write_random
 from tests.test_ranks import model, recipe, torchrun

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from safepatch_core.api import merge
+from safepatch_core.commands.sweep import command
 from safepatch_core.errors import Busy, InputError, UsageError
-from safepatch_core.evaluate import evaluate as evaluation
-from safepatch_core.jobs import OutputFolder, weights_digest
-from safepatch_core.recipe import load_recipe
-from safepatch_core.sweep import SweepConfig, steps, sweep
-from safepatch_core.sweep.candidates import candidates, with_parameters
-from safepatch_core.sweep.choice import choose, dominates, meets, pareto_front
-from safepatch_core.sweep.command import command
+from safepatch_core.evaluating import evaluate as evaluation
+from safepatch_core.merging.api import merge
+from safepatch_core.merging.recipe import load_recipe
+from safepatch_core.runs.jobs import OutputFolder, weights_digest
+from safepatch_core.runs.sweep import SweepConfig, steps, sweep
+from safepatch_core.runs.sweep.candidates import candidates, with_parameters
+from safepatch_core.runs.sweep.choice import choose, dominates, meets, pareto_front
 from tests.tiny_lm import write_lm
 
 PATCHES = ("safety", "over-safety")

@@ -12,10 +12,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from safepatch_core.derive import DeriveConfig
-from safepatch_core.derive.loop import Outcome, train
-from safepatch_core.derive.objective import Example, Format, Objective
-from safepatch_core.derive.progress import Progress
+from safepatch_core.deriving import DeriveConfig
+from safepatch_core.deriving.loop import Outcome, train
+from safepatch_core.deriving.objective import Objective
+from safepatch_core.language.chat import Example, Format
+from safepatch_core.progress import Progress
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

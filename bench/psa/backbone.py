@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from safepatch_core.derive.model import open_backbone
-from safepatch_core.derive.objective import Example, Format, answer_nll
-from safepatch_core.derive.saving import save_model
-from safepatch_core.language_model import load_model, load_tokenizer, quiet_libraries
+from safepatch_core.deriving.model import open_backbone
+from safepatch_core.deriving.objective import answer_nll
+from safepatch_core.deriving.saving import save_model
+from safepatch_core.language.chat import Example, Format
+from safepatch_core.language.model import load_model, load_tokenizer, quiet_libraries
 
 STEPS = 8
 LEARNING_RATE = 1e-5

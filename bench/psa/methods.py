@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 import safepatch_core
 from safepatch_core.backends.cpu import CpuBackend
-from safepatch_core.checkpoint import TensorEntry, open_checkpoint
-from safepatch_core.derive.steps import PATCHES
+from safepatch_core.deriving.steps import PATCHES
+from safepatch_core.files.checkpoint import TensorEntry, open_checkpoint
 
 DEFAULTS = "SafePatching, defaults"
 STRONG = "SafePatching, scale 4"

@@ -12,12 +12,12 @@ from typing import Any
 import click
 import yaml
 
-from safepatch_core.derive import DeriveConfig, OverSafetyPatch, derive
-from safepatch_core.evaluate import EvalConfig, evaluate
-from safepatch_core.evaluate.config import DEMO, DEMO_FILES
-from safepatch_core.rows import read_rows
-from safepatch_core.run import command as run_command
-from safepatch_core.sweep import SweepConfig, sweep
+from safepatch_core.deriving import DeriveConfig, OverSafetyPatch, derive
+from safepatch_core.evaluating import EvalConfig, evaluate
+from safepatch_core.evaluating.config import DEMO, DEMO_FILES
+from safepatch_core.language.rows import read_rows
+from safepatch_core.runs.run import command as run_command
+from safepatch_core.runs.sweep import SweepConfig, sweep
 
 from . import backbone, tasks
 from .data import TRAINED, Corpora

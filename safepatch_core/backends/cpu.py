@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends import Bits, Block, Cut, Fault, Lora, PatchData, PatchReport, Report, Window
+from safepatch_core.backends.contract import (
+    Bits,
+    Block,
+    Cut,
+    Fault,
+    Lora,
+    PatchData,
+    PatchReport,
+    Report,
+    Window,
+)
 from safepatch_core.errors import UsageError
 
 if TYPE_CHECKING:

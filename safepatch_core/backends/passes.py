@@ -11,16 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safepatch_core.backends import (
-    Bits,
-    Block,
-    Cut,
-    Fault,
-    Lora,
-    PatchReport,
-    Report,
-    Window,
-)
+from safepatch_core.backends.contract import Bits, Block, Cut, Fault, Lora, PatchReport, Report, Window
 from safepatch_core.backends.device import Device
 from safepatch_core.errors import UsageError
 from safepatch_core.kernels import score as columns

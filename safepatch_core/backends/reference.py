@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends import (
+from safepatch_core.backends.contract import (
     SELECT_ALL,
     SELECT_NONE,
     Bits,

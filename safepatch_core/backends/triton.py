@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends import SELECT_NONE, Block, Cut, Report, Window
+from safepatch_core.backends.contract import SELECT_NONE, Block, Cut, Report, Window
 from safepatch_core.backends.device import Device, open_device
-from safepatch_core.select import COARSE, FINE, Selection, Tally
+from safepatch_core.backends.select import COARSE, FINE, Selection, Tally
 from safepatch_core.spec import EVERY
 
 if TYPE_CHECKING:

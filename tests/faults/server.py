@@ -16,11 +16,12 @@ import sys
 import tempfile
 from typing import Any, NoReturn
 
-import safepatch_core.verification
-from safepatch_core import api, cli
+import safepatch_core.merging.verification
 from safepatch_core.backends import cpu, reference
+from safepatch_core.commands import cli
+from safepatch_core.merging import api
 
-WARM = (api, cpu, reference, safepatch_core.verification)
+WARM = (api, cpu, reference, safepatch_core.merging.verification)
 shim = ctypes.CDLL(None)
 
 

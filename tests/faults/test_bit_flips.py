@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from safepatch_core.errors import InputError
-from safepatch_core.verification import verify
+from safepatch_core.merging.verification import verify
 from tests.faults.harness import LONG, Bench
 
 FLIPS = 1000 if LONG else 120

@@ -24,7 +24,7 @@ def watch(event, args):
         sys.stderr.write(f"forbidden: {event} {args}")
         os._exit(99)
 sys.addaudithook(watch)
-from safepatch_core.cli import main
+from safepatch_core.commands.cli import main
 sys.argv = ["safepatch", *sys.argv[1:]]
 main()
 """

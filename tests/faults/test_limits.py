@@ -116,7 +116,8 @@ def test_too_little_memory_is_a_message(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "safepatch_core", "merge", str(recipe), "-o", str(out)]
     command += ["--backend", "cpu", "--threads", "1"]
     limit, said = 100 << 20, 0
-    imports = "import safepatch_core.api, safepatch_core.backends.cpu, safepatch_core.cli, safepatch_core._engine"
+    imports = "from safepatch_core import _engine; import safepatch_core.merging.api, safepatch_core.backends.cpu"
+    imports += ", safepatch_core.commands.cli"
     while subprocess.run(
         ["prlimit", f"--as={limit}", sys.executable, "-c", imports], capture_output=True, env=env
     ).returncode:
@@ -140,7 +141,7 @@ def test_a_thread_without_memory_is_never_waited_for() -> None:
     script = """
 import os, resource, signal, sys
 import numpy as np
-from safepatch_core.pipeline import Ring, run
+from safepatch_core.merging.pipeline import Ring, run
 
 seen = set()
 for left in (*range(0, 20 << 20, 64 << 10), 256 << 20):
@@ -193,10 +194,13 @@ def test_a_directory_of_another_user(bench: Bench, place: Path) -> None:
     script = (
         "import os, sys; os.setgid(65534); os.setuid(65534);"
         f"sys.argv = ['safepatch', 'merge', {str(bench.recipe)!r}, '-o', {str(place / 'out')!r}, '--force'];"
-        "from safepatch_core.cli import main; main()"
+        "from safepatch_core.commands.cli import main; main()"
     )
     # Imported before the user changes: that user need not be able to read the installation.
-    script = "import difflib, safepatch_core.api, safepatch_core.cli, safepatch_core.backends.cpu;" + script
+    script = (
+        "import difflib, safepatch_core.merging.api, safepatch_core.commands.cli, safepatch_core.backends.cpu;"
+        + script
+    )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 73 and "Permission denied" in ended.stderr, ended.stderr
     assert contents(place / "out") == bench.old and os.listdir(place) == ["out"]

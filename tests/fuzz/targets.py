@@ -18,10 +18,11 @@ from typing import Any
 
 import safetensors
 
-from safepatch_core.checkpoint import BITS, INDEX, Checkpoint, Shard, open_checkpoint, read_shard
 from safepatch_core.errors import InputError, IOFailure, SafepatchError, UsageError
-from safepatch_core.recipe import load_recipe
-from safepatch_core.sources import CONFIG, WEIGHTS, Factors, open_source
+from safepatch_core.files.checkpoint import BITS, Checkpoint, Shard, open_checkpoint, read_shard
+from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
+from safepatch_core.merging.recipe import load_recipe
+from safepatch_core.merging.sources import Factors, open_source
 
 SHM = Path("/dev/shm")
 ROOT = Path(tempfile.mkdtemp(prefix="safepatch-fuzz-", dir=SHM if os.access(SHM, os.W_OK) else None))
@@ -136,7 +137,7 @@ def adapter(data: bytes) -> None:
     text, _, table = data.partition(b"\0")
     folder = ROOT / "adapter"
     folder.mkdir(exist_ok=True)
-    (folder / CONFIG).write_bytes(text)
+    (folder / ADAPTER_CONFIG).write_bytes(text)
     tensors, at = {}, 0
     for line in table.decode(errors="replace").splitlines()[:8]:
         name, dtype, rows, cols = (line.split(" ") + [""] * 4)[:4]
@@ -147,7 +148,7 @@ def adapter(data: bytes) -> None:
         end = at + count * BITS.get(dtype, 8) // 8
         tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
-    (folder / WEIGHTS).write_bytes(safetensors_file(tensors, at))
+    (folder / ADAPTER_WEIGHTS).write_bytes(safetensors_file(tensors, at))
     base = _base()
     try:
         source = open_source("fuzzed", folder, None, base, relative_to=None)

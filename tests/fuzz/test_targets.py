@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safepatch_core.checkpoint import read_shard
+from safepatch_core.files.checkpoint import read_shard
 from tests.fuzz.targets import ROOT, TARGETS, Violation, header, safetensors_file, same_as_safetensors
 
 CORPUS = Path(__file__).parents[1] / "corpus"

@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safepatch_core.backends import SELECT_ALL, SELECT_NONE, Bits, Block, Cut, Report, Window
+from safepatch_core.backends.contract import SELECT_ALL, SELECT_NONE, Bits, Block, Cut, Report, Window
 from safepatch_core.backends.reference import ReferenceBackend
-from safepatch_core.backends.triton import TritonBackend
-from safepatch_core.errors import UsageError
-from safepatch_core.kernels.launch import BLOCK
-from safepatch_core.selftest import (
+from safepatch_core.backends.selftest import (
     CHECKS,
     FLAVOURS,
     Setting,
@@ -26,6 +23,9 @@ from safepatch_core.selftest import (
     make_block,
     settings,
 )
+from safepatch_core.backends.triton import TritonBackend
+from safepatch_core.errors import UsageError
+from safepatch_core.kernels.launch import BLOCK
 
 TWO = Setting("BF16", (Shape("checkpoint", "scores"), Shape("checkpoint")), "difference", "retain-first")
 

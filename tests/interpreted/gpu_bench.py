@@ -14,9 +14,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from safepatch_core.backends import Bits, Cut, passes
+from safepatch_core.backends import passes
+from safepatch_core.backends.contract import Bits, Cut
 from safepatch_core.backends.device import InterpretedDevice
 from safepatch_core.backends.reference import ReferenceBackend
+from safepatch_core.backends.selftest import make_block
 from safepatch_core.backends.triton import TritonBackend
 from safepatch_core.bench import gpu
 from safepatch_core.bench.command import command
@@ -24,7 +26,6 @@ from safepatch_core.bench.lab import HostClock, Lab, TracedDevice
 from safepatch_core.bench.measure import Red, Skipped
 from safepatch_core.bench.registry import Bench
 from safepatch_core.kernels.launch import BLOCK
-from safepatch_core.selftest import make_block
 from tests.interpreted.fake_device import FakeDevice
 from tests.interpreted.pipeline import ROW, SETTING, TABLES
 

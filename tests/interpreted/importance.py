@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safepatch_core.derive import importance
-from safepatch_core.derive.progress import Progress
+from safepatch_core.deriving import importance
+from safepatch_core.progress import Progress
 from tests.tiny_lm import examples, tiny_llama
 
 

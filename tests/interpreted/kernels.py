@@ -10,12 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from safepatch_core.backends import Bits, Block, Cut, PatchReport, passes
+from safepatch_core.backends import passes
+from safepatch_core.backends.contract import Bits, Block, Cut, PatchReport
 from safepatch_core.backends.device import InterpretedDevice
 from safepatch_core.backends.reference import ReferenceBackend, Scored, philox, to_float32
+from safepatch_core.backends.selftest import DTYPES, FLAVOURS, Setting, Shape, make_block, settings, to_bits
 from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, INTERPRETED
-from safepatch_core.selftest import DTYPES, FLAVOURS, Setting, Shape, make_block, settings, to_bits
 from safepatch_core.spec import KEEP_ALL
 
 SIZES = (0, 1, 7, 1001, BLOCK, 2 * BLOCK + 5)

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safepatch_core.backends import SELECT_ALL, Bits, Block, Cut, Window, passes
+from safepatch_core.backends import passes
+from safepatch_core.backends.contract import SELECT_ALL, Bits, Block, Cut, Window
 from safepatch_core.backends.passes import LINE, cut_up
 from safepatch_core.backends.reference import ReferenceBackend
+from safepatch_core.backends.select import COARSE
+from safepatch_core.backends.selftest import Setting, Shape, compare, make_block
 from safepatch_core.backends.triton import TritonBackend
 from safepatch_core.errors import UsageError
 from safepatch_core.kernels.launch import ALIGN, BLOCK, HISTOGRAMS, padded
-from safepatch_core.select import COARSE
-from safepatch_core.selftest import Setting, Shape, compare, make_block
 from tests.interpreted.fake_device import FakeDevice, Race
 
 SETTING = Setting("BF16", (Shape("checkpoint", "scores"), Shape("checkpoint")), "difference", "retain-first")

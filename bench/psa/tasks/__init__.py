@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from safepatch_core.rows import read_text
+from safepatch_core.language.rows import read_text
 
 NAMES = ("psa_knowledge", "psa_continuation")
 HOME = Path(__file__).parent

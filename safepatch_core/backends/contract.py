@@ -1,0 +1,201 @@
+"""The engines' contract: arrays and numbers in, bits and counts out. Engines never see files or recipes.
+
+A `Block` is a run of consecutive entries of one target tensor with what every patch says about them.
+Blocks may be any size from one entry up and start anywhere in their tensor: results never depend on the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safepatch_core.spec import (
+    EVERY,
+    NO_KEY,
+    Combine,
+    Dtype,
+    Importance,
+    Kind,
+    NonFinite,
+    Order,
+    Weight,
+)
+
+
+class Bits(NamedTuple):
+    """Raw entries of a tensor: `data` is a 1-D array of uint16 (F16, BF16) or uint32 (F32) bit patterns."""
+
+    data: NDArray[np.unsignedinteger]
+    dtype: Dtype
+
+
+class Lora(NamedTuple):
+    """delta[row, col] = scale * (sum over r of b[row, r] * a[r, col], from 0, in order of r), all in float32.
+
+    Factors are those of the whole tensor, C-contiguous: `a` float32 [rank, cols], `b` float32 [rows, rank].
+    """
+
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class PatchData:
+    """One patch's share of a block."""
+
+    kind: Kind
+    values: Bits | Lora  # patched values (checkpoint), deltas (delta) or LoRA factors
+    importance: Importance
+    scores: Bits | None  # scores or gradients, as many entries as the block; None for magnitude
+    weight: Weight  # which x the gradients multiply
+    key: int  # 64-bit Philox key
+    keep: int  # retained iff random number < keep; spec.KEEP_ALL retains everything
+    scale: float  # c, already rounded to float32
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive entries [start, start + len) of one tensor; a patch that lacks the tensor is None."""
+
+    base: Bits
+    start: int  # flat row-major index of the first entry within its tensor
+    cols: int  # length of the tensor's last dimension; only LoRA reads it
+    patches: tuple[PatchData | None, ...]
+    combine: Combine
+    order: Order
+    nonfinite: NonFinite
+
+    def __len__(self) -> int:
+        return len(self.base.data)
+
+    def slice(self, lo: int, hi: int) -> Block:
+        """The entries [lo, hi) of this block, without copying."""
+
+        def part(bits: Bits) -> Bits:
+            return Bits(bits.data[lo:hi], bits.dtype)
+
+        patches = tuple(
+            None
+            if p is None
+            else replace(
+                p,
+                values=p.values if isinstance(p.values, Lora) else part(p.values),
+                scores=None if p.scores is None else part(p.scores),
+            )
+            for p in self.patches
+        )
+        return replace(self, base=part(self.base), start=self.start + lo, patches=patches)
+
+
+class Window(NamedTuple):
+    """A histogram: counts[(key - lo) >> shift] += 1 for eligible keys from `lo` to the last bin's end."""
+
+    lo: int
+    shift: int
+    counts: NDArray[np.int64]  # added to, in place
+
+
+class Cut(NamedTuple):
+    """T = eligible entries with key > `key`, or key == `key` and index in the tensor < `before`."""
+
+    key: int
+    before: int
+
+
+SELECT_NONE = Cut(NO_KEY, 0)
+SELECT_ALL = Cut(0, EVERY)  # eligible keys are > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Entries that break a rule: how many, and the lowest index in the tensor (-1 where there is none)."""
+
+    count: int = 0
+    first: int = -1
+
+    def __add__(self, other: Fault) -> Fault:
+        firsts = [f.first for f in (self, other) if f.count]
+        return Fault(self.count + other.count, min(firsts, default=-1))
+
+
+@dataclass(slots=True)
+class PatchReport:
+    """What a pass found for one patch. `bad_score` counts only entries whose delta is finite.
+
+    `negative` counts finite scores below zero (-0 is not). With nonfinite: skip the first two are still
+    counted; such entries are simply not eligible.
+    """
+
+    eligible: int = 0
+    selected: int = 0  # |T|, after retention with order: select-first
+    applied: int = 0
+    bad_delta: Fault = Fault()
+    bad_score: Fault = Fault()
+    negative: Fault = Fault()
+
+    def __add__(self, other: PatchReport) -> PatchReport:
+        return PatchReport(
+            self.eligible + other.eligible,
+            self.selected + other.selected,
+            self.applied + other.applied,
+            self.bad_delta + other.bad_delta,
+            self.bad_score + other.bad_score,
+            self.negative + other.negative,
+        )
+
+
+@dataclass(slots=True)
+class Report:
+    """What a pass found: one entry per patch of the block, and overflows on rounding into the base dtype.
+
+    acted: entries on which at least one patch acts; changed: those of them whose new bits are not the base's. The
+    others' steps are lost in rounding (or the base isn't finite, or the sum overflows).
+    """
+
+    patches: list[PatchReport]
+    overflow: Fault = Fault()
+    acted: int = 0
+    changed: int = 0
+
+    def __add__(self, other: Report) -> Report:
+        patches = [a + b for a, b in zip(self.patches, other.patches, strict=True)]
+        return Report(patches, self.overflow + other.overflow, self.acted + other.acted, self.changed + other.changed)
+
+
+class Backend(Protocol):
+    """An engine. All calls are thread-safe; `lanes` of them may usefully run at once."""
+
+    name: str
+    lanes: int
+
+    def describe(self) -> str:
+        """Name, instruction set or card, threads: for the log and the manifest-free summary."""
+
+    def allocate(self, nbytes: int) -> NDArray[np.uint8]:
+        """Host memory for the ring, aligned to 256 bytes (pinned where the engine moves it elsewhere)."""
+
+    def scratch(self, entries: int, patches: int) -> int:
+        """Upper bound in bytes of what `merge` of so many entries allocates beyond its arguments."""
+
+    def histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
+        """Count eligible keys per patch into its windows; report eligible counts and faults.
+
+        `windows[p]` belongs to `block.patches[p]` and may be empty. Faults and eligible counts are
+        reported for every patch present, `selected` and `applied` stay 0.
+        """
+
+    def ties(self, block: Block, keys: Sequence[int]) -> list[int]:
+        """Per patch, the number of eligible entries whose key equals `keys[p]`."""
+
+    def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:
+        """Write the block's new bits to `out` (which may be `block.base.data` itself); full report."""
+
+    def merge(
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
+    ) -> tuple[list[Cut], Report]:
+        """A whole tensor at once: find each patch's cut for its quota k, then apply. `out` as in `apply`."""

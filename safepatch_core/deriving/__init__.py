@@ -1,0 +1,63 @@
+"""Derive the two patches of SafePatching from one set of harmful questions and answers.
+
+config → data (`language/rows.py`) → objective → loop → importance; `steps` is their order, `rundir` the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from safepatch_core.deriving.config import DeriveConfig, OverSafetyPatch, PatchConfig, SafetyPatch, libraries
+from safepatch_core.errors import UsageError
+
+__all__ = ["DeriveConfig", "DeriveResult", "OverSafetyPatch", "PatchConfig", "SafetyPatch", "derive"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeriveResult:
+    """`run` is the run directory, `recipe` its recipe, `summary` the content of its derive.json."""
+
+    run: Path
+    recipe: Path
+    summary: dict[str, Any]
+
+
+def derive(
+    config: DeriveConfig,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> DeriveResult:
+    """Train both patches, take their importance and write a recipe that merges them.
+
+    Writes under `config.out`: `safety/` and `over-safety/` (checkpoints with the base's tensor names, in the training
+    dtype; or deltas of the target tensors; or PEFT adapters), `importance/…/` (float32 scores of the target tensors),
+    `trace-….jsonl` (one line per optimiser step), `curves.png` (drawn from them, where matplotlib is installed),
+    `derive.json` (configuration, inputs, NLLs in nats per token, share of changed entries) and `recipe.yaml`. While a
+    patch is trained with `save_steps`, `checkpoint-…/` holds what a resumed run goes on from. Each appears whole or
+    not at all; with `resume` what is done is kept, and the rest gives the bytes that an undisturbed run gives. On the
+    CPU a seed repeats bit for bit (same versions and number of threads).
+
+    Under torchrun or accelerate launch every rank calls it with the same arguments: they train one model, of which
+    each holds a part, and the first writes. With another number of ranks the bytes are others.
+
+    `quiet` silences stderr; `report` gets progress events: {phase, done, total, tokens_per_second, …} or {warning}.
+
+    Raises UsageError for settings that don't work (training diverged, no room below the ascent bound, missing
+    libraries), InputError for a bad model, tokenizer or data file, or a run directory that is not empty or was begun
+    with another configuration, OutputError or Busy for the run directory, IOFailure where writing or memory fails.
+    """
+    for library in libraries(config):
+        if find_spec(library) is None:
+            extra = "derive,quantize" if library == "bitsandbytes" else "derive"
+            raise UsageError(f"derive needs {library}", expected=f"pip install 'safepatch[{extra}]'")
+    from safepatch_core.deriving import steps
+
+    summary = steps.run(config, resume=resume, quiet=quiet, report=report)
+    run = Path(config.out)
+    return DeriveResult(run, run / steps.RECIPE, summary)

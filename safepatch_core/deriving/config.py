@@ -1,0 +1,232 @@
+"""What a derive run is told: every field with its unit and default. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from safepatch_core.settings import Device, PathText, Strict, Threads, Where
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PatchConfig(Strict):
+    """How one of the two patches is trained, and what the recipe will say about it."""
+
+    num_train_epochs: Rate = Field(default=2.0, description="Passes over the rows, at most. Default 2.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps, instead of num_train_epochs. Default none."
+    )
+    learning_rate: Rate | None = Field(default=None, description="Instead of the run's learning_rate. Default none.")
+    utility_weight: Weight | None = Field(
+        default=None, description="Instead of the run's utility_weight. Default none."
+    )
+    top: Share = Field(default=0.03, description="Share of each tensor's entries in the patch's top set.")
+    retain: Share = Field(
+        default=0.3, description="Probability that an entry survives random retention. Default 0.3."
+    )
+    scale: float = Field(default=1.0, allow_inf_nan=False, description="Factor of the patch in the merge. Default 1.")
+
+
+class SafetyPatch(PatchConfig):
+    """Unlearns the answers; top 0.03."""
+
+    objective: Literal["ascent", "npo"] = Field(
+        default="ascent",
+        description="ascent (of the answer NLL) or npo (Negative Preference Optimization, which loses interest in an "
+        "answer as it becomes unlikely); ascent_bound ends either. Default ascent.",
+    )
+    npo_beta: Rate = Field(default=0.1, description="NPO's inverse temperature; towards 0 it is ascent. Default 0.1.")
+
+
+class OverSafetyPatch(PatchConfig):
+    """Gradient descent on the answers; top 0.02."""
+
+    top: Share = Field(default=0.02, description="Share of each tensor's entries in the patch's top set.")
+
+
+class DeriveConfig(Strict):
+    """A derive run. NLLs are in nats per answer token, lengths in tokens."""
+
+    model: PathText = Field(description="The backbone: a checkpoint directory, or a hub id org/name[@revision].")
+    data: PathText = Field(description="Harmful questions with answers: .jsonl, .json, .csv or .parquet.")
+    out: PathText = Field(description="The run directory; must be new or empty unless resumed.")
+    question_column: str = Field(default="question", description="Column of the question. Default question.")
+    answer_column: str = Field(default="answer", description="Column of the answer. Default answer.")
+    data_where: Where = Field(
+        default={}, description="Only rows with these values, as {category: fraud}. Default all."
+    )
+    rows: str | None = Field(
+        default=None, description="Slice of the rows that data_where leaves, as 0:400. Default all."
+    )
+    system_prompt: str | None = Field(
+        default=None, description="System message before each question. Default none (the template's own, if any)."
+    )
+
+    utility_data: PathText | None = Field(
+        default=None,
+        description="Ordinary questions with answers whose mean NLL is added to each step's loss, as many rows as "
+        "the step has. Default none.",
+    )
+    utility_question_column: str = Field(default="question", description="Its question column. Default question.")
+    utility_answer_column: str = Field(default="answer", description="Its answer column. Default answer.")
+    utility_rows: str | None = Field(default=None, description="Slice of its rows. Default all.")
+    utility_weight: Weight = Field(default=1.0, description="Factor of that term. Default 1.")
+
+    method: Literal["full", "lora"] = Field(
+        default="full", description="full (every trained weight) or lora. Default full."
+    )
+    trainable: Literal["targets", "all"] = Field(
+        default="targets",
+        description="With method full: train only what a merge with targets: linear uses, or everything. "
+        "Default targets.",
+    )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="none",
+        description="With method lora, how the frozen backbone is held while the adapter is trained (bitsandbytes). "
+        "Importance and the merge are of the full weights. Default none.",
+    )
+    lora_r: int = Field(default=16, ge=1, description="LoRA rank. Default 16.")
+    lora_alpha: int = Field(default=32, ge=1, description="LoRA alpha. Default 32.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="LoRA dropout probability. Default 0.")
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="Modules that LoRA adapts, as PEFT takes them. Default all-linear."
+    )
+
+    learning_rate: Rate | None = Field(
+        default=None, description="AdamW's step size, of both objectives. Default 1e-5; 1e-4 with method lora."
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="AdamW's decoupled decay; it would move every entry. Default 0.",
+    )
+    max_grad_norm: Rate | None = Field(
+        default=1.0,
+        description="Gradients are clipped to this L2 norm: of all together, or with adamw_in_backward of each "
+        "tensor; null leaves them. Default 1.",
+    )
+    optim: Literal["auto", "adamw", "adamw_in_backward"] = Field(
+        default="auto",
+        description="adamw keeps all gradients until the step; adamw_in_backward takes it in the backward pass, "
+        "one tensor at a time, and can't accumulate. auto takes the latter where all gradients are over 1 GiB and "
+        "gradient_accumulation_steps is 1. Default auto.",
+    )
+    optim_state_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of AdamW's two moments. Default float32."
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="stochastic",
+        description="Of float32 results to bfloat16 weights; to nearest, an update below half a step of its weight "
+        "vanishes. Default stochastic.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass to save memory. Default false."
+    )
+    save_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps after which training is saved each time, for --resume to go on from. Default none.",
+    )
+    batch_size: int = Field(default=8, ge=1, description="Rows per forward pass. Default 8.")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Forward passes per optimiser step. Default 1."
+    )
+    max_length: int = Field(
+        default=512, ge=2, description="Longest question with answer, in tokens; longer answers are cut. Default 512."
+    )
+    ascent_bound: Rate | None = Field(
+        default=5.0,
+        description="Ascent stops once the mean answer NLL over ascent_window steps reaches this many nats per "
+        "token; null switches it off. Default 5.",
+    )
+    ascent_window: int = Field(
+        default=4, ge=1, description="Latest optimiser steps that ascent_bound averages. Default 4."
+    )
+    safety: SafetyPatch = Field(default=SafetyPatch(), description="The ascent patch.")
+    over_safety: OverSafetyPatch = Field(default=OverSafetyPatch(), description="The descent patch.")
+
+    save_as: Literal["checkpoint", "delta"] = Field(
+        default="checkpoint",
+        description="With method full, what a patch is saved as: a whole checkpoint, or the targets' trained - base. "
+        "Default checkpoint.",
+    )
+    delta_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Of a delta's values; bfloat16 halves the file and rounds them to 8 bits. Default float32.",
+    )
+
+    importance: Literal["patched", "backbone", "none"] = Field(
+        default="patched",
+        description="Weights at which importance is taken: each patched model, the backbone (then both patches rank "
+        "alike), or none (the recipe ranks by magnitude). Default patched.",
+    )
+    importance_kind: Literal["snip", "fisher", "magnitude"] = Field(
+        default="snip",
+        description="snip (mean |w * g| over the rows), fisher (mean g^2), or magnitude (|delta|, no pass; the same "
+        "as importance none). Default snip.",
+    )
+    importance_memory: Literal["auto", "memory", "disk"] = Field(
+        default="auto",
+        description="Where importance is summed up: in memory, on disk, or auto: on disk where it would take more "
+        "than 0.7 of the free memory. Default auto.",
+    )
+    importance_samples: int | None = Field(
+        default=128,
+        ge=1,
+        description="Rows drawn for importance and for the reported NLLs; null takes all. Default 128.",
+    )
+
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Of sampling, shuffling, dropout, LoRA and the recipe. Default 0."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the weights in training; see rounding. Default float32."
+    )
+    device: Device = "auto"
+    threads: Threads = None
+
+    @model_validator(mode="after")
+    def _delta_holds_what_was_trained(self) -> Self:
+        if self.save_as == "delta" and (self.method, self.trainable) != ("full", "targets"):
+            raise ValueError("save_as: delta holds the targets alone: it needs method full and trainable targets")
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_is_frozen_is_quantised(self) -> Self:
+        if self.quantization != "none" and self.method != "lora":
+            raise ValueError("quantization is of a frozen backbone: it needs method lora")
+        return self
+
+    @property
+    def ranked_at(self) -> Literal["patched", "backbone", "none"]:
+        """The weights at which importance is taken; none where the recipe ranks by magnitude."""
+        return "none" if self.importance_kind == "magnitude" else self.importance
+
+    @model_validator(mode="after")
+    def _step_can_be_taken(self) -> DeriveConfig:
+        if self.optim == "adamw_in_backward" and self.gradient_accumulation_steps > 1:
+            raise ValueError("optim adamw_in_backward can't accumulate: gradient_accumulation_steps must be 1")
+        return self
+
+    def weight(self, patch: PatchConfig) -> float:
+        """Factor of the utility term, for one patch."""
+        return self.utility_weight if patch.utility_weight is None else patch.utility_weight
+
+    def rate(self, patch: PatchConfig) -> float:
+        """AdamW's step size for one patch."""
+        return patch.learning_rate or self.learning_rate or (1e-4 if self.method == "lora" else 1e-5)
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on with, as JSON types: all that the bytes depend on."""
+        return self.model_dump(mode="json", exclude={"out", "importance_memory"})
+
+
+def libraries(config: DeriveConfig) -> tuple[str, ...]:
+    """The packages that a run trains with."""
+    lora = ("peft",) if config.method == "lora" else ()
+    return ("torch", "transformers", *lora, *(("bitsandbytes",) if config.quantization != "none" else ()))

@@ -1,0 +1,357 @@
+"""The steps of a derive run: two trainings, their importance, a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from safepatch_core.deriving.checkpoints import TrainingCheckpoints
+from safepatch_core.deriving.config import DeriveConfig, PatchConfig, SafetyPatch, libraries
+from safepatch_core.deriving.curves import Curves, draw
+from safepatch_core.deriving.importance import take_importance
+from safepatch_core.deriving.loop import planned_steps, train
+from safepatch_core.deriving.model import (
+    Changed,
+    adapted,
+    add_adapter,
+    changed_entries,
+    load_frozen,
+    load_model,
+    merge_adapter,
+    open_backbone,
+    save_adapter,
+    targets,
+)
+from safepatch_core.deriving.objective import Likelihood, NegativePreference, Objective, mean_nll, reference_nlls
+from safepatch_core.deriving.rundir import RunDirectory
+from safepatch_core.deriving.saving import applied, patched_tensors, save_delta, save_model, save_scores
+from safepatch_core.deriving.sharding import ranks_of_derive, share, spread
+from safepatch_core.errors import InputError, IOFailure, UsageError
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.staging import hash_file
+from safepatch_core.language.chat import Example, Format
+from safepatch_core.language.model import Limits, at_work, find_device, limits, load_tokenizer, quiet_libraries
+from safepatch_core.language.rows import Row, read_rows
+from safepatch_core.merging.recipe import Recipe, parse_recipe
+from safepatch_core.pictures import can_draw, picture
+from safepatch_core.progress import Progress, Report, warn
+from safepatch_core.ranks import Ranks, first, together
+
+RECIPE, CURVES = "recipe.yaml", "curves.png"
+PATCHES = ("safety", "over-safety")
+BACKBONE = "backbone"
+# The models at which importance is taken.
+RANKED = {"patched": PATCHES, "backbone": (BACKBONE,), "none": ()}
+
+
+def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Report | None) -> dict[str, Any]:
+    """Does every step that is not done yet; returns the record, as RUN/derive.json holds it."""
+    with ranks_of_derive(config) as ranks, _environment(config):
+        job = together(ranks, lambda: Job(config, quiet, report, ranks))
+        with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume, ranks=ranks) as out:
+            for name in PATCHES:
+                out.step(name, partial(job.train, out, name))
+                TrainingCheckpoints(out, name).clear()
+            for name in RANKED[config.ranked_at]:
+                out.step(f"importance/{name}", partial(job.rank, out, name))
+            if first(ranks, can_draw):
+                out.step(CURVES, partial(job.draw_curves, out))
+            out.step(RECIPE, partial(job.write_recipe, out))
+            return out.record
+
+
+@contextlib.contextmanager
+def _environment(config: DeriveConfig) -> Iterator[None]:
+    """The run's threads and random state, given back at the end; what the libraries raise becomes one line."""
+    where = find_device(config.device)
+    devices = [where] if where.type == "cuda" else []
+    hint = "lower batch_size or max_length, or take method lora"
+    try:
+        with at_work(config.threads, hint), quiet_libraries(), torch.random.fork_rng(devices=devices):
+            yield
+    except SafetensorError as error:
+        raise IOFailure(f"writing failed: {error}", file=config.out) from error
+
+
+class Job:
+    """The checked inputs of a run, and its steps.
+
+    Raises InputError for a bad model, tokenizer or data file, before anything is written.
+    """
+
+    def __init__(self, config: DeriveConfig, quiet: bool, report: Report | None, ranks: Ranks) -> None:
+        self._config, self._ranks = config, ranks
+        if ranks.rank > 0:
+            quiet, report = True, None
+        self._progress = partial(Progress, quiet=quiet, report=report)
+        if not can_draw():
+            warn(f"matplotlib is not installed: no {CURVES}", quiet, report)
+        if config.dtype == "bfloat16" and config.rounding == "nearest":
+            warn("rounding to nearest bfloat16: an update below half a step of its weight vanishes", quiet, report)
+        self._base, self._root = open_backbone(config.model)
+        self._recipe = make_recipe(config, self._base.revision)
+        self._targets = targets(self._base, self._recipe.is_target)
+        columns = {"question": config.question_column, "answer": config.answer_column}
+        rows = read_rows(config.data, columns, config.rows, config.data_where)
+        self._tokenizer = load_tokenizer(self._root)
+        self._examples = _encode(config.data, rows, self._tokenizer, limits(self._root), config)
+        self._probe = _sample(self._examples, config)
+        self.inputs: dict[str, Any] = {
+            "data": {
+                "sha256": hash_file(Path(config.data)),
+                "rows": len(rows),
+                "answer_tokens": sum(e.answer_tokens for e in self._examples),
+                "truncated_rows": sum(e.truncated for e in self._examples),
+            },
+            "model": _fingerprint(self._base, self._root) if ranks.rank == 0 else {},
+            "libraries": {name: version(name) for name in libraries(config)},
+        }
+        if ranks.size > 1:
+            self.inputs["ranks"] = ranks.size
+        self._utility: list[Example] = []
+        if config.utility_data is not None:
+            columns = {"question": config.utility_question_column, "answer": config.utility_answer_column}
+            rows = read_rows(config.utility_data, columns, config.utility_rows)
+            self._utility = _encode(config.utility_data, rows, self._tokenizer, limits(self._root), config)
+            self.inputs["utility_data"] = {"sha256": hash_file(Path(config.utility_data)), "rows": len(rows)}
+
+    def train(self, out: RunDirectory, name: str) -> None:
+        """RUN/NAME, a trained checkpoint or adapter, and RUN/trace-NAME.jsonl."""
+        config, unlearned = self._config, name == "safety"
+        patch = config.safety if unlearned else config.over_safety
+        torch.manual_seed(config.seed)
+        model = self._spread(lambda device: self._trainable(load_frozen(self._root, config, device)))
+        if self._ranks.rank > 0:
+            torch.manual_seed(config.seed + self._ranks.rank)  # dropout of other rows
+        if BACKBONE not in out.record["nll"]:
+            out.record["nll"][BACKBONE] = self._nll(model, BACKBONE)
+        if unlearned:
+            self._check_room(out.record["nll"][BACKBONE])
+        objective = self._objective(model, name, patch)
+        steps = planned_steps(len(self._examples), config, patch)
+        with out.new_file(f"trace-{name}.jsonl") as trace, self._progress(name, steps) as progress:
+            outcome = train(
+                model,
+                self._examples,
+                config,
+                patch,
+                objective=objective,
+                bound=config.ascent_bound if unlearned else None,
+                trace=trace,
+                progress=progress,
+                utility=self._utility if config.weight(patch) else (),
+                checkpoints=TrainingCheckpoints(out, name),
+                ranks=self._ranks,
+            )
+        with out.new_folder(name) as folder:
+            changed = self._save(model, folder)
+        if config.ranked_at != "patched":
+            out.record["nll"][name] = self._nll(model, name)
+        entries = sum(e.entries for e in self._targets)
+        out.record["patches"][name] = {
+            "objective": patch.objective if isinstance(patch, SafetyPatch) else "descent",
+            "optim": outcome.optim,
+            "steps": outcome.steps,
+            "stopped_by": "ascent_bound" if outcome.bounded else "steps",
+            "entries": entries,
+            "changed_share": changed.exact / entries,
+            "changed_share_in_base_dtype": changed.rounded / entries,
+            "kept_l1_in_base_dtype": changed.kept_l1,
+            "error_l2_in_base_dtype": changed.error_l2,
+        }
+        if outcome.below_half_step is not None:
+            out.record["patches"][name]["updates_below_half_step"] = outcome.below_half_step
+
+    def _objective(self, model: Any, name: str, patch: PatchConfig) -> Objective:
+        """What the patch's training minimises; `model` still answers as the backbone does."""
+        if not isinstance(patch, SafetyPatch):
+            return Likelihood(1.0)
+        if patch.objective == "ascent":
+            return Likelihood(-1.0)
+        return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
+
+    def _save(self, model: Any, folder: Path) -> Changed:
+        """The trained patch in its form: an adapter, a checkpoint, both with the tokenizer, or a delta."""
+        config, ranks, delta = self._config, self._ranks, self._config.save_as == "delta"
+        if config.method == "lora":
+            save_adapter(model, folder, config.model, ranks)
+            changed = changed_entries(adapted(model, self._targets))
+        else:
+            if delta:
+                save_delta(model, folder, self._base, self._targets, getattr(torch, config.delta_dtype), ranks)
+            else:
+                save_model(model, folder, self._base, ranks)
+            saved = partial(patched_tensors, folder, self._targets, delta=delta)
+            changed = first(ranks, lambda: changed_entries(saved()))
+        if not delta and ranks.rank == 0:
+            self._tokenizer.save_pretrained(folder)
+        return changed
+
+    def rank(self, out: RunDirectory, name: str) -> None:
+        """RUN/importance/NAME: importance at that patched model, or at the backbone."""
+        config = self._config
+        assert config.importance_kind != "magnitude"
+        with out.new_folder(f"importance/{name}") as folder:
+            model = self._spread(lambda device: self._patched(out, name, folder, device))
+            with self._progress(f"importance {name}", len(self._probe)) as progress:
+                taken = take_importance(
+                    model,
+                    self._probe,
+                    self._recipe.is_target,
+                    progress,
+                    kind=config.importance_kind,
+                    memory=config.importance_memory,
+                    folder=folder,
+                    ranks=self._ranks,
+                )
+            scored = taken.parameters, taken.layers
+            save_scores(model, folder, self._base, self._targets, *scored, self._ranks)
+        out.record["nll"][name] = taken.nll
+        out.record["importance"][name] = {"samples": len(self._probe), "tensors": len(self._targets)}
+
+    def _patched(self, out: RunDirectory, name: str, scratch: Path, device: str) -> Any:
+        """The backbone, or that patched model: what was trained, or base + the delta or adapter that was saved."""
+        config = self._config
+        if name == BACKBONE or device == "meta":
+            return load_model(self._root, config, device)
+        if config.method == "lora":
+            return merge_adapter(load_model(self._root, config, device), out.path / name)
+        if config.save_as == "delta":
+            with applied(out.path / name, self._base, self._targets, scratch / "patched") as checkpoint:
+                return load_model(checkpoint, config, device)
+        return load_model(out.path / name, config, device)
+
+    def _spread(self, load: Callable[[str], Any]) -> Any:
+        """The model that `load` makes on a device; of several ranks the first alone reads its weights."""
+        ranks, device = self._ranks, self._config.device
+        if ranks.size == 1:
+            return load(device)
+        model = together(ranks, lambda: load("cpu" if ranks.rank == 0 else "meta"))
+        return spread(model, ranks, find_device(device))
+
+    def draw_curves(self, out: RunDirectory) -> None:
+        """RUN/curves.png."""
+        if self._ranks.rank > 0:
+            return
+        traces = {name: out.path / f"trace-{name}.jsonl" for name in PATCHES}
+        levels = {"backbone": out.record["nll"][BACKBONE], "ascent bound": self._config.ascent_bound}
+        drawn = picture(draw, Curves(traces, levels))
+        assert drawn is not None
+        with out.new_file(CURVES, "wb") as file:
+            file.write(drawn)
+
+    def write_recipe(self, out: RunDirectory) -> None:
+        """RUN/recipe.yaml."""
+        with out.new_file(RECIPE) as file:
+            file.write("# The two patches of this run. Merge them with: safepatch merge recipe.yaml -o OUT\n")
+            yaml.safe_dump(self._recipe.model_dump(mode="json"), file, sort_keys=False)
+
+    def _nll(self, model: Any, name: str) -> float:
+        size, probe = self._config.batch_size, self._probe
+        if self._ranks.size > 1:
+            found = self._row_nlls(model, probe, f"NLL {name}")
+            return sum(found[e] for e in probe) / sum(e.answer_tokens for e in probe)
+        with self._progress(f"NLL {name}", -(-len(probe) // size)) as progress:
+            return mean_nll(model, probe, size, progress)
+
+    def _row_nlls(self, model: Any, examples: Sequence[Example], name: str) -> dict[Example, float]:
+        """Each row's answer NLL in nats; each rank takes its share of the rows, and all as many."""
+        ranks, size = self._ranks, self._config.batch_size
+        mine = [*share(examples, ranks), examples[0]][: -(-len(examples) // ranks.size)]
+        with self._progress(name, -(-len(mine) // size)) as progress:
+            found = reference_nlls(model, mine, size, progress)
+        return {example: nll for part in ranks.gather(found) for example, nll in part.items()}
+
+    def _check_room(self, nll: float) -> None:
+        bound = self._config.ascent_bound
+        if bound is not None and nll >= bound:
+            raise UsageError(
+                "ascent has no room: the backbone's answer NLL is at ascent_bound already",
+                found=f"{nll:.3f} nats per token",
+                expected=f"less than {bound:g}; set a higher bound",
+            )
+
+    def _trainable(self, model: Any) -> Any:
+        """The model with exactly those parameters trainable that the method trains."""
+        if self._config.method == "lora":
+            return add_adapter(model, self._config)
+        everything = self._config.trainable == "all"
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(everything or self._recipe.is_target(name, parameter.ndim))
+        return model
+
+
+def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
+    """The recipe of the run's two patches. A relative path of the base becomes relative to RUN.
+
+    A hub id is pinned to the commit that was trained: against any other, the patches would be other deltas.
+    """
+    base = config.model
+    if revision is not None:
+        base = f"{base.partition('@')[0]}@{revision}"
+    elif not os.path.isabs(base):
+        base = os.path.relpath(os.path.abspath(base), os.path.realpath(config.out))
+    patches = []
+    for name, patch in zip(PATCHES, (config.safety, config.over_safety), strict=True):
+        ranked = name if config.ranked_at == "patched" else BACKBONE
+        patches.append(
+            {
+                "name": name,
+                "source": name,
+                "kind": "lora" if config.method == "lora" else config.save_as,
+                "importance": "magnitude" if config.ranked_at == "none" else {"scores": f"importance/{ranked}"},
+                "top": patch.top,
+                "retain": patch.retain,
+                "scale": patch.scale,
+            }
+        )
+    return parse_recipe({"base": base, "patches": patches, "seed": config.seed})
+
+
+def _encode(file: str, rows: Sequence[Row], tokenizer: Any, limits: Limits, config: DeriveConfig) -> list[Example]:
+    """The rows as the model reads them. Raises InputError, naming the row, for one that it can't read."""
+    chat = Format(tokenizer, config.system_prompt)
+    length = min(config.max_length, limits.positions or config.max_length)
+    examples = []
+    for row in rows:
+        try:
+            example = chat.encode(row.values["question"], row.values["answer"], length)
+        except InputError as error:
+            unit = "row" if file.endswith((".json", ".parquet")) else "line"
+            raise InputError(f"{unit} {row.line}: {error}", file=file) from error
+        if max(example.ids) >= limits.vocabulary:
+            raise InputError(
+                "tokenizer and model don't belong together",
+                file=config.model,
+                found=f"token {max(example.ids)}",
+                expected=f"less than {limits.vocabulary}",
+            )
+        examples.append(example)
+    return examples
+
+
+def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:
+    """The rows of importance and of the reported NLLs: a seeded draw, in file order."""
+    count = min(config.importance_samples or len(examples), len(examples))
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.randperm(len(examples), generator=generator)[:count].tolist()
+    return [examples[i] for i in sorted(drawn)]
+
+
+def _fingerprint(base: Checkpoint, root: Path) -> dict[str, Any]:
+    """What tells one backbone from another: its config and every byte of its weights."""
+    digest = hashlib.sha256((root / "config.json").read_bytes())
+    for shard in base.shards:
+        digest.update(bytes.fromhex(hash_file(shard.path)))
+    entries = sum(entry.entries for entry in base.tensors.values())
+    return {"sha256": digest.hexdigest(), "tensors": len(base.tensors), "entries": entries}

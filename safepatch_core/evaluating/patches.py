@@ -1,0 +1,154 @@
+"""What a merge did to a measured model: what its manifest counts, and how much of that rounding left."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from safepatch_core.errors import InputError
+from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_tensor
+from safepatch_core.spec import ITEMSIZE, Combine
+
+PIECE = 8 << 20  # bytes of each checkpoint in memory at once
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Counts(BaseModel):
+    """Entries of one tensor: all, in a patch's set, and acted on by that patch."""
+
+    entries: int
+    selected: int
+    applied: int
+
+
+class Patch(BaseModel):
+    """What the manifest says about one patch; every patch has the same tensors."""
+
+    name: str
+    tensors: dict[str, Counts]
+
+
+class Made(BaseModel):
+    """What of the recipe matters here."""
+
+    base: str
+    combine: Combine
+
+
+class Manifest(BaseModel):
+    """The manifest of a merged checkpoint."""
+
+    recipe: Made
+    patches: list[Patch]
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Per patch, how many entries of each layer there are, were selected and applied."""
+        return [
+            {"name": patch.name, "layers": _by_layer((t, of.model_dump()) for t, of in patch.tensors.items())}
+            for patch in self.patches
+        ]
+
+    def acted(self) -> dict[str, int] | None:
+        """Per target, on how many entries at least one patch acts; None where counts per patch don't tell.
+
+        With `sum` and `ties` two patches may act on the same entry, and the manifest doesn't say on how many.
+        """
+        applied = {t: [patch.tensors[t].applied for patch in self.patches] for t in self.patches[0].tensors}
+        if self.recipe.combine != "difference" and any(np.count_nonzero(of) > 1 for of in applied.values()):
+            return None
+        return {tensor: sum(of) for tensor, of in applied.items()}
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises InputError if the file is no manifest of a merge."""
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+        if len({frozenset(patch.tensors) for patch in manifest.patches}) != 1:
+            raise ValueError("patches with different targets, or none")
+        return manifest
+    except ValueError as error:
+        raise InputError("not the manifest of a merge", file=path) from error
+
+
+def survivals(
+    manifests: Mapping[str, Manifest], folders: Mapping[str, Path], models: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Label of a merged model → its `survival`, where the baseline can be seen to be its base.
+
+    Of its base a manifest says no more than what it is called. That is not enough where the baseline is a merge too:
+    the model may be merged from a later one of the same name, which differs from both in few entries.
+    """
+    if "baseline" not in folders or "baseline" in manifests:
+        return {}
+    baseline = folders["baseline"]
+    called = {_last(models["baseline"]["name"]), baseline.name}
+    found = {
+        label: survival(manifest, folders[label], baseline)
+        for label, manifest in manifests.items()
+        if _last(manifest.recipe.base) in called
+    }
+    return {label: of for label, of in found.items() if of is not None}
+
+
+def _last(ref: str) -> str:
+    """The last part of a path or hub id, without a revision."""
+    return Path(ref).name.partition("@")[0]
+
+
+def survival(manifest: Manifest, merged: Path, baseline: Path) -> dict[str, Any] | None:
+    """Of the entries that patches act on, those whose stored bits are not the baseline's: the others' steps are lost.
+
+    `acted`, `changed` and `surviving` are those that `merge` told, here also per layer. None where the two
+    checkpoints don't show them: their tensors have other names, shapes or dtypes, or the baseline is not the merge's
+    base, so that bits differ where no patch acted.
+    """
+    base, out, acted = open_checkpoint(baseline), open_checkpoint(merged), manifest.acted()
+    if not acted or not any(acted.values()):
+        return None
+    if _layout(base) != _layout(out) or not acted.keys() <= base.tensors.keys():
+        return None
+    changed = {}
+    for name, entry in base.tensors.items():
+        changed[name] = _differing(base, entry, out, out.tensors[name])
+        if changed[name] > acted.get(name, 0):
+            return None
+    targets = {t: {"entries": base.tensors[t].entries, "acted": n, "changed": changed[t]} for t, n in acted.items()}
+    sums = {key: sum(of[key] for of in targets.values()) for key in ("acted", "changed")}
+    return {
+        **sums,
+        "surviving": sums["changed"] / sums["acted"],
+        "dtypes": sorted({DTYPES.get(base.tensors[t].dtype, base.tensors[t].dtype) for t, n in acted.items() if n}),
+        "layers": _by_layer(targets.items()),
+    }
+
+
+def _layout(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
+
+
+def _differing(base: Checkpoint, entry: TensorEntry, out: Checkpoint, other: TensorEntry) -> int:
+    """Entries that are not stored alike; bytes, of a dtype that is never patched."""
+    kind = f"<u{ITEMSIZE.get(entry.dtype, 1)}"
+    identities, count = (base.identity_of(entry), out.identity_of(other)), 0
+    for lo in range(0, entry.nbytes, PIECE):
+        a, b = (
+            np.frombuffer(read_tensor(of, identity, lo, lo + PIECE), kind)
+            for of, identity in zip((entry, other), identities, strict=True)
+        )
+        count += int(np.count_nonzero(a != b))
+    return count
+
+
+def _by_layer(tensors: Iterable[tuple[str, Mapping[str, int]]]) -> list[dict[str, Any]]:
+    """Counts per layer: the first number in a tensor's name, or null for what is outside the layers."""
+    layers: dict[int | None, Counter[str]] = {}
+    for tensor, counts in tensors:
+        number = re.search(r"(?<![^.])\d+(?![^.])", tensor)
+        layers.setdefault(int(number[0]) if number else None, Counter()).update(counts)
+    return [{"layer": at, **layers[at]} for at in sorted(layers, key=lambda layer: (layer is None, layer))]

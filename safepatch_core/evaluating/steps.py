@@ -1,0 +1,193 @@
+"""The order of an evaluation: read the data, hold the output, measure each model, judge, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from safepatch_core.evaluating.config import PREFIX, EvalConfig
+from safepatch_core.evaluating.data import Data, load
+from safepatch_core.evaluating.judge import Verdict, prefix_verdict
+from safepatch_core.evaluating.judge_model import Classifier
+from safepatch_core.evaluating.measure import Measurement, measure
+from safepatch_core.evaluating.patches import read_manifest, survivals
+from safepatch_core.evaluating.report import answers, build, files, names
+from safepatch_core.evaluating.subject import locate
+from safepatch_core.evaluating.tasks import Tasks
+from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.filenames import MANIFEST, SUMS
+from safepatch_core.files.staging import Staging, hash_file
+from safepatch_core.language.model import at_work
+from safepatch_core.version import __version__
+
+# The report's own size hardly matters; a disk with less room than this is full.
+ROOM = 1 << 20
+# What a checkpoint directory holds beside its weights that changes what the model says.
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[str, Any]:
+    """Everything; returns the content of report.json."""
+    data = load(config)
+    folders = {label: locate(ref) for label, ref in config.models.items()}
+    judge = None if config.judge == PREFIX else locate(config.judge)
+    with at_work(config.threads, "lower batch_size or max_length"):
+        classifier = None if judge is None else Classifier(judge, config)
+        tasks = Tasks(config) if config.tasks else None
+        hashed = {folder: _digest(folder) for folder in {folder.resolve() for folder in folders.values()}}
+        digests = {label: hashed[folder.resolve()] for label, folder in folders.items()}
+        manifests = {
+            label: read_manifest(folder / MANIFEST)
+            for label, folder in folders.items()
+            if (folder / MANIFEST).is_file()
+        }
+        facts: dict[str, Any] = {
+            "models": {
+                label: {"name": name, "sha256": digests[label]} for label, name in names(config.models).items()
+            },
+            "patches": {label: manifest.layers() for label, manifest in manifests.items()},
+            "tasks": None if tasks is None else tasks.about,
+        }
+        identity = {
+            "version": f"{__version__}, torch {torch.__version__}, transformers {version('transformers')}",
+            "settings": _sha256([config.with_data().settings(), config.device, config.threads]),
+            "data": _sha256([data.about, facts["tasks"]]),
+            "models": _sha256(facts["models"]),
+            "judge": config.judge if judge is None else _digest(judge),
+        }
+        facts["fingerprint"] = _sha256(identity)
+        inputs = [*folders.values(), *data.paths, *([] if judge is None else [judge])]
+        out = Path(config.out)
+        done = _complete(out, facts["fingerprint"]) if resume else None
+        with (
+            Staging(out, inputs, identity, needed=ROOM, force=force or done is not None, resume=resume) as staging,
+            _only_what_helps_is_left(staging),
+        ):
+            if done is not None:
+                staging.discard()
+                return done
+            # Models that are the same, often the baseline, are measured once, under the first label.
+            same = {label: next(of for of in digests if digests[of] == digests[label]) for label in folders}
+            once = {
+                label: _measured(staging, folders[label], label, data, tasks, config, quiet)
+                for label in dict.fromkeys(same.values())
+            }
+            judged = _verdicts(data, once, classifier, quiet)
+            measured = {label: once[of] for label, of in same.items()}
+            verdicts = {label: judged[of] for label, of in same.items()}
+            if classifier is not None:
+                agree = [
+                    prefix_verdict(answer).refused == said.refused
+                    for label, of in measured.items()
+                    for name, replies in of.replies.items()
+                    for answer, said in zip(replies.answers, verdicts[label][name], strict=True)
+                ]
+                facts["judge"] = {
+                    "name": names({"judge": config.judge})["judge"],
+                    "sha256": identity["judge"],
+                    "labels": classifier.labels,
+                    "reads": config.judge_reads,
+                    "same_as_prefix": {"n": len(agree), "agree": sum(agree)},
+                }
+            facts["survival"] = survivals(manifests, folders, facts["models"])
+            report = build(config, data, measured, verdicts, facts)
+            rows = answers(data, measured, verdicts, classifier is not None)
+            for name, content in files(report, rows).items():
+                staging.add(name, content)
+            _forget_pieces(staging, measured)
+            staging.publish()
+    return report
+
+
+def _measured(
+    staging: Staging,
+    folder: Path,
+    label: str,
+    data: Data,
+    tasks: Tasks | None,
+    config: EvalConfig,
+    quiet: bool,
+) -> Measurement:
+    """One model, measured now or by the interrupted run."""
+    name = _piece(label)
+    if name in staging.finished:
+        with contextlib.suppress(ValidationError):
+            return Measurement.model_validate_json((staging.stage / name).read_bytes())
+    found = measure(folder, label, data, tasks, config, quiet=quiet)
+    content = found.model_dump_json().encode()
+    file = staging.open(name, len(content))
+    try:
+        file.write(memoryview(content))
+        staging.finish(file, {})  # with counts, even of nothing, the journal remembers it
+    finally:
+        file.close()
+    return found
+
+
+def _piece(label: str) -> str:
+    return f"measured-{label}.json"
+
+
+def _forget_pieces(staging: Staging, measured: Mapping[str, Measurement]) -> None:
+    """Nothing temporary is published."""
+    for label in measured:
+        (staging.stage / _piece(label)).unlink(missing_ok=True)  # of equal models there is one
+        staging.files.pop(_piece(label), None)
+
+
+def _verdicts(
+    data: Data, measured: Mapping[str, Measurement], classifier: Classifier | None, quiet: bool
+) -> dict[str, dict[str, list[Verdict]]]:
+    """Label of a model → set → a verdict on each answer."""
+    places = [(label, prompts) for label in measured for prompts in data.sets]
+    said = [measured[label].replies[prompts.name].answers for label, prompts in places]
+    if classifier is None:
+        found = [list(map(prefix_verdict, of)) for of in said]
+    else:
+        asked = [[row.values["question"] for row in prompts.rows] for _, prompts in places]
+        found = classifier.verdicts(list(zip(asked, said, strict=True)), quiet=quiet)
+    verdicts: dict[str, dict[str, list[Verdict]]] = {label: {} for label in measured}
+    for (label, prompts), of in zip(places, found, strict=True):
+        verdicts[label][prompts.name] = of
+    return verdicts
+
+
+def _digest(folder: Path) -> str:
+    """Of all that makes the model: the report says which weights it measured; a piece is believed for them alone."""
+    shards = {shard.path for shard in open_checkpoint(folder).shards}
+    companions = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return _sha256([(path.name, hash_file(path)) for path in sorted(shards | companions)])
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _complete(out: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The report in `out`, if it is the one that would be made, whole and undamaged."""
+    try:
+        report: dict[str, Any] = json.loads((out / "report.json").read_bytes())
+        sums = [line.split("  ", 1) for line in (out / SUMS).read_text().splitlines()]
+        whole = all(hash_file(out / name) == digest for digest, name in sums)
+        return report if whole and report["fingerprint"] == fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def _only_what_helps_is_left(staging: Staging) -> Iterator[None]:
+    """A failed evaluation with no model measured has nothing to resume from."""
+    try:
+        yield
+    except BaseException:
+        if not (staging.finished or staging.files):
+            staging.discard()
+        raise

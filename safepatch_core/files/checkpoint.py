@@ -1,0 +1,642 @@
+"""Open safetensors checkpoints: one strict parser for headers, tables and indexes. Never reads tensor data.
+
+The rules are those of the safetensors format read strictly: whatever the `safetensors` library rejects is
+rejected here, and so are leading blanks, duplicate keys, unknown fields and files that are not regular.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from safepatch_core.errors import InputError, IOFailure
+from safepatch_core.files.filenames import COMPANIONS, INDEX, SINGLE
+
+# Bits per entry of every dtype that the format knows.
+BITS: dict[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+FLOATS = frozenset(name for name in BITS if name.startswith(("F", "BF")))
+HEADER_LIMIT = 100_000_000  # bytes, the format's own cap
+# Braces, brackets, commas, colons, quotes and backslashes that one JSON text may hold: parsing takes time and
+# memory by these, about a second for this many. A tensor takes about 26: room for over 100,000 tensors in a file.
+MARKS_LIMIT = 3_000_000
+COMPANION_LIMIT = 64 << 20  # bytes
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str  # as in the header: "F32", "BF16", "I64", ...
+    shape: tuple[int, ...]
+    path: Path  # the real file to open, symlinks resolved
+    file: str  # the shard's name within the checkpoint
+    start: int  # absolute byte offset in the file
+    nbytes: int
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.shape)
+
+
+Identity = tuple[int, int, int, int]
+
+
+def identify(status: os.stat_result) -> Identity:
+    """What stays the same as long as nobody writes or replaces a file: st_dev, st_ino, st_size, st_mtime_ns."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def is_sparse(status: os.stat_result) -> bool:
+    """Whether a good part of the file is holes (a few blocks less than its size is nothing)."""
+    return status.st_blocks * 512 < status.st_size - max(status.st_size // 16, 1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its header verbatim and its table."""
+
+    file: str
+    path: Path
+    size: int  # bytes
+    header: bytes  # the file's first 8+N bytes
+    metadata: dict[str, str]
+    tensors: tuple[TensorEntry, ...]  # in order of their offsets
+    identity: Identity  # when the header was read
+    sparse: bool  # has holes
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A set of shards whose tensors have unique names."""
+
+    ref: str  # as the user named it
+    root: Path | None  # the directory, None for a single file
+    shards: tuple[Shard, ...]  # in order of file name
+    tensors: Mapping[str, TensorEntry]
+    index: dict[str, Any] | None  # the parsed index, where there is one
+    revision: str | None  # commit hash of a hub id
+
+    def identity_of(self, entry: TensorEntry) -> Identity:
+        """The identity of the file that holds a tensor of this checkpoint."""
+        return next(shard.identity for shard in self.shards if shard.path == entry.path)
+
+
+def open_checkpoint(ref: str | os.PathLike[str], *, relative_to: Path | None = None) -> Checkpoint:
+    """Open a directory with an index or one safetensors file, one .safetensors file, or `org/name[@revision]`.
+
+    Relative paths are relative to `relative_to`; an existing path wins over a hub id. Raises InputError for
+    whatever breaks a rule, UsageError for a hub id without huggingface_hub.
+    """
+    path, revision = locate(ref, relative_to=relative_to)
+    if os.path.isdir(path):
+        shards, index = _open_directory(path)
+        root = path
+    elif path.name.endswith(".safetensors"):
+        shards, index, root = [read_shard(path)], None, None
+    else:
+        raise _fault(path, "not a checkpoint", found=_file_kind(path), expected="a directory or a .safetensors file")
+    tensors = {entry.name: entry for shard in shards for entry in shard.tensors}
+    return Checkpoint(os.fspath(ref), root, tuple(shards), tensors, index, revision)
+
+
+def locate(ref: str | os.PathLike[str], *, relative_to: Path | None = None) -> tuple[Path, str | None]:
+    """The local path that `ref` names, and the commit hash where it is a hub id (which is fetched first)."""
+    text = os.fspath(ref)
+    if not text or "\0" in text:
+        raise InputError("not a path", found=repr(text), expected="a path or org/name[@revision]")
+    path = Path(text) if relative_to is None else relative_to / text
+    if os.path.lexists(path):
+        return path, None
+    hub_id = _HUB_ID.fullmatch(text)
+    if hub_id is None or text.endswith(".safetensors"):
+        raise InputError("no such file or directory", file=path)
+    from safepatch_core.files.hub import snapshot
+
+    return snapshot(hub_id[1], hub_id[2])
+
+
+def read_shard(path: str | os.PathLike[str], file: str | None = None, *, within: Path | None = None) -> Shard:
+    """Read and check the header of one safetensors file; `file` is its name within the checkpoint.
+
+    With `within`, a symlink may not lead out of that checkpoint directory.
+    """
+    path = Path(path)
+    fd, real, status = open_regular(path, within=within)
+    try:
+        head = bytearray(min(512, status.st_size))
+        read_exact(fd, head, 0, path)
+        header = bytearray(8 + _header_length(path, head, status.st_size))
+        read_exact(fd, header, 0, path)
+    finally:
+        os.close(fd)
+    name = path.name if file is None else file
+    metadata, tensors = _read_table(path, name, real, header, status.st_size)
+    return Shard(name, real, status.st_size, bytes(header), metadata, tensors, identify(status), is_sparse(status))
+
+
+def read_tensor(entry: TensorEntry, identity: Identity, lo: int = 0, hi: int | None = None) -> bytearray:
+    """Bytes [lo, hi) of a tensor, as far as it goes.
+
+    Raises IOFailure where the file can't be read or is no longer the one of that `identity`.
+    """
+    data = bytearray(min(entry.nbytes, entry.nbytes if hi is None else hi) - lo)
+    try:
+        fd = os.open(entry.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise _failure(entry, f"can't open: {error.strerror}") from None
+    try:
+        read_exact(fd, data, entry.start + lo, entry)
+        if identify(os.fstat(fd)) != identity:
+            raise _failure(entry, "the file changed since its header was read")
+    finally:
+        os.close(fd)
+    return data
+
+
+def companions(checkpoint: Checkpoint) -> list[Path]:
+    """The small files beside the weights that a merged checkpoint takes along, sorted by name.
+
+    Those matching COMPANIONS, up to 64 MiB. Not: indexes, a previous manifest, an adapter's config (transformers
+    would load it), scripts, hidden files, subdirectories, links out of the directory.
+    """
+    root = checkpoint.root
+    if root is None:
+        return []
+    never = ("*.index.json", "safepatch.json", "adapter_config.json", "*.py", ".*")
+    found = []
+    for name in _names(root):
+        path = root / name
+        if (
+            any(fnmatchcase(name, glob) for glob in COMPANIONS)
+            and not any(fnmatchcase(name, glob) for glob in never)
+            and os.path.isfile(path)
+            and _belongs(root, Path(os.path.realpath(path)))
+            and os.path.getsize(path) <= COMPANION_LIMIT
+        ):
+            found.append(path)
+    return found
+
+
+def read_json(path: Path, *, within: Path | None = None) -> Any:
+    """The value of a JSON file of at most 100 MB; duplicate keys are refused. `within` as in `read_shard`."""
+    fd, _, status = open_regular(path, within=within)
+    try:
+        if status.st_size > HEADER_LIMIT:
+            raise _fault(path, "too large", found=f"{status.st_size} bytes", expected=f"at most {HEADER_LIMIT}")
+        raw = bytearray(status.st_size)
+        read_exact(fd, raw, 0, path)
+    finally:
+        os.close(fd)
+    return _parse(_FILE_DECODER, path, _decode(path, raw, "the file").strip(" \t\r\n"), "the file")
+
+
+def read_exact(fd: int, buffer: Any, offset: int, what: TensorEntry | Path) -> None:
+    """Fill `buffer` (any writable contiguous buffer) from byte `offset`; `what` is named when that fails.
+
+    Raises IOFailure where the file ends early or can't be read.
+    """
+    view = memoryview(buffer)
+    if view.nbytes == 0:
+        return
+    view = view.cast("B")
+    done = 0
+    while done < len(view):
+        try:
+            got = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise _failure(what, f"can't read: {error.strerror}") from None
+        if got == 0:
+            size = offset + done
+            raise _failure(
+                what, "the file ended while being read", found=f"{size} bytes", expected=f"{offset + len(view)}"
+            )
+        done += got
+
+
+def open_regular(path: Path, *, within: Path | None = None) -> tuple[int, Path, os.stat_result]:
+    """Open a regular file for reading, never waiting: its descriptor, real path and status.
+
+    Raises InputError for anything else: FIFO, directory, device, dangling or looping symlink, and with
+    `within` a symlink out of that checkpoint directory.
+    """
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+        if within is not None and not _belongs(within, real):
+            raise _fault(
+                path, "the symlink leads out of the checkpoint", found=str(real), expected=f"a file in {within}"
+            )
+        _require_regular(path, os.stat(real))
+        fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _fault(path, _open_fault(path, error)) from None
+    try:
+        status = os.fstat(fd)
+        _require_regular(path, status)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, real, status
+
+
+def _open_directory(root: Path) -> tuple[list[Shard], dict[str, Any] | None]:
+    names = _names(root)
+    if INDEX in names:
+        if SINGLE in names:
+            raise _fault(root, "two checkpoints in one directory", found=f"{INDEX} and {SINGLE}")
+        return _open_indexed(root, root / INDEX)
+    files = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+    if SINGLE in files and not any(name.startswith("model-") for name in files):
+        files = [SINGLE]
+    if len(files) == 1:
+        return [read_shard(root / files[0], within=root)], None
+    if files:
+        found = f"{', '.join(files[:3])}{', …' if files[3:] else ''}"
+        raise _fault(root, "several safetensors files and no index", found=found, expected=INDEX)
+    others = [f"{name} ({kind})" for name in names if (kind := _kind_by_name(name))]
+    raise _fault(
+        root,
+        "no safetensors file in the directory",
+        found=", ".join(others[:3]) or None,
+        expected=f"{SINGLE} or {INDEX}",
+    )
+
+
+def _open_indexed(root: Path, index_path: Path) -> tuple[list[Shard], dict[str, Any]]:
+    index = read_json(index_path, within=root)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise _fault(index_path, "no weight_map", expected="an object from tensor names to files")
+    for name, file in files.items():
+        if not _is_basename(file):
+            raise _fault(
+                index_path,
+                "not a file of the checkpoint",
+                tensor=name,
+                found=shown(file),
+                expected="a file name without a path",
+            )
+    for file in sorted(set(files.values())):
+        if not os.path.lexists(root / file):
+            tensor = next(name for name, other in files.items() if other == file)
+            raise _fault(index_path, "names a missing shard", tensor=tensor, found=file)
+    shards = [read_shard(root / file, file, within=root) for file in sorted(set(files.values()))]
+
+    seen: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.tensors:
+            other = seen.setdefault(entry.name, shard.file)
+            if other != shard.file:
+                raise _fault(root / shard.file, "in two shards", tensor=entry.name, found=f"also in {other}")
+    for name, file in seen.items():
+        if files.get(name) != file:
+            said = "nothing" if name not in files else files[name]
+            raise _fault(
+                root / file,
+                "in the shard, but the index says otherwise",
+                tensor=name,
+                found=f"{said} in {INDEX}",
+                expected=file,
+            )
+    for name, file in files.items():
+        if name not in seen:
+            raise _fault(root / file, "in the index, but not in the shard", tensor=name)
+    return shards, index
+
+
+def _header_length(path: Path, head: bytes | bytearray, size: int) -> int:
+    """N of the 8+N bytes of the header, once its first 512 bytes look like one."""
+    length = int.from_bytes(head[:8], "little")
+    if len(head) > 8 and length <= min(HEADER_LIMIT, size - 8) and head[8] == ord("{"):
+        return length
+    if size == 0:
+        raise _fault(path, "empty file", expected="a safetensors file")
+    kind = _kind_by_content(head) if length > HEADER_LIMIT else None
+    if kind is not None:
+        raise _fault(path, "not a safetensors file", found=kind)
+    if size < 8:
+        raise _fault(path, "no header length", found=f"{size} bytes", expected="at least 8")
+    if length == 0:
+        raise _fault(path, "the header's length is zero")
+    if length > HEADER_LIMIT:
+        raise _fault(path, "header over the cap", found=f"{length} bytes", expected=f"at most {HEADER_LIMIT}")
+    if length > size - 8:
+        raise _fault(path, "truncated header", found=f"a file of {size} bytes", expected=f"at least {length + 8}")
+    start = bytes(head[8:11])
+    found = "a byte order mark" if start == b"\xef\xbb\xbf" else repr(start[:1])[1:]
+    raise _fault(path, "the header does not start with its object", found=found, expected="'{'")
+
+
+def _read_table(
+    path: Path, file: str, real: Path, header: bytearray, size: int
+) -> tuple[dict[str, str], tuple[TensorEntry, ...]]:
+    text = _decode(path, header[8:].rstrip(b" "), "the header")
+    table = _parse(_HEADER_DECODER, path, text, "the header")
+    metadata = _check_metadata(path, table.pop("__metadata__", {}))
+    first = len(header)
+    tensors = []
+    for name, info in table.items():
+        begin, end = _check_entry(path, name, info)
+        shape = tuple(info["shape"])
+        tensors.append(TensorEntry(name, info["dtype"], shape, real, file, first + begin, end - begin))
+    tensors.sort(key=lambda entry: (entry.start, entry.nbytes))
+    _check_layout(path, tensors, first, size)
+    return metadata, tuple(tensors)
+
+
+def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if metadata is _TWICE:
+        raise _fault(path, "duplicate key __metadata__ in the header")
+    if not isinstance(metadata, dict):
+        raise _fault(path, "__metadata__ is not an object", found=shown(metadata))
+    for key, value in metadata.items():
+        if value is _TWICE:
+            raise _fault(path, f"duplicate key '{key}' in __metadata__")
+        if not isinstance(value, str):
+            raise _fault(path, f"__metadata__ key '{key}'", found=shown(value), expected="a string")
+        if not (_is_text(key) and _is_text(value)):
+            raise _fault(path, f"__metadata__ key '{key}'", found="a lone surrogate")
+    return metadata
+
+
+def _check_entry(path: Path, name: str, info: Any) -> tuple[int, int]:
+    """The range of one tensor, relative to the data, once dtype, shape and range agree."""
+
+    def fault(what: str, found: object, expected: str) -> InputError:
+        return _fault(path, what, tensor=name, found=shown(found), expected=expected)
+
+    if not _is_text(name):
+        raise fault("its name is not text", name, "no lone surrogates")
+    if info is _TWICE:
+        raise _fault(path, "duplicate key in the header", tensor=name)
+    if type(info) is not dict:
+        raise fault("its entry is not an object", info, "dtype, shape and data_offsets")
+    if info.keys() != _FIELDS:
+        raise fault("its fields", sorted(info), "dtype, shape and data_offsets")
+    if _TWICE in info.values():
+        raise _fault(path, "duplicate key in its entry", tensor=name)
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    bits = BITS.get(dtype) if type(dtype) is str else None
+    if bits is None:
+        raise fault("unknown dtype", dtype, f"one of {', '.join(BITS)}")
+    if type(shape) is not list or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+        raise fault("its shape", shape, "a list of whole numbers from 0 to 2^63 - 1")
+    if (
+        type(offsets) is not list
+        or len(offsets) != 2
+        or not all(type(offset) is int and 0 <= offset < 1 << 63 for offset in offsets)
+    ):
+        raise fault("its data_offsets", offsets, "two whole numbers from 0 to 2^63 - 1")
+    begin, end = offsets
+    if begin > end:
+        raise fault("its range is reversed", offsets, "begin <= end")
+    total = bits
+    for size in shape:
+        total *= size or 1
+        if total >= 1 << 64:
+            raise fault(f"shape x {dtype} overflows", shape, "less than 2^64 bits")
+    if 0 in shape:
+        total = 0
+    if total != 8 * (end - begin):
+        needed = f"{total // 8} bytes" if total % 8 == 0 else f"{total} bits"
+        raise fault("its range does not fit its shape", f"{end - begin} bytes", f"{needed} for {dtype} {shape}")
+    return begin, end
+
+
+def _check_layout(path: Path, tensors: Sequence[TensorEntry], first: int, size: int) -> None:
+    """Ranges follow each other from the header to the end of the file."""
+    end, before = first, ""
+    for entry in tensors:
+        if entry.start != end:
+            gap = entry.start - end
+            what = f"{gap} bytes before it belong to no tensor" if gap > 0 else f"overlaps tensor '{before}'"
+            raise _fault(
+                path,
+                what,
+                tensor=entry.name,
+                found=f"offset {entry.start - first}",
+                expected=f"offset {end - first}",
+            )
+        end, before = entry.start + entry.nbytes, entry.name
+    if end > size:
+        cut = next(entry for entry in tensors if entry.start + entry.nbytes > size)
+        raise _fault(
+            path, "truncated data", tensor=cut.name, found=f"a file of {size} bytes", expected=f"{end} bytes"
+        )
+    if end < size:
+        raise _fault(path, "bytes after the data", found=f"{size} bytes", expected=f"{end} bytes")
+
+
+class _Duplicate(ValueError):
+    """`args[0]` is the key that an object holds twice."""
+
+
+_TWICE = object()  # stands for the value of a duplicate key in a header, so that its tensor can be named
+
+
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                members[key] = _TWICE
+            seen.add(key)
+    return members
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = _marked(pairs)
+    if len(members) != len(pairs):
+        raise _Duplicate(next(key for key, value in members.items() if value is _TWICE))
+    return members
+
+
+def _integer(digits: str) -> int | float:
+    """An int that fits 64 bits; `-0` and longer ones come as floats, which no rule accepts for an integer."""
+    return int(digits) if len(digits) <= 20 and digits != "-0" else float(digits)
+
+
+_HEADER_DECODER = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_integer)
+_FILE_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
+
+
+def _decode(path: Path, raw: bytearray, where: str) -> str:
+    marks = len(raw) - len(raw.translate(None, b'{}[],:"\\'))
+    if marks > MARKS_LIMIT:
+        raise _fault(
+            path,
+            f"{where} is too complex",
+            found=f"{marks} JSON marks",
+            expected=f"at most {MARKS_LIMIT} (split the file into shards)",
+        )
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise _fault(path, f"{where} is not UTF-8", found=f"byte {raw[error.start]:#04x} at {error.start}") from None
+
+
+def _parse(decoder: json.JSONDecoder, path: Path, text: str, where: str) -> Any:
+    """The JSON value that fills `text` from end to end."""
+    try:
+        value, end = decoder.raw_decode(text)
+    except _Duplicate as error:
+        raise _fault(path, f"duplicate key '{error.args[0]}' in {where}") from None
+    except json.JSONDecodeError as error:
+        raise _fault(path, f"{where} is not JSON: {error.msg} at {error.pos}") from None
+    except RecursionError:
+        raise _fault(path, f"{where} is nested too deeply") from None
+    if end != len(text):
+        found = f"{text[end : end + 16]!r} at {end}"
+        raise _fault(path, f"{where} has bytes after its JSON value", found=found)
+    return value
+
+
+def _kind_by_content(head: bytes | bytearray) -> str | None:
+    start = bytes(head).lstrip()[:16].lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (run `git lfs pull`)"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML page"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file"
+    if head.startswith(b"PK\x03\x04"):
+        return "a zip archive, as PyTorch saves pickles (never loaded)"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "a pickle (never loaded)"
+    if start.startswith((b"{", b"[")):
+        return "a JSON file"
+    return None
+
+
+def _kind_by_name(name: str) -> str | None:
+    if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+        return "a pickle by its name (never loaded)"
+    return "a GGUF file by its name" if name.endswith(".gguf") else None
+
+
+def _file_kind(path: Path) -> str:
+    fd, _, status = open_regular(path)
+    head = bytearray(min(512, status.st_size))
+    try:
+        read_exact(fd, head, 0, path)
+    finally:
+        os.close(fd)
+    return _kind_by_content(head) or _kind_by_name(path.name) or "another kind of file"
+
+
+def _require_regular(path: Path, status: os.stat_result) -> None:
+    kinds = {
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFDIR: "a directory",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    if not stat.S_ISREG(status.st_mode):
+        found = kinds.get(stat.S_IFMT(status.st_mode), "another kind of file")
+        raise _fault(path, "not a regular file", found=found)
+
+
+def _open_fault(path: Path, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "a looping symlink"
+    if error.errno == errno.ENOENT:
+        return "a dangling symlink" if os.path.islink(path) else "no such file"
+    return f"can't open: {error.strerror}"
+
+
+def _belongs(root: Path, real: Path) -> bool:
+    """Whether a resolved file lies in the directory, or among the blobs of the Hugging Face cache it is part of."""
+    home = Path(os.path.realpath(root))
+    allowed = [home]
+    for snapshot in (home, *home.parents):
+        if snapshot.parent.name == "snapshots":
+            repo = snapshot.parent.parent
+            allowed.append(repo / "blobs")
+            if (repo.parent / "blobs" / ".huggingface-shared-blobs").is_file():
+                allowed.append(repo.parent / "blobs")
+    return any(real.is_relative_to(place) for place in allowed)
+
+
+def _names(root: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(root))
+    except OSError as error:
+        raise _fault(root, f"can't list: {error.strerror}") from None
+
+
+def _is_basename(file: Any) -> bool:
+    return (
+        isinstance(file, str)
+        and file not in ("", ".", "..")
+        and not re.search(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029]", file)
+        and _is_text(file)
+    )
+
+
+def _is_text(text: str) -> bool:
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
+def shown(value: object) -> str:
+    """A JSON value for a message; nesting and length are cut before they cost anything."""
+    if value is None or isinstance(value, str):
+        return "null" if value is None else value
+    short = reprlib.Repr()
+    short.maxlist, short.maxlevel, short.maxlong = 16, 3, 60
+    return short.repr(value)
+
+
+def _fault(
+    path: Path, what: str, *, tensor: str | None = None, found: str | None = None, expected: str | None = None
+) -> InputError:
+    """The InputError of `path`; texts that come from the file are cut, lest a name of megabytes floods the line."""
+
+    def brief(text: str | None) -> str | None:
+        return text if text is None or len(text) <= 200 else f"{text[:200]}…"
+
+    return InputError(what[:400], file=path, tensor=brief(tensor), found=brief(found), expected=brief(expected))
+
+
+def _failure(what: TensorEntry | Path, fault: str, **facts: str) -> IOFailure:
+    if isinstance(what, Path):
+        return IOFailure(fault, file=what, **facts)
+    where = what.path if what.path.name == what.file else Path(f"{what.path} ({what.file})")
+    return IOFailure(fault, file=where, tensor=what.name, **facts)

@@ -1,0 +1,16 @@
+"""Names of files that several rooms know."""
+
+from __future__ import annotations
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "safepatch.json"
+SUMS = "SHA256SUMS"
+# Of a PEFT adapter.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# The small files that belong to a model, as globs. Scripts, other weights and READMEs are not among them.
+COMPANIONS: tuple[str, ...] = (
+    *("*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+)

@@ -1,0 +1,1 @@
+"""Models, chat formats and rows of text."""

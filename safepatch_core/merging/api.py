@@ -1,0 +1,285 @@
+"""A recipe becomes a checkpoint: plan, stream, write, publish. The function behind `safepatch merge`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safepatch_core.backends import open_backend
+from safepatch_core.backends.contract import Backend, Report
+from safepatch_core.errors import IOFailure
+from safepatch_core.files.checkpoint import Identity, identify
+from safepatch_core.files.filenames import INDEX, MANIFEST
+from safepatch_core.files.staging import CheckpointSink, Staging
+from safepatch_core.merging.pipeline import Trace
+from safepatch_core.merging.plan import Plan, make_plan
+from safepatch_core.merging.rates import load_rates, predict
+from safepatch_core.merging.recipe import Recipe, load_recipe, parse_size
+from safepatch_core.merging.stream import Merge
+from safepatch_core.ranks import ranks_of_this_run
+from safepatch_core.spec import SPEC_VERSION
+from safepatch_core.version import __version__
+
+SMALL_FILES = 1 << 20  # room that card, manifest, sums and index may need beside the shards and companions
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did."""
+
+    out: Path
+    counts: Mapping[str, Mapping[str, int]]  # per patch: entries, eligible, selected, applied over all targets
+    bytes_read: int
+    bytes_written: int
+    warnings: tuple[str, ...]
+    # Over all targets:
+    acted: int  # entries on which at least one patch acts
+    changed: int  # those of them whose stored bits are not the base's
+
+    @property
+    def surviving(self) -> float | None:
+        """The share of the entries acted on that rounding into the base's dtype doesn't take back."""
+        return self.changed / self.acted if self.acted else None
+
+
+def merge(
+    recipe: str | os.PathLike[str] | Recipe,
+    out: str | os.PathLike[str],
+    *,
+    backend: str | Backend = "auto",
+    device: str | None = None,
+    threads: int | None = None,
+    memory_limit: int | str | None = None,
+    vram_limit: int | str | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    trace: Trace | None = None,
+) -> MergeResult:
+    """Merge a recipe's patches into its base and write the new checkpoint to `out`.
+
+    Parameters
+    ----------
+    recipe: a recipe file, or a `Recipe`.
+    out: directory to create; it appears complete, by one rename, or not at all.
+    backend: auto, cpu, triton or reference, or an engine that is already open.
+    memory_limit: bytes (or "2GiB") of buffers on the host; tensors that don't fit are done in chunks.
+    device, vram_limit: GPU and bytes of its memory for the triton engine; threads: of the cpu engine.
+    force: replace an existing output, in one step.
+    resume: finish an interrupted run of the same recipe, to the same bytes.
+    progress: called with (bytes done, bytes in all) as inputs are read.
+    trace: called with (stage, unit, begin, end) for every unit that a stage has done, times of time.perf_counter.
+
+    Under torchrun every rank calls it with the same arguments; the ranks share the work and the first publishes.
+
+    Raises a `SafepatchError`: UsageError for the recipe, InputError for the inputs, OutputError, IOFailure,
+    Busy.
+    """
+    plan, engine = prepare(
+        recipe, backend, device=device, threads=threads, memory_limit=memory_limit, vram_limit=vram_limit
+    )
+    inputs = [shard.path for checkpoint in plan.inputs for shard in checkpoint.shards]
+    inputs += [checkpoint.root for checkpoint in plan.inputs if checkpoint.root is not None]
+    # A sparse output takes what its base takes, and a little more where patches act: it is not asked for up front.
+    needed = (
+        sum(o.size for o in plan.outputs if not o.sparse)
+        + sum(path.stat().st_size for path in plan.companions)
+        + SMALL_FILES
+    )
+    small = {path: _fingerprint(path) for path in plan.companions}
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, plan.bytes_to_read)
+
+    with (
+        closing(ranks_of_this_run()) as ranks,
+        Staging(Path(out), inputs, identity(plan), needed=needed, force=force, resume=resume, ranks=ranks) as staging,
+        closing(CheckpointSink(staging, drop=plan.larger_than_memory)) as sink,
+    ):
+        job = Merge(plan, engine, advance, ranks=ranks, trace=trace)
+        job.run(sink)
+        counts = staging.join(sink.counts)
+        if ranks.rank == 0:
+            if plan.index is not None:
+                staging.add(INDEX, plan.index)
+            for path, before in small.items():
+                data = path.read_bytes()
+                if _fingerprint(path) != before:
+                    raise IOFailure("the file changed during the merge", file=path)
+                staging.add(path.name, data)
+            staging.add("README.md", model_card(plan).encode())
+            staging.add(MANIFEST, manifest(plan, counts, staging.files).encode())
+            staging.publish()
+        bytes_read = sum(ranks.gather(job.bytes_read))
+    acted, changed = (sum(getattr(report, name) for report in counts.values()) for name in ("acted", "changed"))
+    return MergeResult(
+        staging.out, totals(plan, counts), bytes_read, plan.bytes_to_write, plan.warnings, acted, changed
+    )
+
+
+def prepare(
+    recipe: str | os.PathLike[str] | Recipe,
+    backend: str | Backend = "auto",
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    memory_limit: int | str | None = None,
+    vram_limit: int | str | None = None,
+) -> tuple[Plan, Backend]:
+    """The plan of a recipe and the engine that would run it. Reads tables, no tensor data; writes nothing."""
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    limit, vram = (None if size is None else parse_size(size) for size in (memory_limit, vram_limit))
+    if isinstance(backend, str):
+        backend = open_backend(backend, threads=threads, device=device, vram_limit=vram)
+    return make_plan(recipe, backend, limit), backend
+
+
+def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
+    """What `merge` will do, as plain data; `where` is on the filesystem that the output would be written to."""
+    targets = plan.targets.values()
+    place = Path(os.path.abspath(where))
+    while not place.exists():
+        place = place.parent
+    quotas = plan.model_quotas if plan.whole_model else None
+    data: dict[str, Any] = {
+        "engine": engine.describe(),
+        "patches": [
+            {"name": spec.name, "kind": kind, "top": spec.top, "retain": spec.retain, "scale": spec.factor}
+            for spec, kind in zip(plan.recipe.patches, plan.kinds, strict=True)
+        ],
+        "scope": plan.recipe.scope,
+        "combine": plan.recipe.combine,
+        "base_tensors": len(plan.base.tensors),
+        "targets": len(targets),
+        "target_entries": plan.total_entries,
+        "model_quotas": quotas,
+        "passes": max((plan.sweeps(t) for t in targets), default=1),
+        "chunked": sum(not t.whole for t in targets),
+        "bytes_read": plan.bytes_to_read,
+        "bytes_written": plan.bytes_to_write,
+        "files": len(plan.outputs),
+        "memory": plan.ring_bytes + plan.beside_bytes,
+        "memory_limit": plan.memory_limit,
+        "free_space": shutil.disk_usage(place).free,
+        "tensors": [
+            {
+                "name": t.entry.name,
+                "dtype": t.entry.dtype,
+                "entries": t.entry.entries,
+                "passes": plan.sweeps(t),
+                "quotas": [None if quotas or p is None else k for k, p in zip(t.quotas, t.patches, strict=True)],
+            }
+            for t in targets
+        ],
+    }
+    rates = load_rates()
+    # Cold inputs, as for a model that was just fetched; None until `safepatch bench floor --save` has measured.
+    data["seconds"] = None if rates is None else predict(data, rates)
+    return data
+
+
+def identity(plan: Plan) -> dict[str, str]:
+    """What must agree between an interrupted run and the one that resumes it."""
+
+    def digest(value: object) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    recipe = plan.resolved_recipe()
+    return {
+        "version": f"{__version__}/{SPEC_VERSION}",
+        "seed": str(recipe.pop("seed")),
+        "recipe": digest((recipe, plan.adapters)),
+        "input": digest(
+            [
+                (str(shard.path), shard.identity, hashlib.sha256(shard.header).hexdigest())
+                for checkpoint in plan.inputs
+                for shard in checkpoint.shards
+            ]
+            + [(str(path), _fingerprint(path)) for path in plan.companions]
+        ),
+    }
+
+
+def _fingerprint(path: Path) -> Identity:
+    return identify(path.stat())
+
+
+def totals(plan: Plan, counts: Mapping[str, Report]) -> dict[str, dict[str, int]]:
+    """Per patch, the counts summed over all targets."""
+    result = {}
+    for p, name in enumerate(plan.patch_names):
+        of = [(plan.targets[t].entry.entries, counts[t].patches[p]) for t in plan.targets]
+        result[name] = {
+            "entries": sum(entries for entries, _ in of),
+            "eligible": sum(found.eligible for _, found in of),
+            "selected": sum(found.selected for _, found in of),
+            "applied": sum(found.applied for _, found in of),
+        }
+    return result
+
+
+def manifest(plan: Plan, counts: Mapping[str, Report], files: Mapping[str, Mapping[str, Any]]) -> str:
+    """`safepatch.json`: recipe, versions, counts per patch and tensor, size and SHA-256 per file."""
+    sums = totals(plan, counts)
+    data = {
+        "tool": {"name": "safepatch", "version": __version__},
+        "spec": SPEC_VERSION,
+        "recipe": plan.resolved_recipe(),
+        "patches": [
+            {
+                "name": name,
+                "kind": plan.kinds[p],
+                "total": sums[name],
+                "tensors": {
+                    t: {
+                        "entries": plan.targets[t].entry.entries,
+                        "eligible": counts[t].patches[p].eligible,
+                        "selected": counts[t].patches[p].selected,
+                        "applied": counts[t].patches[p].applied,
+                    }
+                    for t in plan.targets
+                },
+            }
+            for p, name in enumerate(plan.patch_names)
+        ],
+        "files": {name: dict(files[name]) for name in sorted(files)},
+    }
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def model_card(plan: Plan) -> str:
+    """The output's README.md, with the metadata that model hubs read."""
+    recipe = plan.resolved_recipe()
+    head = {
+        "base_model": recipe["base"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["safepatch", "merge", "safety", "post-safety-alignment"],
+    }
+    patches = "\n".join(
+        f"- `{p['name']}` ({p['kind']} `{p['source']}`): top {p['top']}, retain {p['retain']}, scale {p['scale']}"
+        for p in recipe["patches"]
+    )
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+        f"# {Path(recipe['base']).name}, safety-patched\n\n"
+        f"A merge of `{recipe['base']}` with {len(recipe['patches'])} patch(es), combined by `{recipe['combine']}`, "
+        f"made with safepatch {__version__} (SafePatching, arXiv 2405.13820).\n\n{patches}\n\n"
+        "Counts per patch and tensor, and a SHA-256 per file, are in `safepatch.json`; "
+        "`sha256sum -c SHA256SUMS` checks the files.\n\n"
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"
+    )

@@ -1,0 +1,198 @@
+"""Reader, engine and writer at work at once, over one arena that is allocated once."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safepatch_core.threads import room_for_a_thread
+
+T = TypeVar("T")
+U = TypeVar("U")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Cancelled(Exception):
+    """Another stage has failed; this one stops."""
+
+
+@dataclass(slots=True)
+class Region:
+    """A contiguous part of the ring."""
+
+    start: int
+    memory: NDArray[np.uint8]
+    returned: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.memory)
+
+
+class Ring:
+    """A circular arena. Regions are taken in order, may come back in any, and are reused in order.
+
+    Touching fresh anonymous memory costs several times a copy on virtual machines, so nothing is ever freed.
+    """
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self._memory = memory
+        self._live: deque[Region] = deque()
+        self._changed = threading.Condition()
+        self._cancelled = False
+
+    def take(self, nbytes: int) -> Region:
+        """Wait for `nbytes` (at least 1) of contiguous room. Raises Cancelled after `cancel`."""
+        if not 0 < nbytes <= len(self._memory):
+            raise ValueError(f"a region of {nbytes} bytes from a ring of {len(self._memory)}")
+        with self._changed:
+            while (start := self._place(nbytes)) is None and not self._cancelled:
+                self._changed.wait()
+            if self._cancelled or start is None:
+                raise Cancelled
+            region = Region(start, self._memory[start : start + nbytes])
+            self._live.append(region)
+            return region
+
+    def _place(self, nbytes: int) -> int | None:
+        if not self._live:
+            return 0
+        oldest, tail = self._live[0].start, self._live[-1].end
+        wrapped = self._live[-1].start < oldest
+        if wrapped:
+            return tail if oldest - tail >= nbytes else None
+        if len(self._memory) - tail >= nbytes:
+            return tail
+        return 0 if oldest >= nbytes else None
+
+    def give(self, region: Region) -> None:
+        with self._changed:
+            region.returned = True
+            while self._live and self._live[0].returned:
+                self._live.popleft()
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        with self._changed:
+            self._cancelled = True
+            self._changed.notify_all()
+
+
+Trace = Callable[[str, Any, float, float], None]
+
+
+def traced(stage: str, function: Callable[P, R], trace: Trace) -> Callable[P, R]:
+    """`function`, telling `trace` when it began and ended; the unit is its first argument."""
+
+    def timed(*args: P.args, **kwargs: P.kwargs) -> R:
+        begin = time.perf_counter()
+        result = function(*args, **kwargs)
+        trace(stage, args[0] if args else None, begin, time.perf_counter())
+        return result
+
+    return timed
+
+
+def run(
+    units: Iterable[T],
+    room: Callable[[T], int],
+    read: Callable[[T, Region], U],
+    work: Callable[[U], None],
+    write: Callable[[U], Future[None] | None] | None,
+    ring: Ring,
+    trace: Trace | None = None,
+) -> None:
+    """For each unit, in order: `read` into `room` bytes of the ring, `work`, `write`; the caller's thread works.
+
+    Where `write` returns a future, the unit's region is still read until that is done; the next unit is written
+    meanwhile. The first exception of any stage stops the others and is raised here; the ring bounds what is in
+    flight.
+    `trace` gets the stage (wait: the reader had no room), the unit (its bytes for wait) and the times
+    (time.perf_counter) at which the stage began and ended it.
+    """
+    take = ring.take
+    if trace is not None:
+        take, read = traced("wait", take, trace), traced("read", read, trace)
+        work, write = traced("work", work, trace), write and traced("write", write, trace)
+    loaded: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
+    failures: list[BaseException] = []
+
+    def guarded(stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except Cancelled:
+            pass
+        except BaseException as error:
+            failures.append(error)
+            ring.cancel()
+
+    def reader() -> None:
+        try:
+            for unit in units:
+                if failures:
+                    return
+                region = take(room(unit))
+                loaded.put((region, read(unit, region)))
+        finally:
+            loaded.put(None)
+
+    def writer() -> None:
+        assert write is not None
+        last: Future[None] | None = None
+        while (item := done.get()) is not None:
+            region, unit = item
+            last = write(unit)
+            if last is None:
+                ring.give(region)
+            else:
+                last.add_done_callback(lambda _, region=region: ring.give(region))  # type: ignore[misc]
+        if last is not None:
+            last.result()
+
+    threads = [threading.Thread(target=guarded, args=(reader,), name="safepatch-reader", daemon=True)]
+    if write is not None:
+        threads.append(threading.Thread(target=guarded, args=(writer,), name="safepatch-writer", daemon=True))
+    try:
+        for thread in threads:
+            room_for_a_thread()
+            thread.start()
+        while (item := loaded.get()) is not None and not failures:
+            work(item[1])
+            if write is None:
+                ring.give(item[0])
+            else:
+                done.put(item)
+    except BaseException:
+        ring.cancel()
+        raise
+    finally:
+        done.put(None)
+        for thread in threads:
+            if thread.ident is not None:  # it was started; memory may lack for that
+                thread.join()
+    if failures:
+        raise failures[0]
+
+
+class Once(Generic[T]):
+    """The last value made for a key: units of one tensor come one after another and share it."""
+
+    def __init__(self, make: Callable[[str], T]) -> None:
+        self._make, self._key = make, ""
+        self._value: T | None = None
+
+    def get(self, key: str) -> T:
+        if self._value is None or key != self._key:
+            self._key, self._value = key, self._make(key)
+        return self._value

@@ -1,0 +1,403 @@
+"""The only loop: units of the plan are read, worked on by the engine, and handed to a sink."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safepatch_core.backends.contract import (
+    Backend,
+    Bits,
+    Block,
+    Fault,
+    Lora,
+    PatchData,
+    PatchReport,
+    Report,
+)
+from safepatch_core.backends.select import Selection, Tally, TieCounter
+from safepatch_core.errors import InputError, IOFailure
+from safepatch_core.files.checkpoint import TensorEntry, identify, is_sparse, read_exact
+from safepatch_core.files.staging import Source
+from safepatch_core.merging import pipeline
+from safepatch_core.merging.pipeline import Region, Ring
+from safepatch_core.merging.plan import OutputPart, Plan, Target, Unit, align
+from safepatch_core.merging.sources import Factors
+from safepatch_core.ranks import Alone, Ranks
+from safepatch_core.spec import ITEMSIZE
+
+Counts = dict[str, Report]
+
+
+class Sink(Protocol):
+    """Takes the output in order, file by file, byte by byte."""
+
+    def begin(self, part: OutputPart, counts: Counts) -> OutputPart | None:
+        """A part of a file starts; what of it is left to write, or None if the file is complete already.
+
+        `counts` has those of each tensor when its last byte is written.
+        """
+
+    def write(self, data: memoryview, source: Source | None = None) -> Future[None] | None:
+        """The next bytes of the part, which also lie at `source` if they are a plain copy.
+
+        `data` is read until the future is done, if one is returned; otherwise it is not kept.
+        """
+
+    def end(self) -> None:
+        """The part is complete."""
+
+
+class Inputs:
+    """The input files, opened once each, and proof that they stay what the plan saw."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._drop_behind = plan.larger_than_memory
+        self._sparse: set[int] = set()
+        self._identity = {s.path: s.identity for checkpoint in plan.inputs for s in checkpoint.shards}
+        self._fds: dict[Path, int] = {}
+        self.bytes_read = 0
+
+    def read(self, entry: TensorEntry, lo: int, buffer: NDArray[np.uint8]) -> None:
+        """Fill `buffer` with the tensor's bytes from `lo` on."""
+        fd, at, end = self.fd(entry), entry.start + lo, entry.start + lo + len(buffer)
+        self.bytes_read += len(buffer)
+        position = at
+        while fd in self._sparse and position < end:
+            # Holes are not read: the kernel would fill its cache with zeros first.
+            data, hole = _next_data(fd, position, end)
+            buffer[position - at : data - at] = 0
+            if data < hole:
+                read_exact(fd, buffer[data - at : hole - at], data, entry)
+            position = hole
+        if position < end:
+            read_exact(fd, buffer[position - at :], position, entry)
+
+    def prefetch(self, entry: TensorEntry, lo: int, hi: int) -> None:
+        """Bytes [lo, hi) of the tensor are needed next: let the disk start on all inputs at once."""
+        fd = self.fd(entry)
+        if fd not in self._sparse:
+            os.posix_fadvise(fd, entry.start + lo, hi - lo, os.POSIX_FADV_WILLNEED)
+
+    def drop(self, entry: TensorEntry, lo: int, hi: int) -> None:
+        """Bytes [lo, hi) of the tensor are not needed again: give their pages back, where files outgrow memory."""
+        if self._drop_behind:
+            os.posix_fadvise(self.fd(entry), entry.start + lo, hi - lo, os.POSIX_FADV_DONTNEED)
+
+    def fd(self, entry: TensorEntry) -> int:
+        """The open file that holds the tensor."""
+        return self._open(entry.path)
+
+    def _open(self, path: Path) -> int:
+        if path not in self._fds:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+            except OSError as error:
+                raise IOFailure(f"cannot open an input: {error.strerror}", file=path) from None
+            self._fds[path] = fd
+            self._check(path, os.fstat(fd))
+            if is_sparse(os.fstat(fd)):
+                self._sparse.add(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._fds[path]
+
+    def _check(self, path: Path, status: os.stat_result) -> None:
+        if identify(status) != self._identity[path]:
+            raise IOFailure("the input changed while it was being read", file=path)
+
+    def check_unchanged(self) -> None:
+        """Raises IOFailure if any input that was opened is no longer the file the plan saw."""
+        for path, fd in self._fds.items():
+            self._check(path, os.fstat(fd))
+            try:
+                self._check(path, os.stat(path))
+            except OSError as error:
+                raise IOFailure(f"the input went away while it was being read: {error.strerror}", file=path) from None
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def _next_data(fd: int, position: int, end: int) -> tuple[int, int]:
+    """The first run of data at or after `position`, cut at `end`; (end, end) where only a hole is left."""
+    try:
+        data = min(os.lseek(fd, position, os.SEEK_DATA), end)
+        return data, min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return end, end
+        raise
+
+
+@dataclass(slots=True)
+class Work:
+    """A unit whose inputs are in memory. `block` is None for bytes that are only copied, from `source`."""
+
+    unit: Unit
+    base: NDArray[np.uint8]
+    block: Block | None
+    source: Source | None = None
+
+
+class Merge:
+    """One merge, or one rank's share of it: the plan, an engine, and the ring they share.
+
+    `advance` is told the bytes of each unit as it is read, `trace` when each stage began and ended a unit.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Backend,
+        advance: Callable[[int], None] = lambda n: None,
+        *,
+        ranks: Ranks | None = None,
+        trace: pipeline.Trace | None = None,
+    ) -> None:
+        self.plan, self._engine, self._advance, self._trace = plan, engine, advance, trace
+        self._ranks = ranks or Alone()
+        self._inputs = Inputs(plan)
+        self._memory = engine.allocate(plan.ring_bytes)
+        self._factors = self._fresh_factors()
+        self._tallies: dict[str, list[Tally]] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        return self._inputs.bytes_read
+
+    def run(self, sink: Sink) -> Counts:
+        """Everything, in the order of the output. Raises InputError for data that breaks a rule."""
+        counts: Counts = {}
+        try:
+            if self.plan.whole_model:
+                self._select(list(self.plan.targets.values()), self.plan.model_quotas, self._ranks)
+            for part in self.plan.parts(self._ranks.rank, self._ranks.size):
+                written: Counts = {}
+                left = sink.begin(part, written)
+                if left is not None:
+                    self._write(left, sink, written)
+                    end = sink.end if self._trace is None else pipeline.traced("sync", sink.end, self._trace)
+                    end()
+                    counts.update(written)
+            self._inputs.check_unchanged()
+        finally:
+            self._inputs.close()
+        return counts
+
+    def _write(self, part: OutputPart, sink: Sink, counts: Counts) -> None:
+        """Apply the patches to one part of a file. A tensor done in chunks has its thresholds found just before."""
+        for name in (t.name for t in part.tensors if t.name in self.plan.targets and not t.entries):
+            counts[name] = Report([PatchReport() for _ in self.plan.recipe.patches])
+        if part.lo == 0:
+            sink.write(memoryview(part.output.header))
+        units: list[Unit] = []
+        seen = ""
+
+        def flush() -> None:
+            apply = _Apply(self.plan, self._engine, self._tallies, counts)
+            self._sweep(units, apply, lambda work: sink.write(work.base.data, work.source))
+            units.clear()
+
+        for unit in self.plan.units_in(part):
+            target = unit.target
+            if target and not target.whole and not self.plan.whole_model and target.entry.name != seen:
+                flush()
+                seen = target.entry.name
+                self._select([target], target.quotas, Alone())
+            units.append(unit)
+        flush()
+
+    def _select(self, targets: Sequence[Target], quotas: Sequence[int], ranks: Ranks) -> None:
+        """Find the thresholds of one scope by sweeping its inputs, each rank those of its own tensors."""
+        owner = self.plan.owners(ranks.size)
+        mine = [t for t in targets if ranks.size == 1 or owner[t.entry.name] == ranks.rank]
+        names = [t.entry.name for t in targets]
+        selection = Selection(names, quotas, sum(t.entry.entries for t in targets))
+        if selection.pending:
+            selection.guess(self._engine, self._sample(targets))
+        while selection.pending:
+            found: Counts = {}
+
+            def count(work: Work, selection: Selection = selection, found: Counts = found) -> None:
+                assert work.block is not None
+                name = work.unit.entry.name
+                report = self._engine.histogram(work.block, selection.windows(name))
+                _collect(self.plan, work.unit, report, found)
+
+            self._sweep([u for t in mine for u in self.plan.units_of(t)], count, None)
+            selection.combine(ranks)
+            selection.advance()
+        self._tallies.update(selection.tallies())
+
+    def _sample(self, targets: Sequence[Target]) -> list[Block]:
+        """Blocks spread evenly over the scope. They lie in the ring's memory, which is idle before a sweep."""
+        self._factors = self._fresh_factors()
+        blocks, used = [], 0
+        for unit in self.plan.sample_units(targets):
+            block = self._load(unit, self._memory[used : used + unit.ring_bytes]).block
+            assert block is not None
+            blocks.append(block)
+            used += unit.ring_bytes
+        return blocks
+
+    def _sweep(
+        self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], Future[None] | None] | None
+    ) -> None:
+        ring = Ring(self._memory)
+        self._factors = self._fresh_factors()
+
+        ahead = iter(units)
+        next(ahead, None)
+
+        def read(unit: Unit, region: Region) -> Work:
+            if (following := next(ahead, None)) is not None:
+                for entry, lo, hi in _ranges(following):
+                    self._inputs.prefetch(entry, lo, hi)
+            loaded = self._load(unit, region.memory)
+            if write is not None:
+                for entry, lo, hi in _ranges(unit):
+                    self._inputs.drop(entry, lo, hi)
+            self._advance((unit.hi - unit.lo) * (unit.target.entry_bytes if unit.target else 1))
+            return loaded
+
+        pipeline.run(units, lambda unit: unit.ring_bytes, read, work, write, ring, self._trace)
+
+    def _load(self, unit: Unit, memory: NDArray[np.uint8]) -> Work:
+        """Read a unit's inputs into `memory`, one aligned buffer after another."""
+        if unit.target is None:
+            base = memory[: unit.hi - unit.lo]
+            self._inputs.read(unit.entry, unit.lo, base)
+            return Work(unit, base, None, Source(self._inputs.fd(unit.entry), unit.entry.start + unit.lo))
+        target, n, used = unit.target, unit.hi - unit.lo, 0
+
+        def fetch(entry: TensorEntry) -> Bits:
+            nonlocal used
+            size = ITEMSIZE[entry.dtype]
+            buffer = memory[used : used + n * size]
+            used += align(n * size)
+            self._inputs.read(entry, unit.lo * size, buffer)
+            return Bits(buffer.view(np.uint32 if size == 4 else np.uint16), entry.dtype)  # type: ignore[arg-type]
+
+        def factors(p: int) -> Lora:
+            nonlocal used
+            lora = self._factors.get(target.entry.name)[p]
+            if not target.whole:
+                return lora
+            placed = []
+            for matrix in (lora.a, lora.b):
+                view = memory[used : used + matrix.nbytes].view(np.float32).reshape(matrix.shape)
+                view[:] = matrix
+                used += align(matrix.nbytes)
+                placed.append(view)
+            return Lora(placed[0], placed[1], lora.scale)
+
+        base_bits = fetch(target.entry)
+        recipe = self.plan.recipe
+        patches: list[PatchData | None] = []
+        for p, (spec, given) in enumerate(zip(recipe.patches, target.patches, strict=True)):
+            if given is None:
+                patches.append(None)
+                continue
+            patches.append(
+                PatchData(
+                    kind=self.plan.kinds[p],
+                    values=factors(p) if isinstance(given.delta, Factors) else fetch(given.delta),
+                    importance=spec.importance_kind,
+                    scores=None if given.scores is None else fetch(given.scores),
+                    weight=spec.weight,
+                    key=given.key,
+                    keep=given.keep,
+                    scale=spec.factor,
+                )
+            )
+        block = Block(
+            base=base_bits,
+            start=unit.lo,
+            cols=target.entry.shape[-1] if target.entry.shape else 1,
+            patches=tuple(patches),
+            combine=recipe.combine,
+            order=recipe.order,
+            nonfinite=recipe.nonfinite,
+        )
+        return Work(unit, base_bits.data.view(np.uint8), block)
+
+    def _fresh_factors(self) -> pipeline.Once[dict[int, Lora]]:
+        # Not a method of self: that cycle would keep the ring and the engine until the garbage collector comes by.
+        return pipeline.Once(partial(_load_factors, self.plan, self._inputs))
+
+
+def _ranges(unit: Unit) -> list[tuple[TensorEntry, int, int]]:
+    """The bytes of each tensor that a unit reads; LoRA factors are small and left out."""
+    inputs = [unit.entry]
+    for given in unit.target.patches if unit.target else ():
+        if given is not None:
+            inputs += [] if isinstance(given.delta, Factors) else [given.delta]
+            inputs += [given.scores] if given.scores else []
+    sizes = [ITEMSIZE[entry.dtype] if unit.target else 1 for entry in inputs]
+    return [(entry, unit.lo * size, unit.hi * size) for entry, size in zip(inputs, sizes, strict=True)]
+
+
+def _load_factors(plan: Plan, inputs: Inputs, name: str) -> dict[int, Lora]:
+    target = plan.targets[name]
+    inputs.bytes_read += target.factor_file_bytes
+    return {p: g.delta.load() for p, g in enumerate(target.patches) if g and isinstance(g.delta, Factors)}
+
+
+class _Apply:
+    """The last stage of a target: patch the unit's base in place and count."""
+
+    def __init__(self, plan: Plan, engine: Backend, tallies: dict[str, list[Tally]], counts: Counts) -> None:
+        self._plan, self._engine, self._counts = plan, engine, counts
+        self._ties = pipeline.Once(lambda name: TieCounter(tallies[name]))
+
+    def __call__(self, work: Work) -> None:
+        block, unit = work.block, work.unit
+        if block is None or unit.target is None:
+            return
+        if unit.target.whole:
+            _, report = self._engine.merge(block, unit.target.quotas, block.base.data)
+        else:
+            cuts = self._ties.get(unit.entry.name).cuts(self._engine, block)
+            report = self._engine.apply(block, cuts, block.base.data)
+        _collect(self._plan, unit, report, self._counts)
+
+
+def _collect(plan: Plan, unit: Unit, report: Report, counts: Counts) -> None:
+    """Add a unit's counts to its tensor's; once the tensor is complete, a fault stops the merge."""
+    entry, target = unit.entry, unit.target
+    found = counts[entry.name] + report if entry.name in counts else report
+    counts[entry.name] = found
+    if unit.hi < entry.entries or target is None:
+        return
+
+    def refuse(what: str, file: Path, fault: Fault, expected: str) -> None:
+        if fault.count:
+            raise InputError(
+                what,
+                file=file,
+                tensor=entry.name,
+                found=f"{fault.count} entries, the first at index {fault.first}",
+                expected=expected,
+            )
+
+    for given, of in zip(target.patches, found.patches, strict=True):
+        if given is None:
+            continue
+        delta = given.delta.a.path if isinstance(given.delta, Factors) else given.delta.path
+        scores = given.scores.path if given.scores else delta
+        if plan.recipe.nonfinite == "error":
+            refuse("the delta is NaN or infinite", delta, of.bad_delta, "finite values (or nonfinite: skip)")
+            refuse("the score is NaN or infinite", scores, of.bad_score, "finite values (or nonfinite: skip)")
+        refuse("the score is negative", scores, of.negative, "scores of at least 0")
+    refuse("patched entries overflow the base's dtype", entry.path, found.overflow, f"finite {entry.dtype}")

@@ -1,0 +1,1 @@
+"""What is done after what: run, rounds and sweep."""

@@ -1,0 +1,131 @@
+"""What `run` and `sweep` share: a YAML file of settings, and a folder of outputs that a later run goes on with."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel
+
+from safepatch_core.errors import InputError, UsageError
+from safepatch_core.files.filenames import SUMS
+from safepatch_core.files.staging import failures_named, hold, replacing
+from safepatch_core.merging.recipe import Loader, read_yaml
+from safepatch_core.settings import checked
+from safepatch_core.version import __version__
+
+M = TypeVar("M", bound=BaseModel)
+PATHS = {
+    "model",
+    "baseline",
+    "data",
+    "recipe",
+    "harmful",
+    "harmless",
+    "text",
+    "judge",
+    "lm_eval_include",
+    "utility_data",
+    "file",
+}
+
+
+def read_settings(model: type[M], file: str, what: str, changes: tuple[str, ...]) -> M:
+    """The settings in a YAML file, after `--set` changes like "derive.model=PATH".
+
+    Raises UsageError, naming the key and what is allowed.
+    """
+    data = read_yaml(file, what)
+    for change in changes:
+        _set(data, change)
+    return checked(model, data, file)
+
+
+def _set(data: Any, change: str) -> None:
+    key, equals, text = change.partition("=")
+    place = data
+    *outer, last = key.split(".")
+    for part in outer:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else None
+    if not equals or not isinstance(place, dict):
+        raise UsageError("--set takes section.key=value", found=change)
+    place[last] = yaml.load(text, Loader=Loader)
+
+
+def rooted(section: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """Paths relative to the settings file (or, given by --set, to here) made absolute; hub ids stay as they are."""
+
+    def place(text: Any) -> Any:
+        if not isinstance(text, str) or not text:
+            return text
+        places = [path for path in (origin / text, Path(text)) if path.exists()]
+        return os.path.abspath(places[0]) if places else text
+
+    result = {key: place(value) if key in PATHS else value for key, value in section.items()}
+    if isinstance(section.get("more_models"), list):
+        result["more_models"] = list(map(place, section["more_models"]))
+    if isinstance(section.get("more_sets"), list):
+        result["more_sets"] = [rooted(s, origin) if isinstance(s, dict) else s for s in section["more_sets"]]
+    return result
+
+
+class OutputFolder:
+    """OUT, held by this process alone while the context lasts; what was refused before anything was written is gone.
+
+    Raises OutputError if the directory can't be created, InputError if it isn't empty without `resume`, Busy if
+    another process holds it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool) -> None:
+        self.path, self._resume = Path(path), resume
+
+    def __enter__(self) -> OutputFolder:
+        self._lock = hold(self.path, "output")
+        if any(self.path.iterdir()) and not self._resume:
+            os.close(self._lock)
+            raise InputError("the output exists and is not empty; --resume goes on with it", file=self.path)
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+        os.close(self._lock)
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """OUT/name, replaced by one rename once it is on the disk."""
+        target = self.path / name
+        with failures_named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        return target
+
+
+def weights_digest(merged: Path) -> str:
+    """SHA-256 over the lines of a merged checkpoint's SHA256SUMS that name safetensors files.
+
+    `grep safetensors SHA256SUMS | sha256sum` gives the same.
+    """
+    lines = (merged / SUMS).read_text("utf-8").splitlines(keepends=True)
+    return hashlib.sha256("".join(line for line in lines if ".safetensors" in line).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what models are measured with: their figures may differ in the last bits."""
+    found = {"safepatch": __version__}
+    for library in ("torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
+
+
+def digest(value: object) -> str:
+    """SHA-256 of plain data, in the order of its keys."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

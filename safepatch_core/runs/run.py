@@ -1,0 +1,397 @@
+"""`safepatch run`: derive → merge → verify → eval from one YAML file, each step resumable by its outputs.
+
+The file has three sections. `derive` and `eval` take the fields of `DeriveConfig` and `EvalConfig`; `merge` takes
+what a recipe says outside its patches, which `derive` writes. Paths are relative to the file.
+
+With `rounds`, a list, all of it is done once per round, and what a round merges is the backbone of the next. A round
+has a `name` and its own changes to the sections; `where` says which rows, by column, both `derive` and `eval` take in
+it. The model after each round is measured on the harmful prompts of every round.
+
+Data without answers is given some by `answers`: a model that complies, asked before each `derive`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import click
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from safepatch_core.commands.cli import Progress, count_table, emit, engine_options, output_options, size_option
+from safepatch_core.deriving import DeriveConfig, derive
+from safepatch_core.errors import InputError, UsageError, printable
+from safepatch_core.evaluating import EvalConfig, before_after, evaluate
+from safepatch_core.evaluating.data import load
+from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.filenames import MANIFEST
+from safepatch_core.files.staging import hash_file
+from safepatch_core.language.rows import read_rows
+from safepatch_core.merging.api import identity, merge, prepare
+from safepatch_core.merging.recipe import Globs, load_recipe, read_yaml
+from safepatch_core.merging.verification import verify
+from safepatch_core.runs import rounds
+from safepatch_core.runs.jobs import OutputFolder, read_settings, rooted, versions, weights_digest
+from safepatch_core.settings import checked
+from safepatch_core.spec import Combine, Missing, NonFinite, Order, Scope
+
+RECORD = "run.json"
+PROMPTS = "harmful.jsonl"
+DATA = "data.jsonl"
+Where = dict[str, str | list[str]]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class MergeSettings(_Strict):
+    """What the merge does beside the patches; keys left out stay as `derive` wrote them."""
+
+    combine: Combine | None = None
+    scope: Scope | None = None
+    order: Order | None = None
+    targets: str | Globs | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    nonfinite: NonFinite | None = None
+    missing: Missing | None = None
+    max_shard_size: str | int | None = None
+
+
+class OwnPrompts(_Strict):
+    """The harmful prompts that belong to one round: fields of `EvalConfig`."""
+
+    harmful: str | None = None
+    harmful_column: str | None = None
+    harmful_rows: str | None = None
+    harmful_where: Where | None = None
+    answer_column: str | None = None
+
+
+class Answers(_Strict):
+    """A model that answers the questions of `derive.data`, greedily; what it refuses or leaves empty is left out."""
+
+    model: Annotated[str, Field(min_length=1)]
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+
+
+class Round(_Strict):
+    """What one round does otherwise than the sections of the run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
+    where: Where = {}
+    derive: dict[str, Any] = {}
+    merge: MergeSettings = MergeSettings()
+    eval: OwnPrompts = OwnPrompts()
+
+    @field_validator("derive")
+    @classmethod
+    def _takes_the_model_of_the_last(cls, section: dict[str, Any]) -> dict[str, Any]:
+        if "model" in section:
+            raise ValueError(
+                "a round starts from the model of the one before; the first, from the run's derive.model"
+            )
+        return section
+
+
+class RunConfig(_Strict):
+    """The sections of a run file; `derive` and `eval` are checked where they are used."""
+
+    derive: dict[str, Any]
+    answers: Answers | None = None
+    merge: MergeSettings = MergeSettings()
+    eval: dict[str, Any] | None = None
+    rounds: Annotated[list[Round], Field(min_length=1)] | None = None
+
+    @field_validator("rounds")
+    @classmethod
+    def _names_differ(cls, given: list[Round] | None) -> list[Round] | None:
+        names = [rounds.BACKBONE, *(of.name for of in given or [])]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"the name {twice[0]!r} is taken")
+        return given
+
+
+@click.command(name="run")
+@click.argument("config", type=click.Path())
+@click.option("-o", "--output", "out", required=True, type=click.Path(), help="Directory for all of its outputs.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Replace a value: derive.model=PATH.")
+@click.option("--resume", is_flag=True, help="Keep what is complete and unchanged in OUT, do the rest.")
+@engine_options
+@output_options
+def command(
+    config: str,
+    out: str,
+    changes: tuple[str, ...],
+    resume: bool,
+    backend: str,
+    device: str | None,
+    threads: int | None,
+    memory_limit: str | None,
+    vram_limit: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Derive two patches, merge them, verify the result and evaluate it, as CONFIG says."""
+    settings = read_settings(RunConfig, config, "run file", changes)
+    engine = {"backend": backend, "device": device, "threads": threads}
+    limits = {"memory_limit": size_option(memory_limit), "vram_limit": size_option(vram_limit)}
+    with OutputFolder(out, resume=resume) as folder:
+        work = _Work(config, folder, {**engine, **limits}, quiet)
+        summary, text = (_once if settings.rounds is None else _in_rounds)(settings, work)
+    if as_json:
+        emit(summary)
+    elif not quiet:
+        click.echo(text)
+
+
+def _once(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
+    """A run without rounds: what `--json` prints, and what is printed otherwise."""
+    training = work.training(settings, settings.derive, "")
+    measuring = None
+    if settings.eval is not None:
+        places = {"model": str(work.root / "merged"), "baseline": training.model}
+        measuring = work.measuring(settings.eval, "eval", **places)
+    work.say("1/4 derive")
+    work.answer(settings, settings.derive, "")
+    recipe = work.derive("derive", training)
+    work.say("2/4 merge")
+    merged = work.merge("merged", recipe, settings.merge)
+    work.say("3/4 verify")
+    work.verify(merged)
+    summary = {"recipe": str(merged.recipe), "model": str(merged.folder), "counts": merged.counts}
+    parts = [count_table(merged.counts), f"model:   {printable(merged.folder)}"]
+    if measuring is not None:
+        work.say("4/4 eval")
+        report = work.evaluate("eval", measuring)
+        page = work.root / "eval" / "report.html"
+        summary |= {"report": str(page), "metrics": report["metrics"]}
+        parts = [before_after(report), *parts]
+        parts[-1] += f"\nreport:  {printable(page)}"
+    return summary, "\n\n".join(parts)
+
+
+def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
+    """A run with rounds, as `_once`; the forgetting matrix is in rounds.json, rounds.md and rounds.png."""
+    assert settings.rounds is not None
+    todo, model = [], settings.derive.get("model")
+    for number, of in enumerate(settings.rounds, 1):
+        where = {"data_where": of.where} if of.where else {}
+        section = _with(settings.derive, {**where, **of.derive, "model": model})
+        place = f"round-{number}"
+        todo.append((place, of, section, work.training(settings, section, place)))
+        model = os.path.abspath(work.root / place / "merged")
+    common = None if settings.eval is None else _common_prompts(settings.rounds, settings.eval, work)
+
+    def measure(place: str, model: str) -> Path:
+        if common is not None:
+            work.evaluate(f"{place}/eval", work.measuring(common, f"{place}/eval", model=model))
+        return work.root / place / "eval"
+
+    if common is not None:
+        work.say("backbone: eval")
+    reports = [measure(rounds.BACKBONE, todo[0][-1].model)]
+    done = []
+    for place, of, section, training in todo:
+        title = f"{place.replace('-', ' ')} of {len(todo)}, {of.name}"
+        work.say(f"{title}: derive")
+        work.answer(settings, section, place)
+        recipe = work.derive(f"{place}/derive", training)
+        work.say(f"{title}: merge")
+        changes = settings.merge.model_copy(update={k: getattr(of.merge, k) for k in of.merge.model_fields_set})
+        merged = work.merge(f"{place}/merged", recipe, changes)
+        work.verify(merged)
+        done.append({"name": of.name, "model": f"{place}/merged", "weights": merged.weights, "counts": merged.counts})
+        if common is not None:
+            work.say(f"{title}: eval")
+            reports.append(measure(place, str(merged.folder)))
+    if common is None:
+        return {"rounds": done}, f"model:   {printable(merged.folder)}"
+    summary = rounds.summary(done, reports)
+    page = work.out.write("rounds.md", rounds.markdown(summary))
+    picture = rounds.heat_map(summary)
+    if picture is not None:
+        work.out.write("rounds.png", picture)
+    work.out.write("rounds.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    places = f"model:   {printable(merged.folder)}\nreport:  {printable(page)}"
+    return summary, f"{rounds.plain(summary)}\n\n{places}"
+
+
+def _common_prompts(every: list[Round], section: Mapping[str, Any], work: _Work) -> dict[str, Any]:
+    """The eval section with the harmful prompts of all rounds, gathered in OUT/harmful.jsonl, as categories."""
+    lines, answered = [], True
+    for of in every:
+        own = {**({"harmful_where": of.where} if of.where else {}), **of.eval.model_dump(exclude_none=True)}
+        prompts = {k: v for k, v in {**section, **own}.items() if k in OwnPrompts.model_fields}
+        if not prompts.get("harmful"):
+            raise UsageError(f"round '{of.name}' has no harmful prompts to be measured on", expected="eval.harmful")
+        read = work.measuring(prompts, "eval", model="-")
+        columns = {"question": read.harmful_column}
+        columns |= {} if read.answer_column is None else {"answer": read.answer_column}
+        answered = answered and "answer" in columns
+        assert read.harmful is not None
+        for row in read_rows(read.harmful, columns, read.harmful_rows, read.harmful_where):
+            lines.append({rounds.COLUMN: of.name, **row.values})
+    shared = {k: v for k, v in section.items() if k not in OwnPrompts.model_fields}
+    gathered = work.out.write(PROMPTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return {
+        **shared,
+        "harmful": os.path.abspath(gathered),
+        "harmful_column": "question",
+        "harmful_category_column": rounds.COLUMN,
+        "answer_column": "answer" if answered else None,
+    }
+
+
+def _with(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A section with some keys replaced; of its patches, those keys that are given."""
+    patches = {k: {**section[k], **changes[k]} for k in ("safety", "over_safety") if k in section and k in changes}
+    return {**section, **changes, **patches}
+
+
+class _Merged(NamedTuple):
+    folder: Path
+    recipe: Path
+    counts: dict[str, Any]
+    weights: str
+
+
+class _Work:
+    """The steps of a run, in the folder OUT; `place` is where in it a step writes, and its name in the record.
+
+    A step whose output is there and was made from the same is kept. One that was made from something else is done
+    again.
+    """
+
+    def __init__(self, config: str, out: OutputFolder, engine: Mapping[str, Any], quiet: bool) -> None:
+        self.out, self.root = out, out.path
+        self._config, self._engine, self._quiet = config, engine, quiet
+        self._origin = Path(config).resolve().parent
+        try:
+            self._made_from: dict[str, str] = json.loads((self.root / RECORD).read_bytes())
+        except (OSError, ValueError):
+            self._made_from = {}
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            click.echo(text, err=True)
+
+    def training(self, settings: RunConfig, section: Mapping[str, Any], place: str) -> DeriveConfig:
+        """The checked settings of a derive step; of the data that `answer` makes, where it does."""
+        config = checked(
+            DeriveConfig, {**rooted(section, self._origin), "out": str(self.root / place / "derive")}, self._config
+        )
+        if settings.answers is None:
+            return config
+        made: dict[str, Any] = {"data": os.path.abspath(self.root / place / DATA), "data_where": {}, "rows": None}
+        return config.model_copy(update={**made, "question_column": "question", "answer_column": "answer"})
+
+    def answer(self, settings: RunConfig, section: Mapping[str, Any], place: str) -> None:
+        """Writes the data of a derive step, if `answers` asks for it: its questions and what that model says."""
+        if settings.answers is None:
+            return
+        asked = checked(DeriveConfig, {**rooted(section, self._origin), "out": "-"}, self._config)
+        asking = {
+            k: v for k, v in (settings.eval or {}).items() if k in ("max_length", "stride", "batch_size", "dtype")
+        }
+        asking |= {
+            "harmful": asked.data,
+            "harmful_column": asked.question_column,
+            "harmful_rows": asked.rows,
+            "harmful_where": asked.data_where,
+            "system_prompt": asked.system_prompt,
+            "device": asked.device,
+            "threads": asked.threads,
+            "max_new_tokens": settings.answers.max_new_tokens,
+        }
+        step = f"{place}/answers".lstrip("/")
+        model = rooted(settings.answers.model_dump(), self._origin)["model"]
+        self.evaluate(step, self.measuring(asking, step, model=model))
+        rows = [json.loads(line) for line in (self.root / step / "answers.jsonl").read_text("utf-8").split("\n")[:-1]]
+        kept = [row for row in rows if row["model"]["answer"] and not row["model"]["refused"]]
+        self.say(f"answers: {len(kept)} of {len(rows)} questions")
+        if not kept:
+            raise InputError("the model of answers refuses every question", file=model)
+        lines = [json.dumps({"question": row["prompt"], "answer": row["model"]["answer"]}) for row in kept]
+        self.out.write(str(Path(place) / DATA), "\n".join(lines) + "\n")
+
+    def measuring(self, section: Mapping[str, Any], place: str, **models: str) -> EvalConfig:
+        """The checked settings of an eval step; its data is there and can be read."""
+        fixed = {**models, "out": str(self.root / place)}
+        config = checked(EvalConfig, {**rooted(section, self._origin), **fixed}, self._config)
+        load(config)
+        return config
+
+    def derive(self, place: str, config: DeriveConfig) -> Path:
+        """The recipe of the two patches. Training that was cut off goes on where it stopped."""
+        base, data = Path(config.model), Path(config.data)
+        made_from = {
+            "settings": json.dumps(config.settings()),
+            "data": hash_file(data) if data.is_file() else "",
+            "base": weights_digest(base) if self.root.resolve() in base.resolve().parents else "",
+        }
+        folder = Path(config.out)
+        if place in self._made_from and not self._is_made_from(place, made_from) and folder.exists():
+            self.say(f"{printable(folder)}: done again, its inputs or settings changed")
+            shutil.rmtree(folder)
+        self._note(place, made_from)
+        return derive(config, resume=folder.exists(), quiet=self._quiet).recipe
+
+    def merge(self, place: str, derived: Path, settings: MergeSettings) -> _Merged:
+        recipe = self._recipe(derived, settings)
+        folder = self.root / place
+        plan, engine = prepare(load_recipe(recipe), **self._engine)
+        if not ((folder / MANIFEST).is_file() and self._is_made_from(place, identity(plan))):
+            progress = Progress("merge", self._quiet)
+            limit = plan.memory_limit
+            try:
+                merge(plan.recipe, folder, backend=engine, memory_limit=limit, force=True, progress=progress)
+            finally:
+                progress.close()
+            self._note(place, identity(plan))
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        counts = {patch["name"]: patch["total"] for patch in manifest["patches"]}
+        return _Merged(folder, recipe, counts, weights_digest(folder))
+
+    def verify(self, merged: _Merged) -> None:
+        verdict = verify(merged.folder)
+        if not verdict.ok:
+            raise InputError("the merged checkpoint is damaged", file=merged.folder, found=verdict.problems[0])
+
+    def evaluate(self, place: str, config: EvalConfig) -> dict[str, Any]:
+        """The content of the report. What an evaluation of the same had measured when it was cut off is kept."""
+        made_from = {"settings": config.model_dump_json(), "data": json.dumps(load(config).about), **versions()}
+        for label, ref in config.models.items():
+            made_from[label] = json.dumps(
+                [(str(shard.path), shard.identity) for shard in open_checkpoint(ref).shards]
+            )
+        resume = self._is_made_from(place, made_from)
+        self._note(place, made_from)
+        return evaluate(config, quiet=self._quiet, force=True, resume=resume).data
+
+    def _recipe(self, written: Path, settings: MergeSettings) -> Path:
+        """The recipe that `derive` wrote, or one beside it with the run's own settings."""
+        changes = settings.model_dump(exclude_none=True)
+        if not changes:
+            return written
+        recipe = read_yaml(written, "recipe") | changes
+        path = written.with_name("recipe-run.yaml").relative_to(self.root)
+        return self.out.write(str(path), yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+    def _is_made_from(self, place: str, made_from: Mapping[str, str]) -> bool:
+        return self._made_from.get(place) == _digest(made_from)
+
+    def _note(self, place: str, made_from: Mapping[str, str]) -> None:
+        self._made_from[place] = _digest(made_from)
+        self.out.write(RECORD, json.dumps(self._made_from, indent=2) + "\n")
+
+
+def _digest(made_from: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
