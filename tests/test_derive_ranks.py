@@ -230,11 +230,11 @@ def test_ranks_that_were_killed_after_a_checkpoint_go_on_to_the_same_bytes(
     parts = sorted(p.name for p in (where / "killed/checkpoint-safety/2").iterdir())
     assert parts == ["training-0.safetensors", "training-1.safetensors", "training.json"]
 
-    with pytest.raises(InputError, match=r"the run was started with another inputs\.ranks: expected 2"):
+    with pytest.raises(InputError, match=r"the interrupted run had another inputs\.ranks: expected 2"):
         derive(config, resume=True, quiet=True)
     statuses, told = several(3, config, "--resume")
     assert statuses == [65, 65, 65] and told[1:] == ["", ""]
-    assert re.fullmatch(r".*the run was started with another inputs\.ranks: found 3, expected 2\n", told[0])
+    assert re.fullmatch(r".*the interrupted run had another inputs\.ranks: found 3, expected 2\n", told[0])
 
     statuses, told = several(2, config, "--resume")
     assert statuses == [0, 0], told

@@ -18,7 +18,8 @@ from safepatch_core.commands.evaluate import command
 from safepatch_core.errors import InputError, Stopped
 from safepatch_core.evaluating import EvalConfig, evaluate, steps
 from safepatch_core.evaluating.measure import Measurement, measure
-from safepatch_core.files.staging import Staging, hash_file
+from safepatch_core.files.disk import hash_file
+from safepatch_core.files.staging import Staging
 from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm
 
 

@@ -303,11 +303,11 @@ def test_resuming_another_sweep_is_refused(run: Path, swept: Path) -> None:
         ("search", {"constraints": {"perplexity": 0.5}}),
         ("evaluation settings", {"eval": settings(run).eval | {"max_new_tokens": 3}}),
     ):
-        with pytest.raises(InputError, match=f"started with other {what}"):
+        with pytest.raises(InputError, match=f"had another {what}"):
             go(settings(run, **changes), swept, resume=True)
     try:
         (run / "harmful.jsonl").write_text(rows.replace("How", "Why"))
-        with pytest.raises(InputError, match="other evaluation data$"):
+        with pytest.raises(InputError, match="another evaluation data$"):
             go(settings(run), swept, resume=True)
         (run / "harmful.jsonl").write_text(rows)
         (run / "run/recipe.yaml").write_text(recipe.replace("0.5", "0.25"))

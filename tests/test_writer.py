@@ -14,8 +14,10 @@ import pytest
 from safepatch_core.backends.contract import PatchReport, Report
 from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, Stopped
 from safepatch_core.files.checkpoint import TensorEntry
-from safepatch_core.files.staging import CheckpointSink, Journal, Staging
+from safepatch_core.files.records import RunIdentity
+from safepatch_core.files.staging import Journal, Staging
 from safepatch_core.merging.plan import OutputFile, OutputPart
+from safepatch_core.merging.sink import CheckpointSink
 
 IDENTITY = {"recipe": "r", "input": "i", "seed": "0", "version": "1"}
 
@@ -23,7 +25,7 @@ IDENTITY = {"recipe": "r", "input": "i", "seed": "0", "version": "1"}
 def stage(
     out: Path, *, inputs: list[Path] | None = None, needed: int = 0, force: bool = False, resume: bool = False
 ) -> Staging:
-    return Staging(out, inputs or [], IDENTITY, needed=needed, force=force, resume=resume)
+    return Staging(out, inputs or [], RunIdentity(IDENTITY), needed=needed, force=force, resume=resume)
 
 
 def write_all(staging: Staging, files: Mapping[str, bytes], stop_before: str | None = None) -> None:
@@ -98,7 +100,7 @@ def test_resume_refuses_another_run_and_says_what_differs(tmp_path: Path, key: s
     with pytest.raises(Stopped):
         write_all(stage(out), FILES, stop_before="s1.safetensors")
     with pytest.raises(InputError, match=f"another {key}"):
-        Staging(out, [], {**IDENTITY, key: "other"}, needed=0, resume=True)
+        Staging(out, [], RunIdentity({**IDENTITY, key: "other"}), needed=0, resume=True)
 
 
 class Shard:
@@ -198,7 +200,7 @@ def test_a_run_that_ended_while_it_tidied_up_is_done(tmp_path: Path, monkeypatch
     assert around(out) == [lock.name]
     left = lock.read_bytes()
     with pytest.raises(InputError, match="not empty"):
-        Staging(out, [], {**IDENTITY, "seed": "other"}, needed=0, resume=True)
+        Staging(out, [], RunIdentity({**IDENTITY, "seed": "other"}), needed=0, resume=True)
     lock.write_bytes(left)
     with pytest.raises(InputError, match="not empty"):
         stage(out)

@@ -13,14 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.staging import (
-    failures_named,
-    hold,
-    removed_on_failure,
-    replacing,
-    staged_name,
-    sync_directory,
-)
+from safepatch_core.files.disk import failures_named, hold, removed_on_failure, replacing, staged_name, sync_directory
+from safepatch_core.files.records import RunIdentity, read_record
 from safepatch_core.ranks import Alone, Ranks, first
 from safepatch_core.version import __version__
 
@@ -159,20 +153,8 @@ class RunDirectory:
         if not self._resume or not file.is_file():
             hint = "; --resume goes on with it" if file.is_file() else ""
             raise InputError(f"the run directory exists and is not empty{hint}", file=self.path)
-        try:
-            known = json.loads(file.read_text("utf-8"))
-            before = _identity(known)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError("not the record of a derive run", file=file) from error
-        now = _identity(self.record)
-        differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if differ:
-            raise InputError(
-                f"--resume: the run was started with another {', '.join(differ)}",
-                file=self.path,
-                found=now.get(differ[0]),
-                expected=before.get(differ[0]),
-            )
+        known, before = read_record(file, "derive run", _identity)
+        RunIdentity(_identity(self.record)).require(before, self.path, shown=True)
         self.record = known
 
     def _write_record(self) -> None:

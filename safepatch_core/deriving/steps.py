@@ -38,7 +38,7 @@ from safepatch_core.deriving.saving import applied, patched_tensors, save_delta,
 from safepatch_core.deriving.sharding import ranks_of_derive, share, spread
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.checkpoint import Checkpoint
-from safepatch_core.files.staging import hash_file
+from safepatch_core.files.disk import hash_file
 from safepatch_core.language.chat import Example, Format
 from safepatch_core.language.model import Limits, at_work, find_device, limits, load_tokenizer, quiet_libraries
 from safepatch_core.language.rows import Row, read_rows

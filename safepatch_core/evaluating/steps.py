@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -23,8 +22,10 @@ from safepatch_core.evaluating.report import answers, build, files, names
 from safepatch_core.evaluating.subject import locate
 from safepatch_core.evaluating.tasks import Tasks
 from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.disk import hash_file
 from safepatch_core.files.filenames import MANIFEST, SUMS
-from safepatch_core.files.staging import Staging, hash_file
+from safepatch_core.files.records import RunIdentity, digest
+from safepatch_core.files.staging import Staging
 from safepatch_core.language.model import at_work
 from safepatch_core.version import __version__
 
@@ -56,14 +57,16 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             "patches": {label: manifest.layers() for label, manifest in manifests.items()},
             "tasks": None if tasks is None else tasks.about,
         }
-        identity = {
-            "version": f"{__version__}, torch {torch.__version__}, transformers {version('transformers')}",
-            "settings": _sha256([config.with_data().settings(), config.device, config.threads]),
-            "data": _sha256([data.about, facts["tasks"]]),
-            "models": _sha256(facts["models"]),
-            "judge": config.judge if judge is None else _digest(judge),
-        }
-        facts["fingerprint"] = _sha256(identity)
+        identity = RunIdentity(
+            {
+                "version": f"{__version__}, torch {torch.__version__}, transformers {version('transformers')}",
+                "settings": digest([config.with_data().settings(), config.device, config.threads]),
+                "data": digest([data.about, facts["tasks"]]),
+                "models": digest(facts["models"]),
+                "judge": config.judge if judge is None else _digest(judge),
+            }
+        )
+        facts["fingerprint"] = identity.digest
         inputs = [*folders.values(), *data.paths, *([] if judge is None else [judge])]
         out = Path(config.out)
         done = _complete(out, facts["fingerprint"]) if resume else None
@@ -92,7 +95,7 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
                 ]
                 facts["judge"] = {
                     "name": names({"judge": config.judge})["judge"],
-                    "sha256": identity["judge"],
+                    "sha256": identity.parts["judge"],
                     "labels": classifier.labels,
                     "reads": config.judge_reads,
                     "same_as_prefix": {"n": len(agree), "agree": sum(agree)},
@@ -102,7 +105,6 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             rows = answers(data, measured, verdicts, classifier is not None)
             for name, content in files(report, rows).items():
                 staging.add(name, content)
-            _forget_pieces(staging, measured)
             staging.publish()
     return report
 
@@ -117,30 +119,14 @@ def _measured(
     quiet: bool,
 ) -> Measurement:
     """One model, measured now or by the interrupted run."""
-    name = _piece(label)
-    if name in staging.finished:
+    name = f"measured-{label}.json"
+    known = staging.recall(name)
+    if known is not None:
         with contextlib.suppress(ValidationError):
-            return Measurement.model_validate_json((staging.stage / name).read_bytes())
+            return Measurement.model_validate_json(known)
     found = measure(folder, label, data, tasks, config, quiet=quiet)
-    content = found.model_dump_json().encode()
-    file = staging.open(name, len(content))
-    try:
-        file.write(memoryview(content))
-        staging.finish(file, {})  # with counts, even of nothing, the journal remembers it
-    finally:
-        file.close()
+    staging.keep(name, found.model_dump_json().encode())
     return found
-
-
-def _piece(label: str) -> str:
-    return f"measured-{label}.json"
-
-
-def _forget_pieces(staging: Staging, measured: Mapping[str, Measurement]) -> None:
-    """Nothing temporary is published."""
-    for label in measured:
-        (staging.stage / _piece(label)).unlink(missing_ok=True)  # of equal models there is one
-        staging.files.pop(_piece(label), None)
 
 
 def _verdicts(
@@ -164,11 +150,7 @@ def _digest(folder: Path) -> str:
     """Of all that makes the model: the report says which weights it measured; a piece is believed for them alone."""
     shards = {shard.path for shard in open_checkpoint(folder).shards}
     companions = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    return _sha256([(path.name, hash_file(path)) for path in sorted(shards | companions)])
-
-
-def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return digest([(path.name, hash_file(path)) for path in sorted(shards | companions)])
 
 
 def _complete(out: Path, fingerprint: str) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.evaluating.config import EvalConfig
-from safepatch_core.files.staging import hash_file
+from safepatch_core.files.disk import hash_file
 from safepatch_core.language.model import first_line
 
 if TYPE_CHECKING:

@@ -19,11 +19,13 @@ from safepatch_core.backends.contract import Backend, Report
 from safepatch_core.errors import IOFailure
 from safepatch_core.files.checkpoint import Identity, identify
 from safepatch_core.files.filenames import INDEX, MANIFEST
-from safepatch_core.files.staging import CheckpointSink, Staging
+from safepatch_core.files.records import RunIdentity, digest
+from safepatch_core.files.staging import Staging
 from safepatch_core.merging.pipeline import Trace
 from safepatch_core.merging.plan import Plan, make_plan
 from safepatch_core.merging.rates import load_rates, predict
 from safepatch_core.merging.recipe import Recipe, load_recipe, parse_size
+from safepatch_core.merging.sink import CheckpointSink, from_facts, to_facts
 from safepatch_core.merging.stream import Merge
 from safepatch_core.ranks import ranks_of_this_run
 from safepatch_core.spec import SPEC_VERSION
@@ -111,7 +113,7 @@ def merge(
     ):
         job = Merge(plan, engine, advance, ranks=ranks, trace=trace)
         job.run(sink)
-        counts = staging.join(sink.counts)
+        counts = from_facts(staging.join(to_facts(sink.counts)))
         if ranks.rank == 0:
             if plan.index is not None:
                 staging.add(INDEX, plan.index)
@@ -192,26 +194,21 @@ def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -
     return data
 
 
-def identity(plan: Plan) -> dict[str, str]:
+def identity(plan: Plan) -> RunIdentity:
     """What must agree between an interrupted run and the one that resumes it."""
-
-    def digest(value: object) -> str:
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
     recipe = plan.resolved_recipe()
-    return {
-        "version": f"{__version__}/{SPEC_VERSION}",
-        "seed": str(recipe.pop("seed")),
-        "recipe": digest((recipe, plan.adapters)),
-        "input": digest(
-            [
-                (str(shard.path), shard.identity, hashlib.sha256(shard.header).hexdigest())
-                for checkpoint in plan.inputs
-                for shard in checkpoint.shards
-            ]
-            + [(str(path), _fingerprint(path)) for path in plan.companions]
-        ),
-    }
+    shards = [shard for checkpoint in plan.inputs for shard in checkpoint.shards]
+    return RunIdentity(
+        {
+            "version": f"{__version__}/{SPEC_VERSION}",
+            "seed": str(recipe.pop("seed")),
+            "recipe": digest((recipe, plan.adapters)),
+            "input": digest(
+                [(str(of.path), of.identity, hashlib.sha256(of.header).hexdigest()) for of in shards]
+                + [(str(path), _fingerprint(path)) for path in plan.companions]
+            ),
+        }
+    )
 
 
 def _fingerprint(path: Path) -> Identity:

@@ -27,7 +27,7 @@ from safepatch_core.backends.contract import (
 from safepatch_core.backends.select import Selection, Tally, TieCounter
 from safepatch_core.errors import InputError, IOFailure
 from safepatch_core.files.checkpoint import TensorEntry, identify, is_sparse, read_exact
-from safepatch_core.files.staging import Source
+from safepatch_core.files.disk import Extent
 from safepatch_core.merging import pipeline
 from safepatch_core.merging.pipeline import Region, Ring
 from safepatch_core.merging.plan import OutputPart, Plan, Target, Unit, align
@@ -47,7 +47,7 @@ class Sink(Protocol):
         `counts` has those of each tensor when its last byte is written.
         """
 
-    def write(self, data: memoryview, source: Source | None = None) -> Future[None] | None:
+    def write(self, data: memoryview, source: Extent | None = None) -> Future[None] | None:
         """The next bytes of the part, which also lie at `source` if they are a plain copy.
 
         `data` is read until the future is done, if one is returned; otherwise it is not kept.
@@ -147,7 +147,7 @@ class Work:
     unit: Unit
     base: NDArray[np.uint8]
     block: Block | None
-    source: Source | None = None
+    source: Extent | None = None
 
 
 class Merge:
@@ -278,7 +278,7 @@ class Merge:
         if unit.target is None:
             base = memory[: unit.hi - unit.lo]
             self._inputs.read(unit.entry, unit.lo, base)
-            return Work(unit, base, None, Source(self._inputs.fd(unit.entry), unit.entry.start + unit.lo))
+            return Work(unit, base, None, Extent(self._inputs.fd(unit.entry), unit.entry.start + unit.lo))
         target, n, used = unit.target, unit.hi - unit.lo, 0
 
         def fetch(entry: TensorEntry) -> Bits:

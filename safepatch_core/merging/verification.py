@@ -12,8 +12,8 @@ from pathlib import Path
 from safepatch_core.backends.contract import Backend, Report
 from safepatch_core.errors import InputError, SafepatchError
 from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.disk import Extent, hash_file
 from safepatch_core.files.filenames import INDEX, MANIFEST, SUMS
-from safepatch_core.files.staging import Source, hash_file
 from safepatch_core.merging.api import manifest, model_card, prepare
 from safepatch_core.merging.plan import OutputPart, Plan
 from safepatch_core.merging.recipe import Recipe
@@ -129,7 +129,7 @@ class _Compare:
         self._file = open(path if path.is_file() else os.devnull, "rb")
         return part
 
-    def write(self, data: memoryview, source: Source | None = None) -> None:
+    def write(self, data: memoryview, source: Extent | None = None) -> None:
         found = self._file.read(data.nbytes)
         if not self._differs and found != data.cast("B"):
             self._differs = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +14,8 @@ import yaml
 from pydantic import BaseModel
 
 from safepatch_core.errors import InputError, UsageError
+from safepatch_core.files.disk import failures_named, hold, replacing
 from safepatch_core.files.filenames import SUMS
-from safepatch_core.files.staging import failures_named, hold, replacing
 from safepatch_core.merging.recipe import Loader, read_yaml
 from safepatch_core.settings import checked
 from safepatch_core.version import __version__
@@ -124,8 +123,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[library] = version(library)
     return found
-
-
-def digest(value: object) -> str:
-    """SHA-256 of plain data, in the order of its keys."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -12,7 +12,6 @@ Data without answers is given some by `answers`: a model that complies, asked be
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,8 +29,9 @@ from safepatch_core.errors import InputError, UsageError, printable
 from safepatch_core.evaluating import EvalConfig, before_after, evaluate
 from safepatch_core.evaluating.data import load
 from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.disk import hash_file
 from safepatch_core.files.filenames import MANIFEST
-from safepatch_core.files.staging import hash_file
+from safepatch_core.files.records import RunIdentity
 from safepatch_core.language.rows import read_rows
 from safepatch_core.merging.api import identity, merge, prepare
 from safepatch_core.merging.recipe import Globs, load_recipe, read_yaml
@@ -332,11 +332,13 @@ class _Work:
     def derive(self, place: str, config: DeriveConfig) -> Path:
         """The recipe of the two patches. Training that was cut off goes on where it stopped."""
         base, data = Path(config.model), Path(config.data)
-        made_from = {
-            "settings": json.dumps(config.settings()),
-            "data": hash_file(data) if data.is_file() else "",
-            "base": weights_digest(base) if self.root.resolve() in base.resolve().parents else "",
-        }
+        made_from = RunIdentity(
+            {
+                "settings": config.settings(),
+                "data": hash_file(data) if data.is_file() else "",
+                "base": weights_digest(base) if self.root.resolve() in base.resolve().parents else "",
+            }
+        )
         folder = Path(config.out)
         if place in self._made_from and not self._is_made_from(place, made_from) and folder.exists():
             self.say(f"{printable(folder)}: done again, its inputs or settings changed")
@@ -367,11 +369,17 @@ class _Work:
 
     def evaluate(self, place: str, config: EvalConfig) -> dict[str, Any]:
         """The content of the report. What an evaluation of the same had measured when it was cut off is kept."""
-        made_from = {"settings": config.model_dump_json(), "data": json.dumps(load(config).about), **versions()}
-        for label, ref in config.models.items():
-            made_from[label] = json.dumps(
-                [(str(shard.path), shard.identity) for shard in open_checkpoint(ref).shards]
-            )
+        made_from = RunIdentity(
+            {
+                "settings": config.model_dump(mode="json"),
+                "data": load(config).about,
+                **versions(),
+                **{
+                    label: [(str(shard.path), shard.identity) for shard in open_checkpoint(ref).shards]
+                    for label, ref in config.models.items()
+                },
+            }
+        )
         resume = self._is_made_from(place, made_from)
         self._note(place, made_from)
         return evaluate(config, quiet=self._quiet, force=True, resume=resume).data
@@ -385,13 +393,9 @@ class _Work:
         path = written.with_name("recipe-run.yaml").relative_to(self.root)
         return self.out.write(str(path), yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
-    def _is_made_from(self, place: str, made_from: Mapping[str, str]) -> bool:
-        return self._made_from.get(place) == _digest(made_from)
+    def _is_made_from(self, place: str, made_from: RunIdentity) -> bool:
+        return self._made_from.get(place) == made_from.digest
 
-    def _note(self, place: str, made_from: Mapping[str, str]) -> None:
-        self._made_from[place] = _digest(made_from)
+    def _note(self, place: str, made_from: RunIdentity) -> None:
+        self._made_from[place] = made_from.digest
         self.out.write(RECORD, json.dumps(self._made_from, indent=2) + "\n")
-
-
-def _digest(made_from: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

@@ -17,10 +17,11 @@ import yaml
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.evaluating import EvalConfig, evaluate
 from safepatch_core.evaluating.data import load
-from safepatch_core.files.staging import failures_named
+from safepatch_core.files.disk import failures_named
+from safepatch_core.files.records import IDENTITY, RunIdentity, digest, read_record
 from safepatch_core.merging.api import identity, merge, prepare
 from safepatch_core.merging.recipe import Recipe, parse_recipe, read_yaml
-from safepatch_core.runs.jobs import OutputFolder, digest, versions, weights_digest
+from safepatch_core.runs.jobs import OutputFolder, versions, weights_digest
 from safepatch_core.runs.sweep import report
 from safepatch_core.runs.sweep.candidates import Parameters, candidates, relocated, with_parameters
 from safepatch_core.runs.sweep.choice import choose, costs, meets, pareto_front
@@ -84,14 +85,17 @@ class Job:
             "evaluation": {"settings": self._measuring.with_data().settings(), "data": data},
             "search": config.model_dump(mode="json", exclude={"recipe", "trials", "eval"}),
         }
-        self._identity = {
-            "search": digest(self._about["search"]),
-            "recipe": digest([identity(plan)["recipe"], identity(plan)["seed"]]),
-            "inputs": digest([identity(plan)["input"], *self._other_inputs()]),
-            "evaluation settings": digest(self._measuring.model_dump(mode="json", exclude={"model", "out"})),
-            "evaluation data": digest(data),
-            "versions": digest([identity(plan)["version"], versions()]),
-        }
+        merging = identity(plan).parts
+        self._identity = RunIdentity(
+            {
+                "search": digest(self._about["search"]),
+                "recipe": digest([merging["recipe"], merging["seed"]]),
+                "inputs": digest([merging["input"], *self._other_inputs()]),
+                "evaluation settings": digest(self._measuring.model_dump(mode="json", exclude={"model", "out"})),
+                "evaluation data": digest(data),
+                "versions": digest([merging["version"], versions()]),
+            }
+        )
 
     def say(self, text: str) -> None:
         if not self._quiet:
@@ -103,16 +107,10 @@ class Job:
         if not path.exists():
             if any(left.name != SCRATCH for left in self._out.path.iterdir()):
                 raise InputError("not the output of a sweep", file=self._out.path)
-            return {"format": FORMAT, "safepatch": __version__, "identity": self._identity}
-        try:
-            known = json.loads(path.read_bytes())
-            before = dict(known["identity"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError("not the record of a sweep", file=path) from error
-        differ = sorted(k for k in before.keys() | self._identity.keys() if before.get(k) != self._identity.get(k))
-        if differ:
-            raise InputError(f"--resume: the sweep was started with other {', '.join(differ)}", file=self._out.path)
-        return {key: known[key] for key in ("format", "safepatch", "identity", "backbone") if key in known}
+            return {"format": FORMAT, "safepatch": __version__, IDENTITY: dict(self._identity.parts)}
+        known, before = read_record(path, "sweep")
+        self._identity.require(before, self._out.path)
+        return {key: known[key] for key in ("format", "safepatch", IDENTITY, "backbone") if key in known}
 
     def check_metrics(self, measured: Mapping[str, Any]) -> None:
         """Refuses objectives and constraints that the evaluation doesn't measure."""
@@ -201,7 +199,7 @@ class Job:
             if key.rpartition(".")[2] in ("source", "importance"):
                 for value in parameter.values or []:
                     plan, _ = prepare(self._recipe({key: value}), self._engine, memory_limit=self._memory_limit)
-                    yield identity(plan)["input"]
+                    yield identity(plan).parts["input"]
 
     def _finished(self, path: Path) -> list[Record]:
         """The records of an earlier call; a line that was torn when it stopped is cut off."""

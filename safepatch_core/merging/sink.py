@@ -1,0 +1,87 @@
+"""The merged shards go into a stage, with what was counted in them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from safepatch_core.backends.contract import PatchReport, Report
+from safepatch_core.files.disk import Extent, HashedFile
+from safepatch_core.files.staging import Staging
+from safepatch_core.merging.plan import OutputPart
+
+# After so many bytes a file's beginning is made durable and marked in the journal, where a tensor ends: the most that
+# a kill costs. A mark waited 0.1 to 0.5 s for the disk (2 cores, others at work); shards of ordinary size need none.
+# Tests set less.
+MARK_BYTES = 4 << 30
+
+
+class CheckpointSink:
+    """Writes the merged shards into a stage; a `stream.Sink`."""
+
+    def __init__(self, staging: Staging, drop: bool = False) -> None:
+        self._staging, self._drop = staging, drop
+        self._step = int(os.environ.get("SAFEPATCH_MARK", MARK_BYTES))
+        self._file: HashedFile | None = None
+        self.counts: dict[str, Report] = {}
+
+    def begin(self, part: OutputPart, counts: dict[str, Report]) -> OutputPart | None:
+        output = part.output
+        line = self._staging.finished.get(output.name)
+        if line is not None:
+            self._staging.files[output.name] = {"size": line["size"], "sha256": line["sha256"]}
+            self.counts.update(from_facts(line["facts"]))
+            return None
+        self._file = file = self._staging.open(
+            output.name, output.size, part.lo, part.hi, sparse=output.sparse, drop=self._drop
+        )
+        # How many tensors of the part end there or before.
+        sizes = (t.nbytes for t in part.tensors)
+        ends = itertools.accumulate(sizes, initial=part.lo or len(output.header))
+        self._ends = {end: done for done, end in enumerate(ends) if end > part.lo}
+        done = self._ends.get(file.at, 0)
+        counts.update(from_facts(self._staging.facts_before(output.name, file.at)))
+        self._part, self._counts, self._marked = part, counts, (file.at, done)
+        return OutputPart(output, part.tensors[done:], file.at, part.hi)
+
+    def write(self, data: memoryview, source: Extent | None = None) -> Future[None] | None:
+        file = self._file
+        assert file is not None
+        hashed = file.write(data, source)
+        at, done = self._marked
+        if file.whole and self._step <= file.at - at and file.at in self._ends and file.at < file.size:
+            now = self._ends[file.at]
+            names = [t.name for t in self._part.tensors[done:now] if t.name in self._counts]
+            self._staging.mark(file, to_facts({name: self._counts[name] for name in names}))
+            self._marked = (file.at, now)
+        return hashed
+
+    def end(self) -> None:
+        assert self._file is not None
+        self.counts.update(self._counts)
+        self._staging.finish(self._file, to_facts(self._counts))
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def to_facts(counts: Mapping[str, Report]) -> dict[str, Any]:
+    """Reports of tensors as the plain data that the journal keeps; faults aside, which end a merge."""
+    return {
+        name: [[of.acted, of.changed], *([p.eligible, p.selected, p.applied] for p in of.patches)]
+        for name, of in counts.items()
+    }
+
+
+def from_facts(facts: Mapping[str, Any]) -> dict[str, Report]:
+    """What `to_facts` was given."""
+    return {
+        name: Report([PatchReport(*numbers) for numbers in patches], acted=acted, changed=changed)
+        for name, ((acted, changed), *patches) in facts.items()
+    }
