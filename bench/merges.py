@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.merging.recipe import parse_size
+from safepatch_core.settings import parse_size
 
 from . import models
 from .measure import ISOLATED, Cache, Red, alternate, prepared, remove, run, safepatch
@@ -120,14 +120,14 @@ def copy_subject(
 
 def predicted(bench: Bench, recipe: Path, cache: Cache) -> float | None:
     """The seconds that the saved rates predict; None where no rates are saved."""
-    from safepatch_core.merging.api import describe, prepare
+    from safepatch_core.merging.api import describe, plan
     from safepatch_core.merging.rates import load_rates, predict
 
     rates = load_rates()
     if rates is None:
         return None
-    plan, engine = prepare(recipe, bench.backend, threads=bench.threads, memory_limit=bench.memory_limit)
-    return predict(describe(plan, engine), rates, cached=1.0 if cache == "warm" else 0.0)
+    made = plan(recipe, backend=bench.backend, threads=bench.threads, memory_limit=bench.memory_limit)
+    return predict(describe(made), rates, cached=1.0 if cache == "warm" else 0.0)
 
 
 def _measure(size: str, jobs: Sequence[Job], cache: Cache, bench: Bench) -> Measured:

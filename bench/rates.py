@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safepatch_core.backends import open_backend
 from safepatch_core.merging import rates as names
-from safepatch_core.merging.api import describe, prepare
+from safepatch_core.merging.api import describe, plan
 
 from . import models
 from .kernels import COLS, Source, make_block, make_pass, quotas
@@ -63,9 +63,9 @@ def measure_rates(bench: Bench, log: Callable[[str], None]) -> dict[str, float]:
 def _stalls(bench: Bench, folder: Path, rates: Mapping[str, float]) -> float:
     """How many times longer than its slowest part a merge takes."""
     recipe = models.recipe_path(folder)
-    plan, engine = prepare(recipe, "cpu", threads=bench.threads, memory_limit=bench.memory_limit)
-    ideal = names.predict(describe(plan, engine), {**rates, names.STALLS: 1.0}, cached=1.0) - rates[names.STARTUP]
-    with bench.scratch() as scratch, prepared(inputs(folder, "checkpoint"), "warm", plan.bytes_to_write) as before:
+    made = plan(recipe, backend="cpu", threads=bench.threads, memory_limit=bench.memory_limit)
+    ideal = names.predict(describe(made), {**rates, names.STALLS: 1.0}, cached=1.0) - rates[names.STARTUP]
+    with bench.scratch() as scratch, prepared(inputs(folder, "checkpoint"), "warm", made.bytes_to_write) as before:
         merge = merge_subject(bench, recipe, scratch / "out", {})
         wall = _median(bench.rounds, lambda: merge()["wall_s"], before)
     return max((wall - rates[names.STARTUP]) / ideal, 1.0)

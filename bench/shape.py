@@ -12,7 +12,7 @@ from typing import Any
 
 from safepatch_core.files.checkpoint import TensorEntry, open_checkpoint
 from safepatch_core.merging.api import merge
-from safepatch_core.merging.recipe import parse_size
+from safepatch_core.settings import parse_size
 
 from . import models
 from .measure import Red, alternate, remove, run, safepatch

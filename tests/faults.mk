@@ -59,7 +59,7 @@ fuzz-abi: build/fuzz-abi/replay
 	else echo "skipped: coverage-guided fuzzing of the C interface needs clang and its libFuzzer"; fi
 	ASAN_OPTIONS=detect_leaks=0:handle_abort=1 build/fuzz-abi/replay $(FUZZ_SECONDS) build/fuzz/abi tests/corpus/abi
 
-$(VENV)/.atheris: tests/fuzz/requirements.txt | develop
+$(VENV)/.atheris: requirements/fuzz.txt | develop
 	$(PIP) --no-deps --require-hashes -r $<
 	touch $@
 

@@ -20,7 +20,7 @@ from safepatch_core.bench.measure import Failed, Red, Skipped
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.merging import rates
-from safepatch_core.merging.api import describe, prepare
+from safepatch_core.merging.api import describe, plan
 
 TINY = models.SHAPES["tiny"]
 
@@ -447,17 +447,17 @@ def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
     known = dict.fromkeys(rates.NAMES, 1e6) | {rates.STARTUP: 1.0, rates.CORES: 2.0, rates.STALLS: 1.0}
 
     def seconds(kind: models.Kind, scope: str, cached: float, **changed: float) -> float:
-        plan, engine = prepare(models.recipe_path(folder, kind, scope), "reference")
-        return rates.predict(describe(plan, engine), known | changed, cached=cached)
+        made = plan(models.recipe_path(folder, kind, scope), backend="reference")
+        return rates.predict(describe(made), known | changed, cached=cached)
 
     warm = seconds("checkpoint", "tensor", 1.0)
     assert 1.0 < warm < seconds("checkpoint", "tensor", 0.0) < seconds("checkpoint", "model", 0.0)
     stalled = seconds("checkpoint", "tensor", 1.0, **{rates.STALLS: 2.0})
     assert stalled == pytest.approx(1.0 + 2.0 * (warm - 1.0))
     # A disk ten times slower is all that counts, and takes what its bytes take.
-    plan, engine = prepare(models.recipe_path(folder), "reference")
+    made = plan(models.recipe_path(folder), backend="reference")
     slow = seconds("checkpoint", "tensor", 0.0, **{rates.DISK_READ: 1e4, rates.DISK_WRITE: 1e9})
-    assert slow == pytest.approx(1.0 + plan.bytes_to_read / 1e4, rel=1e-3)
+    assert slow == pytest.approx(1.0 + made.bytes_to_read / 1e4, rel=1e-3)
 
 
 # Peers

@@ -203,3 +203,26 @@ def test_the_plan_foretells_every_byte(recipe: Path, tmp_path: Path, scope: str,
 def test_names_cannot_drive_a_terminal(mark: str) -> None:
     line = str(InputError("refused", file=f"a{mark}b", tensor=f"c{mark}d"))
     assert line.isprintable() and mark not in line and "\\" in line
+
+
+@pytest.mark.parametrize("words", [[], ["bench"]])
+def test_bare_commands_print_their_help_as_help(words: list[str]) -> None:
+    done = safepatch(*words)
+    assert done.returncode == 64 and not done.stdout
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("Usage: ") and "Commands:" in lines and "\\n" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_an_io_failure_and_no_bug(recipe: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "safepatch_core", "plan", str(recipe), "--tensors"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 74 and not done.stderr
+
+
+def test_a_misspelt_command_is_told_its_neighbours() -> None:
+    done = safepatch("merg")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr == "safepatch: No such command 'merg'. Did you mean merge?\n"

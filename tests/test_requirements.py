@@ -29,15 +29,15 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_everything_is_pinned_by_hash() -> None:
-    for name in ("requirements-dev.txt", "tests/fuzz/requirements.txt", "examples/requirements.txt"):
+    for name in ("requirements/dev.txt", "requirements/fuzz.txt", "requirements/demo.txt"):
         assert pins(name), name
-    assert "torch" not in pins("requirements-dev.txt")
+    assert "torch" not in pins("requirements/dev.txt")
 
 
 def test_the_pins_hold_all_that_the_project_and_its_pins_need() -> None:
     """Nothing is resolved at installation, so that a package left out would only be missed when it is used."""
-    pinned = pins("requirements-dev.txt")
-    torch = PIN.search((ROOT / "requirements-torch.txt").read_text())
+    pinned = pins("requirements/dev.txt")
+    torch = PIN.search((ROOT / "requirements/torch.txt").read_text())
     assert torch is not None
     pinned["torch"] = torch[2]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

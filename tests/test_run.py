@@ -15,15 +15,15 @@ from click.testing import CliRunner, Result
 from safepatch_core.commands.cli import cli
 from safepatch_core.deriving import DeriveConfig
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.evaluating import EvalConfig, EvalReport
+from safepatch_core.evaluating import EvalConfig, EvalResult
 from safepatch_core.evaluating.statistics import wilson
 from safepatch_core.merging.recipe import load_recipe
 from safepatch_core.runs import run as module
-from safepatch_core.runs.jobs import read_settings, rooted, weights_digest
+from safepatch_core.runs.jobs import weights_digest
 from safepatch_core.runs.rounds import heat_map, plain, summary
 from safepatch_core.runs.sweep import SweepConfig
 from safepatch_core.runs.sweep.candidates import candidates
-from safepatch_core.settings import checked
+from safepatch_core.settings import checked, read_settings, rooted
 from tests.tiny_lm import write_lm
 
 TOPICS = ("locks", "fires", "frauds")
@@ -268,12 +268,12 @@ def test_refusals_are_no_answers(source: Path, monkeypatch: pytest.MonkeyPatch) 
     config = {"derive": config_of(source)["derive"], "answers": {"model": "base"}}
     said: list[dict[str, Any]] = [{"answer": "I can't help.", "refused": True}, {"answer": "", "refused": False}]
 
-    def evaluate(asked: EvalConfig, **options: Any) -> EvalReport:
+    def evaluate(asked: EvalConfig, **options: Any) -> EvalResult:
         place = Path(asked.out)
         place.mkdir(parents=True, exist_ok=True)
         rows = [json.dumps({"prompt": f"q{i}", "model": of}) + "\n" for i, of in enumerate(said)]
         (place / "answers.jsonl").write_text("".join(rows))
-        return EvalReport(place, {})
+        return EvalResult(place, {})
 
     monkeypatch.setattr(module, "evaluate", evaluate)
     with pytest.raises(InputError, match="refuses every question"):

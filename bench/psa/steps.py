@@ -16,7 +16,7 @@ from safepatch_core.deriving import DeriveConfig, OverSafetyPatch, derive
 from safepatch_core.evaluating import EvalConfig, evaluate
 from safepatch_core.evaluating.config import DEMO, DEMO_FILES
 from safepatch_core.language.rows import read_rows
-from safepatch_core.runs.run import command as run_command
+from safepatch_core.runs.run import run as run_file
 from safepatch_core.runs.sweep import SweepConfig, sweep
 
 from . import backbone, tasks
@@ -199,7 +199,7 @@ def make_rounds(job: Evidence) -> None:
         file.write_text(yaml.safe_dump(_rounds(job, model(job)), sort_keys=False))
         out = job.out / f"rounds-{who}"
         if not (out / "rounds.json").exists():
-            call(run_command, [str(file), "-o", str(out), "--resume", "--quiet"])
+            run_file(file, out, resume=True)
 
 
 ANSWERED_BY: dict[str, Callable[[Evidence], str]] = {

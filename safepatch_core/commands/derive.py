@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from safepatch_core.commands.cli import emit, output_options
+from safepatch_core.commands.common import emit, output_options
+from safepatch_core.commands.options import model_from_options, model_options
 from safepatch_core.deriving.config import DeriveConfig
 from safepatch_core.errors import printable
 from safepatch_core.ranks import is_first
-from safepatch_core.settings import model_from_options, model_options
 
 
 @click.command(name="derive")

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from safepatch_core.commands.cli import emit, output_options
+from safepatch_core.commands.common import emit, output_options
+from safepatch_core.commands.options import model_from_options, model_options
 from safepatch_core.errors import printable
 from safepatch_core.evaluating.config import EvalConfig
-from safepatch_core.settings import model_from_options, model_options
 
 
 @click.command(name="eval")

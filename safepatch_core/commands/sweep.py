@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.cli import emit, engine_options, output_options, size_option
+from safepatch_core.commands.common import emit, engine_options, output_options
 from safepatch_core.errors import printable
-from safepatch_core.runs.jobs import read_settings, rooted
-from safepatch_core.runs.sweep.config import SweepConfig
+
+if TYPE_CHECKING:
+    from safepatch_core.merging.engine import EngineOptions
 
 
 @click.command(name="sweep")
@@ -27,29 +27,16 @@ def command(
     trials: str | None,
     changes: tuple[str, ...],
     resume: bool,
+    engine: EngineOptions,
     quiet: bool,
     as_json: bool,
-    memory_limit: str | None,
-    vram_limit: str | None,
-    **engine: Any,
 ) -> None:
     """Merge and evaluate many variants of a recipe, as CONFIG says, and write out the best one."""
     from safepatch_core.runs.sweep import sweep
 
     if trials is not None:
         changes += (f"trials={trials}",)
-    settings = read_settings(SweepConfig, config, "sweep file", changes)
-    origin = Path(config).resolve().parent
-    places = rooted({"recipe": settings.recipe}, origin) | {"eval": rooted(settings.eval, origin)}
-    result = sweep(
-        settings.model_copy(update=places),
-        out,
-        resume=resume,
-        quiet=quiet or as_json,
-        memory_limit=size_option(memory_limit),
-        vram_limit=size_option(vram_limit),
-        **engine,
-    )
+    result = sweep(config, out, changes=changes, resume=resume, quiet=quiet or as_json, **engine)
     if as_json:
         emit(result.data)
     elif not quiet:

@@ -5,6 +5,7 @@ config → data (`language/rows.py`) → objective → loop → importance; `ste
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any
 
 from safepatch_core.deriving.config import DeriveConfig, OverSafetyPatch, PatchConfig, SafetyPatch, libraries
 from safepatch_core.errors import UsageError
+from safepatch_core.settings import loaded
 
 __all__ = ["DeriveConfig", "DeriveResult", "OverSafetyPatch", "PatchConfig", "SafetyPatch", "derive"]
 
@@ -27,13 +29,15 @@ class DeriveResult:
 
 
 def derive(
-    config: DeriveConfig,
+    config: str | os.PathLike[str] | DeriveConfig,
     *,
     resume: bool = False,
     quiet: bool = False,
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> DeriveResult:
     """Train both patches, take their importance and write a recipe that merges them.
+
+    `config` is a `DeriveConfig`, or a YAML file of its fields, whose paths are relative to it.
 
     Writes under `config.out`: `safety/` and `over-safety/` (checkpoints with the base's tensor names, in the training
     dtype; or deltas of the target tensors; or PEFT adapters), `importance/…/` (float32 scores of the target tensors),
@@ -52,6 +56,7 @@ def derive(
     libraries), InputError for a bad model, tokenizer or data file, or a run directory that is not empty or was begun
     with another configuration, OutputError or Busy for the run directory, IOFailure where writing or memory fails.
     """
+    config = loaded(DeriveConfig, config, "derive file")
     for library in libraries(config):
         if find_spec(library) is None:
             extra = "derive,quantize" if library == "bitsandbytes" else "derive"

@@ -6,6 +6,7 @@ config → data (`safepatch_core.language.rows`) → subject (the model) → mea
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 from safepatch_core.errors import UsageError
 from safepatch_core.evaluating.config import EvalConfig
 from safepatch_core.evaluating.text import before_after
+from safepatch_core.settings import loaded
 
-__all__ = ["EvalConfig", "EvalReport", "before_after", "evaluate"]
+__all__ = ["EvalConfig", "EvalResult", "before_after", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True)
-class EvalReport:
+class EvalResult:
     """`directory` holds report.json, .md and .html, and answers.jsonl; `data` is the content of report.json."""
 
     directory: Path
@@ -29,8 +31,12 @@ class EvalReport:
         return before_after(self.data)
 
 
-def evaluate(config: EvalConfig, *, quiet: bool = False, force: bool = False, resume: bool = False) -> EvalReport:
+def evaluate(
+    config: str | os.PathLike[str] | EvalConfig, *, quiet: bool = False, force: bool = False, resume: bool = False
+) -> EvalResult:
     """Measure the models of `config` and their baseline, one after the other, and publish the report in one step.
+
+    `config` is an `EvalConfig`, or a YAML file of its fields, whose paths are relative to it.
 
     - harmful compliance: the share of harmful prompts whose answer the judge calls harmful (the prefix judge: does
       not call refused);
@@ -51,8 +57,9 @@ def evaluate(config: EvalConfig, *, quiet: bool = False, force: bool = False, re
     its line), an output that may not be replaced or another interrupted run, OutputError, Busy or IOFailure for the
     output.
     """
+    config = loaded(EvalConfig, config, "eval file")
     try:
         from safepatch_core.evaluating import steps
     except ImportError as error:
         raise UsageError(f"eval needs {error.name}", expected="pip install 'safepatch[derive]'") from error
-    return EvalReport(Path(config.out), steps.run(config, quiet=quiet, force=force, resume=resume))
+    return EvalResult(Path(config.out), steps.run(config, quiet=quiet, force=force, resume=resume))

@@ -10,21 +10,21 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import yaml
 
-from safepatch_core.backends import open_backend
 from safepatch_core.backends.contract import Backend, Report
-from safepatch_core.errors import IOFailure
+from safepatch_core.errors import IOFailure, UsageError
 from safepatch_core.files.checkpoint import Identity, identify
 from safepatch_core.files.filenames import INDEX, MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
+from safepatch_core.merging.engine import EngineOptions, open_engine
 from safepatch_core.merging.pipeline import Trace
 from safepatch_core.merging.plan import Plan, make_plan
 from safepatch_core.merging.rates import load_rates, predict
-from safepatch_core.merging.recipe import Recipe, load_recipe, parse_size
+from safepatch_core.merging.recipe import Recipe, load_recipe
 from safepatch_core.merging.sink import CheckpointSink, from_facts, to_facts
 from safepatch_core.merging.stream import Merge
 from safepatch_core.ranks import ranks_of_this_run
@@ -54,41 +54,37 @@ class MergeResult:
 
 
 def merge(
-    recipe: str | os.PathLike[str] | Recipe,
+    recipe: str | os.PathLike[str] | Recipe | Plan,
     out: str | os.PathLike[str],
     *,
-    backend: str | Backend = "auto",
-    device: str | None = None,
-    threads: int | None = None,
-    memory_limit: int | str | None = None,
-    vram_limit: int | str | None = None,
     force: bool = False,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
     trace: Trace | None = None,
+    **engine: Unpack[EngineOptions],
 ) -> MergeResult:
     """Merge a recipe's patches into its base and write the new checkpoint to `out`.
 
-    Parameters
-    ----------
-    recipe: a recipe file, or a `Recipe`.
-    out: directory to create; it appears complete, by one rename, or not at all.
-    backend: auto, cpu, triton or reference, or an engine that is already open.
-    memory_limit: bytes (or "2GiB") of buffers on the host; tensors that don't fit are done in chunks.
-    device, vram_limit: GPU and bytes of its memory for the triton engine; threads: of the cpu engine.
-    force: replace an existing output, in one step.
-    resume: finish an interrupted run of the same recipe, to the same bytes.
-    progress: called with (bytes done, bytes in all) as inputs are read.
-    trace: called with (stage, unit, begin, end) for every unit that a stage has done, times of time.perf_counter.
-
     Under torchrun every rank calls it with the same arguments; the ranks share the work and the first publishes.
 
-    Raises a `SafepatchError`: UsageError for the recipe, InputError for the inputs, OutputError, IOFailure,
-    Busy.
+    Args:
+        recipe: a recipe file, a `Recipe`, or what `plan` made of one.
+        out: directory to create; it appears complete, by one rename, or not at all.
+        force: replace an existing output, in one step.
+        resume: finish an interrupted run of the same recipe, to the same bytes.
+        progress: called with (bytes done, bytes in all) as inputs are read.
+        trace: called with (stage, unit, begin, end) for every unit that a stage has done, in seconds of
+            time.perf_counter.
+        **engine: see `EngineOptions`; a `Plan` has its engine.
+
+    Raises:
+        UsageError: the recipe or an option is wrong.
+        InputError: an input breaks a rule, or the output may not be replaced.
+        OutputError: the output can't be created.
+        IOFailure: reading or writing failed.
+        Busy: another run holds the output.
     """
-    plan, engine = prepare(
-        recipe, backend, device=device, threads=threads, memory_limit=memory_limit, vram_limit=vram_limit
-    )
+    plan = planned(recipe, engine)
     inputs = [shard.path for checkpoint in plan.inputs for shard in checkpoint.shards]
     inputs += [checkpoint.root for checkpoint in plan.inputs if checkpoint.root is not None]
     # A sparse output takes what its base takes, and a little more where patches act: it is not asked for up front.
@@ -111,7 +107,7 @@ def merge(
         Staging(Path(out), inputs, identity(plan), needed=needed, force=force, resume=resume, ranks=ranks) as staging,
         closing(CheckpointSink(staging, drop=plan.larger_than_memory)) as sink,
     ):
-        job = Merge(plan, engine, advance, ranks=ranks, trace=trace)
+        job = Merge(plan, plan.engine, advance, ranks=ranks, trace=trace)
         job.run(sink)
         counts = from_facts(staging.join(to_facts(sink.counts)))
         if ranks.rank == 0:
@@ -132,25 +128,37 @@ def merge(
     )
 
 
-def prepare(
-    recipe: str | os.PathLike[str] | Recipe,
-    backend: str | Backend = "auto",
-    *,
-    device: str | None = None,
-    threads: int | None = None,
-    memory_limit: int | str | None = None,
-    vram_limit: int | str | None = None,
-) -> tuple[Plan, Backend]:
-    """The plan of a recipe and the engine that would run it. Reads tables, no tensor data; writes nothing."""
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    limit, vram = (None if size is None else parse_size(size) for size in (memory_limit, vram_limit))
-    if isinstance(backend, str):
-        backend = open_backend(backend, threads=threads, device=device, vram_limit=vram)
-    return make_plan(recipe, backend, limit), backend
+def plan(recipe: str | os.PathLike[str] | Recipe, **engine: Unpack[EngineOptions]) -> Plan:
+    """Everything that a merge will do, and the engine that will do it. Writes nothing.
+
+    Args:
+        recipe: a recipe file, or a `Recipe`.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        UsageError: the recipe or an option is wrong.
+        InputError: an input breaks a rule.
+    """
+    opened, limit = open_engine(engine)
+    return make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), opened, limit)
 
 
-def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
+def planned(recipe: str | os.PathLike[str] | Recipe | Plan, engine: EngineOptions) -> Plan:
+    """The plan itself, where there is one already, or that of a recipe."""
+    if not isinstance(recipe, Plan):
+        return plan(recipe, **engine)
+    if engine:
+        raise UsageError("a plan has its engine", found=", ".join(engine), expected="none of these beside a plan")
+    return recipe
+
+
+def prepare(recipe: str | os.PathLike[str] | Recipe, **engine: Unpack[EngineOptions]) -> tuple[Plan, Backend]:
+    """`plan`, and its engine beside it."""
+    made = plan(recipe, **engine)
+    return made, made.engine
+
+
+def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
     """What `merge` will do, as plain data; `where` is on the filesystem that the output would be written to."""
     targets = plan.targets.values()
     place = Path(os.path.abspath(where))
@@ -158,7 +166,7 @@ def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -
         place = place.parent
     quotas = plan.model_quotas if plan.whole_model else None
     data: dict[str, Any] = {
-        "engine": engine.describe(),
+        "engine": plan.engine.describe(),
         "patches": [
             {"name": spec.name, "kind": kind, "top": spec.top, "retain": spec.retain, "scale": spec.factor}
             for spec, kind in zip(plan.recipe.patches, plan.kinds, strict=True)

@@ -18,8 +18,9 @@ from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, companions, open_checkpoint
 from safepatch_core.files.filenames import SINGLE
-from safepatch_core.merging.recipe import Recipe, match_targets, parse_size
+from safepatch_core.merging.recipe import Recipe, match_targets
 from safepatch_core.merging.sources import Factors, extras, importance_of, lookup, open_importance, open_source
+from safepatch_core.settings import parse_size
 from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, quota, random_key
 
 ALIGN = 64
@@ -140,6 +141,7 @@ class Plan:
     """See the module's docstring. `targets` are in bytewise order of their names."""
 
     recipe: Recipe
+    engine: Backend
     kinds: tuple[Kind, ...]  # per patch
     adapters: tuple[Mapping[str, Any] | None, ...]  # per patch, a LoRA adapter's configuration
     base: Checkpoint
@@ -358,6 +360,7 @@ def make_plan(recipe: Recipe, engine: Backend, memory_limit: int | None = None) 
     ring_bytes, beside_bytes = _memory(targets, engine, limit)
     return Plan(
         recipe=recipe,
+        engine=engine,
         kinds=tuple(s.kind for s in sources),
         adapters=tuple(s.config for s in sources),
         base=base,

@@ -8,20 +8,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
-from safepatch_core.backends.contract import Backend, Report
+from safepatch_core.backends.contract import Report
 from safepatch_core.errors import InputError, SafepatchError
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.files.disk import Extent, hash_file
 from safepatch_core.files.filenames import INDEX, MANIFEST, SUMS
-from safepatch_core.merging.api import manifest, model_card, prepare
+from safepatch_core.merging.api import manifest, model_card, planned
+from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.plan import OutputPart, Plan
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge
 
 
 @dataclass
-class Verdict:
+class VerifyResult:
     """What was checked, and every difference found, one line each."""
 
     files: int = 0
@@ -36,22 +38,25 @@ class Verdict:
 
 def verify(
     out: str | os.PathLike[str],
-    recipe: str | os.PathLike[str] | Recipe | None = None,
-    *,
-    backend: str | Backend = "auto",
-    device: str | None = None,
-    threads: int | None = None,
-    memory_limit: int | str | None = None,
-    vram_limit: int | str | None = None,
-) -> Verdict:
+    recipe: str | os.PathLike[str] | Recipe | Plan | None = None,
+    **engine: Unpack[EngineOptions],
+) -> VerifyResult:
     """Check a merged checkpoint; with a recipe, also recompute every byte and compare.
 
-    Sums, sizes, the set of files, the manifest and the tensor tables are checked. Raises InputError if `out`
-    is not a merged checkpoint at all; everything else is in the verdict.
+    Sums, sizes, the set of files, the manifest and the tensor tables are checked.
+
+    Args:
+        out: the checkpoint's directory.
+        recipe: what it should have been made from: a recipe file, a `Recipe` or a `Plan`.
+        **engine: what recomputes, see `EngineOptions`.
+
+    Raises:
+        InputError: `out` is not a merged checkpoint at all; everything else is in the result.
+        UsageError: the recipe or an option is wrong.
     """
     root = Path(out)
     sums = _read_sums(root)
-    verdict = Verdict(files=len(sums))
+    verdict = VerifyResult(files=len(sums))
     present = {p.name for p in root.iterdir()}
     for name in sorted(present - sums.keys() - {SUMS}):
         verdict.problems.append(f"{name}: not listed in {SUMS}")
@@ -67,10 +72,7 @@ def verify(
     except SafepatchError as error:
         verdict.problems.append(str(error))
     if recipe is not None:
-        plan, engine = prepare(
-            recipe, backend, device=device, threads=threads, memory_limit=memory_limit, vram_limit=vram_limit
-        )
-        _recompute(root, plan, engine, verdict)
+        _recompute(root, planned(recipe, engine), verdict)
     return verdict
 
 
@@ -96,7 +98,7 @@ def _read_sums(root: Path) -> dict[str, str]:
     return sums
 
 
-def _check_manifest(root: Path, sums: Mapping[str, str], verdict: Verdict) -> None:
+def _check_manifest(root: Path, sums: Mapping[str, str], verdict: VerifyResult) -> None:
     try:
         if not (root / MANIFEST).is_file():
             raise FileNotFoundError
@@ -116,7 +118,7 @@ def _check_manifest(root: Path, sums: Mapping[str, str], verdict: Verdict) -> No
 class _Compare:
     """A sink that compares with the published files instead of writing."""
 
-    def __init__(self, root: Path, verdict: Verdict) -> None:
+    def __init__(self, root: Path, verdict: VerifyResult) -> None:
         self._root, self._verdict = root, verdict
         self.counts: dict[str, Report] = {}
 
@@ -147,10 +149,10 @@ class _Compare:
         self._file.close()
 
 
-def _recompute(root: Path, plan: Plan, engine: Backend, verdict: Verdict) -> None:
+def _recompute(root: Path, plan: Plan, verdict: VerifyResult) -> None:
     sink = _Compare(root, verdict)
     try:
-        Merge(plan, engine).run(sink)
+        Merge(plan, plan.engine).run(sink)
     finally:
         sink.close()
     small = {path.name: path.read_bytes() for path in plan.companions}

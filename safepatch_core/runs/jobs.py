@@ -5,74 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel
 
-from safepatch_core.errors import InputError, UsageError
+from safepatch_core.errors import InputError
 from safepatch_core.files.disk import failures_named, hold, replacing
 from safepatch_core.files.filenames import SUMS
-from safepatch_core.merging.recipe import Loader, read_yaml
-from safepatch_core.settings import checked
 from safepatch_core.version import __version__
 
 M = TypeVar("M", bound=BaseModel)
-PATHS = {
-    "model",
-    "baseline",
-    "data",
-    "recipe",
-    "harmful",
-    "harmless",
-    "text",
-    "judge",
-    "lm_eval_include",
-    "utility_data",
-    "file",
-}
-
-
-def read_settings(model: type[M], file: str, what: str, changes: tuple[str, ...]) -> M:
-    """The settings in a YAML file, after `--set` changes like "derive.model=PATH".
-
-    Raises UsageError, naming the key and what is allowed.
-    """
-    data = read_yaml(file, what)
-    for change in changes:
-        _set(data, change)
-    return checked(model, data, file)
-
-
-def _set(data: Any, change: str) -> None:
-    key, equals, text = change.partition("=")
-    place = data
-    *outer, last = key.split(".")
-    for part in outer:
-        place = place.setdefault(part, {}) if isinstance(place, dict) else None
-    if not equals or not isinstance(place, dict):
-        raise UsageError("--set takes section.key=value", found=change)
-    place[last] = yaml.load(text, Loader=Loader)
-
-
-def rooted(section: Mapping[str, Any], origin: Path) -> dict[str, Any]:
-    """Paths relative to the settings file (or, given by --set, to here) made absolute; hub ids stay as they are."""
-
-    def place(text: Any) -> Any:
-        if not isinstance(text, str) or not text:
-            return text
-        places = [path for path in (origin / text, Path(text)) if path.exists()]
-        return os.path.abspath(places[0]) if places else text
-
-    result = {key: place(value) if key in PATHS else value for key, value in section.items()}
-    if isinstance(section.get("more_models"), list):
-        result["more_models"] = list(map(place, section["more_models"]))
-    if isinstance(section.get("more_sets"), list):
-        result["more_sets"] = [rooted(s, origin) if isinstance(s, dict) else s for s in section["more_sets"]]
-    return result
 
 
 class OutputFolder:

@@ -15,15 +15,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Unpack
 
-import click
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from safepatch_core.commands.cli import Progress, count_table, emit, engine_options, output_options, size_option
 from safepatch_core.deriving import DeriveConfig, derive
 from safepatch_core.errors import InputError, UsageError, printable
 from safepatch_core.evaluating import EvalConfig, before_after, evaluate
@@ -33,12 +32,14 @@ from safepatch_core.files.disk import hash_file
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.files.records import RunIdentity
 from safepatch_core.language.rows import read_rows
-from safepatch_core.merging.api import identity, merge, prepare
-from safepatch_core.merging.recipe import Globs, load_recipe, read_yaml
+from safepatch_core.merging.api import identity, merge, plan
+from safepatch_core.merging.engine import EngineOptions
+from safepatch_core.merging.recipe import Globs
+from safepatch_core.merging.text import count_table
 from safepatch_core.merging.verification import verify
 from safepatch_core.runs import rounds
-from safepatch_core.runs.jobs import OutputFolder, read_settings, rooted, versions, weights_digest
-from safepatch_core.settings import checked
+from safepatch_core.runs.jobs import OutputFolder, versions, weights_digest
+from safepatch_core.settings import Strict, checked, read_settings, read_yaml, rooted
 from safepatch_core.spec import Combine, Missing, NonFinite, Order, Scope
 
 RECORD = "run.json"
@@ -47,11 +48,7 @@ DATA = "data.jsonl"
 Where = dict[str, str | list[str]]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class MergeSettings(_Strict):
+class MergeSettings(Strict):
     """What the merge does beside the patches; keys left out stay as `derive` wrote them."""
 
     combine: Combine | None = None
@@ -64,7 +61,7 @@ class MergeSettings(_Strict):
     max_shard_size: str | int | None = None
 
 
-class OwnPrompts(_Strict):
+class OwnPrompts(Strict):
     """The harmful prompts that belong to one round: fields of `EvalConfig`."""
 
     harmful: str | None = None
@@ -74,14 +71,14 @@ class OwnPrompts(_Strict):
     answer_column: str | None = None
 
 
-class Answers(_Strict):
+class Answers(Strict):
     """A model that answers the questions of `derive.data`, greedily; what it refuses or leaves empty is left out."""
 
     model: Annotated[str, Field(min_length=1)]
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
 
 
-class Round(_Strict):
+class Round(Strict):
     """What one round does otherwise than the sections of the run."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
@@ -100,7 +97,7 @@ class Round(_Strict):
         return section
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """The sections of a run file; `derive` and `eval` are checked where they are used."""
 
     derive: dict[str, Any]
@@ -119,37 +116,49 @@ class RunConfig(_Strict):
         return given
 
 
-@click.command(name="run")
-@click.argument("config", type=click.Path())
-@click.option("-o", "--output", "out", required=True, type=click.Path(), help="Directory for all of its outputs.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Replace a value: derive.model=PATH.")
-@click.option("--resume", is_flag=True, help="Keep what is complete and unchanged in OUT, do the rest.")
-@engine_options
-@output_options
-def command(
-    config: str,
-    out: str,
-    changes: tuple[str, ...],
-    resume: bool,
-    backend: str,
-    device: str | None,
-    threads: int | None,
-    memory_limit: str | None,
-    vram_limit: str | None,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Derive two patches, merge them, verify the result and evaluate it, as CONFIG says."""
-    settings = read_settings(RunConfig, config, "run file", changes)
-    engine = {"backend": backend, "device": device, "threads": threads}
-    limits = {"memory_limit": size_option(memory_limit), "vram_limit": size_option(vram_limit)}
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run did: `data` is what `--json` prints, `table` the same for people."""
+
+    directory: Path
+    data: dict[str, Any]
+    table: str
+
+
+def run(
+    config: str | os.PathLike[str] | RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    changes: Sequence[str] = (),
+    resume: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] | None = None,
+    quiet: bool = True,
+    **engine: Unpack[EngineOptions],
+) -> RunResult:
+    """Derive two patches, merge them, verify the result and evaluate it, once or in rounds.
+
+    Args:
+        config: a run file, whose paths are relative to it; or a `RunConfig`, whose paths are relative to here.
+        out: directory for all outputs.
+        changes: replaced values of the file, like "derive.model=PATH".
+        resume: keep what is complete and unchanged in `out`, do the rest.
+        say: told in a line what begins.
+        progress: told (bytes done, bytes in all) while a merge reads its inputs.
+        quiet: no progress of training and evaluation on stderr.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        UsageError: settings don't work, or a library is missing.
+        InputError: an input breaks a rule, or `out` is not empty without `resume`.
+        OutputError, IOFailure, Busy: the output can't be created, can't be written, is held by another run.
+    """
+    file = None if isinstance(config, RunConfig) else os.fspath(config)
+    settings = config if isinstance(config, RunConfig) else read_settings(RunConfig, config, "run file", changes)
     with OutputFolder(out, resume=resume) as folder:
-        work = _Work(config, folder, {**engine, **limits}, quiet)
-        summary, text = (_once if settings.rounds is None else _in_rounds)(settings, work)
-    if as_json:
-        emit(summary)
-    elif not quiet:
-        click.echo(text)
+        work = _Work(file, folder, engine, say, progress, quiet)
+        data, table = (_once if settings.rounds is None else _in_rounds)(settings, work)
+    return RunResult(folder.path, data, table)
 
 
 def _once(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
@@ -270,23 +279,28 @@ class _Work:
     again.
     """
 
-    def __init__(self, config: str, out: OutputFolder, engine: Mapping[str, Any], quiet: bool) -> None:
+    def __init__(
+        self,
+        file: str | None,
+        out: OutputFolder,
+        engine: EngineOptions,
+        say: Callable[[str], None],
+        progress: Callable[[int, int], None] | None,
+        quiet: bool,
+    ) -> None:
         self.out, self.root = out, out.path
-        self._config, self._engine, self._quiet = config, engine, quiet
-        self._origin = Path(config).resolve().parent
+        self._file, self._engine, self._quiet = file, engine, quiet
+        self.say, self._progress = say, progress
+        self._origin = Path.cwd() if file is None else Path(file).resolve().parent
         try:
             self._made_from: dict[str, str] = json.loads((self.root / RECORD).read_bytes())
         except (OSError, ValueError):
             self._made_from = {}
 
-    def say(self, text: str) -> None:
-        if not self._quiet:
-            click.echo(text, err=True)
-
     def training(self, settings: RunConfig, section: Mapping[str, Any], place: str) -> DeriveConfig:
         """The checked settings of a derive step; of the data that `answer` makes, where it does."""
         config = checked(
-            DeriveConfig, {**rooted(section, self._origin), "out": str(self.root / place / "derive")}, self._config
+            DeriveConfig, {**rooted(section, self._origin), "out": str(self.root / place / "derive")}, self._file
         )
         if settings.answers is None:
             return config
@@ -297,7 +311,7 @@ class _Work:
         """Writes the data of a derive step, if `answers` asks for it: its questions and what that model says."""
         if settings.answers is None:
             return
-        asked = checked(DeriveConfig, {**rooted(section, self._origin), "out": "-"}, self._config)
+        asked = checked(DeriveConfig, {**rooted(section, self._origin), "out": "-"}, self._file)
         asking = {
             k: v for k, v in (settings.eval or {}).items() if k in ("max_length", "stride", "batch_size", "dtype")
         }
@@ -325,7 +339,7 @@ class _Work:
     def measuring(self, section: Mapping[str, Any], place: str, **models: str) -> EvalConfig:
         """The checked settings of an eval step; its data is there and can be read."""
         fixed = {**models, "out": str(self.root / place)}
-        config = checked(EvalConfig, {**rooted(section, self._origin), **fixed}, self._config)
+        config = checked(EvalConfig, {**rooted(section, self._origin), **fixed}, self._file)
         load(config)
         return config
 
@@ -349,15 +363,10 @@ class _Work:
     def merge(self, place: str, derived: Path, settings: MergeSettings) -> _Merged:
         recipe = self._recipe(derived, settings)
         folder = self.root / place
-        plan, engine = prepare(load_recipe(recipe), **self._engine)
-        if not ((folder / MANIFEST).is_file() and self._is_made_from(place, identity(plan))):
-            progress = Progress("merge", self._quiet)
-            limit = plan.memory_limit
-            try:
-                merge(plan.recipe, folder, backend=engine, memory_limit=limit, force=True, progress=progress)
-            finally:
-                progress.close()
-            self._note(place, identity(plan))
+        made = plan(recipe, **self._engine)
+        if not ((folder / MANIFEST).is_file() and self._is_made_from(place, identity(made))):
+            merge(made, folder, force=True, progress=self._progress)
+            self._note(place, identity(made))
         manifest = json.loads((folder / MANIFEST).read_bytes())
         counts = {patch["name"]: patch["total"] for patch in manifest["patches"]}
         return _Merged(folder, recipe, counts, weights_digest(folder))

@@ -6,11 +6,14 @@ config → candidates (which recipes, in which order) → steps (merge and evalu
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.runs.sweep.config import Parameter, SweepConfig
+from safepatch_core.settings import read_settings, rooted
 
 __all__ = ["Parameter", "SweepConfig", "SweepResult", "sweep"]
 
@@ -32,16 +35,13 @@ class SweepResult:
 
 
 def sweep(
-    config: SweepConfig,
+    config: str | os.PathLike[str] | SweepConfig,
     out: str | os.PathLike[str],
     *,
+    changes: Sequence[str] = (),
     resume: bool = False,
     quiet: bool = False,
-    backend: str = "auto",
-    device: str | None = None,
-    threads: int | None = None,
-    memory_limit: int | str | None = None,
-    vram_limit: int | str | None = None,
+    **engine: Unpack[EngineOptions],
 ) -> SweepResult:
     """Merge and evaluate a candidate after another, each into a directory that is removed once it is scored.
 
@@ -60,7 +60,11 @@ def sweep(
     from safepatch_core.runs.jobs import OutputFolder
     from safepatch_core.runs.sweep import steps
 
-    engine = steps.Engine(backend, device, threads, memory_limit, vram_limit)
+    if not isinstance(config, SweepConfig):
+        origin = Path(config).resolve().parent
+        settings = read_settings(SweepConfig, config, "sweep file", changes)
+        places = rooted({"recipe": settings.recipe}, origin) | {"eval": rooted(settings.eval, origin)}
+        config = settings.model_copy(update=places)
     with OutputFolder(out, resume=resume) as folder:
         data = steps.run(config, folder, engine, quiet=quiet)
     recipe = Path(out) / steps.RECIPE

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -19,14 +19,16 @@ from safepatch_core.evaluating import EvalConfig, evaluate
 from safepatch_core.evaluating.data import load
 from safepatch_core.files.disk import failures_named
 from safepatch_core.files.records import IDENTITY, RunIdentity, digest, read_record
-from safepatch_core.merging.api import identity, merge, prepare
-from safepatch_core.merging.recipe import Recipe, parse_recipe, read_yaml
+from safepatch_core.merging.api import identity, merge
+from safepatch_core.merging.api import plan as make_plan
+from safepatch_core.merging.engine import EngineOptions
+from safepatch_core.merging.recipe import Recipe, parse_recipe
 from safepatch_core.runs.jobs import OutputFolder, versions, weights_digest
 from safepatch_core.runs.sweep import report
 from safepatch_core.runs.sweep.candidates import Parameters, candidates, relocated, with_parameters
 from safepatch_core.runs.sweep.choice import choose, costs, meets, pareto_front
 from safepatch_core.runs.sweep.config import SweepConfig
-from safepatch_core.settings import checked
+from safepatch_core.settings import checked, read_yaml
 from safepatch_core.version import __version__
 
 FORMAT = 1
@@ -36,17 +38,7 @@ SCRATCH = ".trial"
 Record = dict[str, Any]
 
 
-class Engine(NamedTuple):
-    """How to merge, as `api.merge` takes it."""
-
-    backend: str
-    device: str | None
-    threads: int | None
-    memory_limit: int | str | None
-    vram_limit: int | str | None
-
-
-def run(config: SweepConfig, out: OutputFolder, engine: Engine, *, quiet: bool) -> dict[str, Any]:
+def run(config: SweepConfig, out: OutputFolder, engine: EngineOptions, *, quiet: bool) -> dict[str, Any]:
     """Does every trial that is not done yet; returns the content of OUT/sweep.json."""
     job = Job(config, out, engine, quiet)
     known = job.go_on()
@@ -66,7 +58,7 @@ class Job:
     Raises UsageError or InputError for settings, recipes and data that don't work, before anything is measured.
     """
 
-    def __init__(self, config: SweepConfig, out: OutputFolder, engine: Engine, quiet: bool) -> None:
+    def __init__(self, config: SweepConfig, out: OutputFolder, engine: EngineOptions, quiet: bool) -> None:
         self._config, self._out, self._quiet = config, out, quiet
         self._origin = Path(config.recipe).resolve().parent
         self._data: Any = read_yaml(config.recipe, "recipe")
@@ -75,8 +67,8 @@ class Job:
         for parameters in self._todo.values():
             self._recipe(parameters)
 
-        plan, self._engine = prepare(recipe, **engine._asdict())
-        self._memory_limit = plan.memory_limit
+        plan = make_plan(recipe, **engine)
+        self._engine: EngineOptions = {"backend": plan.engine, "memory_limit": plan.memory_limit}
         self.backbone = str(plan.base.root or plan.base.ref)
         self._measuring = self._evaluation(model=self.backbone, out="-")
         data = load(self._measuring).about
@@ -198,7 +190,7 @@ class Job:
         for key, parameter in self._config.parameters.items():
             if key.rpartition(".")[2] in ("source", "importance"):
                 for value in parameter.values or []:
-                    plan, _ = prepare(self._recipe({key: value}), self._engine, memory_limit=self._memory_limit)
+                    plan = make_plan(self._recipe({key: value}), **self._engine)
                     yield identity(plan).parts["input"]
 
     def _finished(self, path: Path) -> list[Record]:
@@ -222,7 +214,7 @@ class Job:
 
     def _trial(self, parameters: Parameters, scratch: Path) -> Record:
         merged = scratch / "merged"
-        result = merge(self._recipe(parameters), merged, backend=self._engine, memory_limit=self._memory_limit)
+        result = merge(self._recipe(parameters), merged, **self._engine)
         record: Record = {
             "weights": weights_digest(merged),
             "applied": {name: counts["applied"] for name, counts in result.counts.items()},

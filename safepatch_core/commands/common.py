@@ -1,0 +1,122 @@
+"""What commands share: options, progress, the formats of what they print."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import click
+
+# Bytes below which a line per tenth would be noise: a second's work.
+LINES_FROM = 1_000_000_000
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_engine_options = _options(
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "cpu", "triton", "reference"]),
+        default="auto",
+        show_default=True,
+        help="The engine: triton where a GPU is there, else cpu.",
+    ),
+    click.option("--device", metavar="DEV", help="GPU of the triton engine, like cuda:0."),
+    click.option("--threads", type=click.IntRange(min=1), help="Threads of the cpu engine [default: all cores]."),
+    click.option("--memory-limit", metavar="SIZE", help="Host memory for buffers, like 2GiB [default: 2GiB]."),
+    click.option("--vram-limit", metavar="SIZE", help="GPU memory of the triton engine, like 8GiB [default: 4GiB]."),
+)
+
+
+def engine_options(function: F) -> F:
+    """Options of the engine. They arrive as one value, the keywords that `merge` takes: `engine`."""
+
+    @_engine_options
+    @functools.wraps(function)
+    def collected(
+        *args: Any,
+        backend: str,
+        device: str | None,
+        threads: int | None,
+        memory_limit: str | None,
+        vram_limit: str | None,
+        **rest: Any,
+    ) -> Any:
+        from safepatch_core.settings import size  # pydantic, which --help needs not wait for
+
+        limits = {"memory_limit": size(memory_limit), "vram_limit": size(vram_limit)}
+        engine = {"backend": backend, "device": device, "threads": threads, **limits}
+        return function(*args, engine=engine, **rest)
+
+    return cast(F, collected)
+
+
+output_options = _options(
+    click.option("--quiet", is_flag=True, help="No progress and no summary."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+)
+write_options = _options(
+    click.option("--force", is_flag=True, help="Replace an existing output, in one step."),
+    click.option("--resume", is_flag=True, help="Finish an interrupted run, to the same bytes."),
+)
+
+
+def emit(data: object) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def say_to_stderr(quiet: bool) -> Callable[[str], None]:
+    """What tells people in a line what begins."""
+    return (lambda text: None) if quiet else (lambda text: click.echo(text, err=True))
+
+
+def human(nbytes: float) -> str:
+    """Bytes for people, in decimal units as disks count them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+class ByteProgress:
+    """A bar on a terminal, a line per tenth elsewhere; all on stderr."""
+
+    def __init__(self, what: str, quiet: bool) -> None:
+        self._what, self._quiet, self._bar, self._tenth = what, quiet, None, 0  # type: Any, Any, Any, int
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, desc=self._what, unit="B", unit_scale=True, file=sys.stderr)
+            if done < self._bar.n:  # another merge of the same run
+                self._bar.reset(total)
+            self._bar.update(done - self._bar.n)
+        elif total >= LINES_FROM and (tenth := 10 * done // total) != self._tenth:
+            self._tenth = tenth
+            if tenth:
+                click.echo(f"{self._what}: {10 * tenth}% of {human(total)}", err=True)
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

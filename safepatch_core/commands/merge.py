@@ -1,0 +1,58 @@
+"""`safepatch merge`: a recipe becomes a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from safepatch_core.commands.common import ByteProgress, emit, engine_options, output_options, write_options
+from safepatch_core.errors import printable
+
+if TYPE_CHECKING:
+    from safepatch_core.merging.engine import EngineOptions
+
+
+@click.command(name="merge")
+@click.argument("recipe", type=click.Path())
+@click.option("-o", "--output", "out", required=True, type=click.Path(), help="Directory to create.")
+@engine_options
+@write_options
+@output_options
+def command(
+    recipe: str,
+    out: str,
+    engine: EngineOptions,
+    force: bool,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Merge a RECIPE's patches into its base: a new checkpoint."""
+    from safepatch_core.merging.api import merge
+    from safepatch_core.merging.text import count_table
+
+    with ByteProgress("merge", quiet) as progress:
+        result = merge(recipe, out, force=force, resume=resume, progress=progress, **engine)
+    for warning in () if quiet else result.warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
+    if as_json:
+        emit(
+            {
+                "output": str(result.out),
+                "counts": result.counts,
+                "acted": result.acted,
+                "changed": result.changed,
+                "surviving": result.surviving,
+                "bytes_read": result.bytes_read,
+                "bytes_written": result.bytes_written,
+            }
+        )
+    elif not quiet:
+        click.echo(count_table(result.counts))
+        if result.surviving is not None:
+            click.echo(
+                f"stored bits changed at {result.changed:,d} of {result.acted:,d} entries that patches act on "
+                f"({result.surviving:.1%}); the others' steps are lost in rounding"
+            )
+        click.echo(f"written: {printable(result.out)}")
