@@ -480,17 +480,18 @@ static void write_ties(std::vector<Lane>& lanes, const float* base, const void* 
                 total = select(mask(static_cast<uint32_t>(lane.chosen[w] >> i)), add(total, step), total);
             }
             const M up = less(zero, total), down = less(total, zero);
+            const M lost = less(set_u(kInfinity), magnitude(total));  // infinite both ways: all act, and overflow
             F sum = zero, members = zero;
             for (Lane& lane : lanes) {
                 const F step = mul(set_f(lane.scale), load_f(lane.d + j));
-                const M agrees = (up & less(zero, step)) | (down & less(step, zero));
+                const M agrees = (up & less(zero, step)) | (down & less(step, zero)) | lost;
                 const uint32_t acts = bits(agrees) & static_cast<uint32_t>(lane.chosen[w] >> i);
                 sum = select(mask(acts), add(sum, step), sum);
                 members = select(mask(acts), add(members, set_f(1)), members);
                 lane.acts[w] |= static_cast<Bits>(acts) << i;
             }
             const F old = load_f(base + j);
-            const uint32_t moved = bits(up) | bits(down);
+            const uint32_t moved = bits(up) | bits(down) | bits(lost);
             uint32_t failed = 0;
             write_vector<D>(base_bits, j, old, add(old, div(sum, members)), moved, out, failed, kept);
             acting |= static_cast<Bits>(moved) << i;

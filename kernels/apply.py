@@ -112,9 +112,10 @@ def apply_kernel(
 
     if plan.combine == "ties":
         up, down = total > 0, total < 0
+        # Of steps that are infinite both ways the sum is NaN and has no sign: all act, and overflow, as -inf does.
         acc = w + tl.div_rn(tl.where(up, rise, fall), tl.maximum(tl.where(up, rises, falls), 1.0))
-        up, down = pack(up), pack(down)
-        touched = up | down
+        up, down, touched = pack(up), pack(down), pack(total != 0)
+        lost = touched & ~(up | down)
     elif plan.combine == "sum":
         touched = once
     else:
@@ -137,7 +138,7 @@ def apply_kernel(
     met = faulty | missed
     for p in tl.static_range(len(plan.patches)):
         if plan.combine == "ties":
-            acting = (ups[p] & up) | (downs[p] & down)
+            acting = (ups[p] & up) | (downs[p] & down) | (takens[p] & lost)
         else:
             acting = takens[p] & touched
         low, high = members(eligibles[p]) | (members(takens[p]) << 16), members(acting)

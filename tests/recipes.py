@@ -282,6 +282,12 @@ class Generator:
         entry.update({k: v for k, v in options.items() if v != defaults[k] or self.chance(0.3)})
         return entry
 
+    def opposed(self, base: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """Two patches of the same deltas, up to 32, blown up until they overflow: one to +Inf, the other to -Inf."""
+        deltas = {n: self.tensor(t.dtype, t.shape, "bits" if t.dtype in DTYPES else None) for n, t in base.items()}
+        entry = {"source": self.store("opposed", deltas), "kind": "delta", "top": self.py.choice((1, 0.3, 0.05))}
+        return [entry | {"name": "up", "scale": 3e38}, entry | {"name": "down", "scale": -3e38}]
+
     def spoil(self, tensors: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
         """A full patch with tensors missing, too many, or with entries that are not finite."""
         how = self.py.choice(("missing", "extra", "poison", "poison", "huge"))
@@ -313,14 +319,20 @@ class Generator:
         """Everything on disk under `root`; the recipe's path."""
         self.root.mkdir(parents=True, exist_ok=True)
         skip = self.chance(0.6 if self.hostile else 0.3)
+        opposed = self.hostile and self.chance(0.3)
+        self.hostile &= not opposed  # one fault at a time
         base = self.base()
         names = self.py.sample(("safety", "over-safety", "p_3", "0"), self.py.choice((1, 2, 2, 3, 3, 4)))
         patches = [self.patch(name, base) for name in names]
+        combines = ["difference", "difference", "sum", "ties"]
+        if opposed:
+            patches += self.opposed(base)
+            combines += ["ties"] * 4
         if skip:
             base = {n: self.poison(t, 0.05) if t.dtype in DTYPES else t for n, t in base.items()}
         recipe: dict[str, Any] = {"base": self.store("base", base), "patches": patches}
         options = {
-            "combine": self.py.choice(("difference", "difference", "sum", "ties")),
+            "combine": self.py.choice(combines),
             "scope": self.py.choice(("tensor", "model")),
             "order": self.py.choice(("retain-first", "select-first")),
             "targets": self.targets(base),

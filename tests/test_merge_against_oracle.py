@@ -137,6 +137,18 @@ def test_ties_means_the_changes_of_the_elected_sign(engine: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_ties_of_steps_that_overflow_both_ways_stop_the_merge(engine: str, tmp_path: Path) -> None:
+    opposed = [("up", f32(2, 0), 3e38), ("down", f32(2, 0), -3e38)]
+    patches = {name: ({"w": d}, {"kind": "delta", "scale": scale}) for name, d, scale in opposed}
+    recipe = write_plain(tmp_path / "finite", {"w": f32(1, 1)}, patches, targets="all", combine="ties")
+    with pytest.raises((OracleError, SafepatchError), match="overflow"):
+        run(engine, recipe)
+    infinite = {"w": f32(np.inf, 1)}
+    recipe = write_plain(tmp_path / "infinite", infinite, patches, targets="all", combine="ties")
+    assert run(engine, recipe)["w"].data == infinite["w"].data
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_rescale_divides_in_float64_and_retention_follows_philox(engine: str, tmp_path: Path) -> None:
     n = 24
     options = {"kind": "delta", "scale": 0.1, "retain": 0.3, "rescale": True}

@@ -212,7 +212,7 @@ class ReferenceBackend:
                     total = np.where(taken, total + step, total)
                 mean, members = np.zeros_like(total), np.zeros_like(total)
                 for taken, step in zip(chosen, steps, strict=True):
-                    acts = taken & (((step > 0) & (total > 0)) | ((step < 0) & (total < 0)))
+                    acts = taken & (((step > 0) & (total > 0)) | ((step < 0) & (total < 0)) | np.isnan(total))
                     mean = np.where(acts, mean + step, mean)
                     members += acts
                     acting.append(acts)

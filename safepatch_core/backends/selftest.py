@@ -30,7 +30,10 @@ from safepatch_core.spec import (
 )
 
 FLAVOURS = ("bits", "model", "ties", "tiny", "edges")
-EDGES = (0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 65504.0, 65520.0, 3.3895e38, 1e-40, -1e-45, 6e-8, 2.98e-8)
+EDGES = (
+    0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 65504.0, -65504.0, 65520.0, 3.3895e38, -3.3895e38, 1e-40, -1e-45,
+    6e-8, 2.98e-8,
+)  # fmt: skip
 DTYPES: tuple[Dtype, ...] = ("F32", "F16", "BF16")
 
 
@@ -155,6 +158,7 @@ def make_block(
     LoRA factors are those of the whole tensor, so where there are any, a far start asks for many columns.
     """
     entries = Entries(rng, flavour, n)
+    scales = [1.0, -0.5, 3e38, -3e38] if flavour == "edges" else [1.0, -0.5, 0.3, 2.0]
     cols = cols or int(rng.integers(1, 300))
     rows = (start + n) // cols + 1
 
@@ -175,7 +179,7 @@ def make_block(
             weight=shape.weight,
             key=int(rng.integers(0, 1 << 64, dtype=np.uint64)),
             keep=int(rng.integers(0, KEEP_ALL)) if shape.retain else KEEP_ALL,
-            scale=float(np.float32(rng.choice([1.0, -0.5, 0.3, 3e38 if flavour == "edges" else 2.0]))),
+            scale=float(np.float32(rng.choice(scales))),
         )
 
     patches = tuple(map(patch, setting.patches))
