@@ -18,8 +18,17 @@ from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, companions, open_checkpoint
 from safepatch_core.files.filenames import SINGLE
+from safepatch_core.merging.quantised import module_of, quantised, refuse_base, refuse_patch
 from safepatch_core.merging.recipe import Recipe, match_targets
-from safepatch_core.merging.sources import Factors, extras, importance_of, lookup, open_importance, open_source
+from safepatch_core.merging.sources import (
+    Factors,
+    Source,
+    extras,
+    importance_of,
+    lookup,
+    open_importance,
+    open_source,
+)
 from safepatch_core.settings import parse_size
 from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, quota, random_key
 
@@ -311,6 +320,7 @@ def make_plan(recipe: Recipe, engine: Backend, memory_limit: int | None = None) 
         for p in recipe.patches
     ]
     warnings = []
+    names = _weights(recipe, base, sources)
     for source in sources:
         lost = extras(source, base)
         if lost and recipe.missing == "error":
@@ -325,8 +335,6 @@ def make_plan(recipe: Recipe, engine: Backend, memory_limit: int | None = None) 
 
     chunk = int(os.environ["SAFEPATCH_CHUNK"]) if "SAFEPATCH_CHUNK" in os.environ else None
     targets: dict[str, Target] = {}
-    floats = {t.name: len(t.shape) for t in base.tensors.values() if t.dtype in FLOATS}
-    names = match_targets(recipe, floats)
     if not names:
         warnings.append("no tensor of the base is a target: the output will equal the base")
     for name in names:
@@ -375,6 +383,30 @@ def make_plan(recipe: Recipe, engine: Backend, memory_limit: int | None = None) 
         beside_bytes=beside_bytes,
         chunk=chunk,
     )
+
+
+def _weights(recipe: Recipe, base: Checkpoint, sources: Sequence[Source]) -> list[str]:
+    """The targets by name, once neither they nor what the patches bring for them is quantised."""
+    names = match_targets(recipe, {t.name: len(t.shape) for t in base.tensors.values() if t.dtype in FLOATS})
+    held = quantised(base)
+    if held is not None:
+        names = [name for name in names if not held.never_weights(name)]
+        for source in sources:
+            for name in source.names:
+                if held.targeted(recipe, name):
+                    codes = held.codes[module_of(name)].name
+                    found = codes if codes in source.checkpoint.tensors else name
+                    raise refuse_patch("this module of the base", source.checkpoint, found, held)
+        if not names:
+            raise refuse_base(base, held)
+    for source in sources:
+        of = quantised(source.checkpoint)
+        for name in names:
+            if of is not None and name in of:
+                raise refuse_patch(
+                    f"the patch '{source.name}'", source.checkpoint, of.codes[module_of(name)].name, of
+                )
+    return names
 
 
 def _fits(target: Target, engine: Backend, limit: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from safepatch_core.files.checkpoint import (
     shown,
 )
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from safepatch_core.merging.quantised import quantised
 from safepatch_core.spec import ITEMSIZE, Kind, Missing
 
 
@@ -67,6 +68,11 @@ class Source:
     checkpoint: Checkpoint
     tensors: Mapping[str, TensorEntry | Factors]  # by base tensor name; float tensors only
     config: Mapping[str, Any] | None = None  # an adapter's adapter_config.json
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The tensors that it says something about, integers included, by the base's names."""
+        return self.tensors if self.kind == "lora" else self.checkpoint.tensors
 
 
 def open_source(
@@ -243,6 +249,7 @@ def _factors(
     if not sides:
         raise InputError("no LoRA factors in the adapter", file=file)
 
+    held = quantised(base)
     rslora, fan_in_fan_out = config.get("use_rslora"), config.get("fan_in_fan_out")
     factors: dict[str, TensorEntry | Factors] = {}
     for (module, embedding), pair in sides.items():
@@ -256,7 +263,8 @@ def _factors(
         scale = float(np.float32(alpha / math.sqrt(rank) if rslora else alpha / rank))
         transposed = embedding or bool(fan_in_fan_out)
         found = Factors(pair["A"], pair["B"], rank, scale, transposed, shard.identity)
-        _check_factors(file, found, target, base)
+        if held is None or target not in held:  # else the plan refuses it, or no target is there
+            _check_factors(file, found, target, base)
         factors[target] = found
     return factors
 
