@@ -29,7 +29,7 @@ from safepatch_core.deriving.checkpoints import TrainingCheckpoints
 from safepatch_core.deriving.importance import Kind, take_importance
 from safepatch_core.deriving.objective import Likelihood
 from safepatch_core.deriving.optimizer import AdamW
-from safepatch_core.deriving.sharding import local, spread, whole
+from safepatch_core.deriving.sharding import full_tensor, shard_model, to_local
 from safepatch_core.errors import InputError
 from safepatch_core.progress import Progress
 from safepatch_core.ranks import Alone, Ranks, TorchRanks
@@ -241,8 +241,8 @@ def test_ranks_that_were_killed_after_a_checkpoint_go_on_to_the_same_bytes(
     assert content(where / "killed") == content(two)
 
 
-def spread_llama(ranks: Ranks) -> Any:
-    return spread(tiny_llama(), ranks, torch.device("cpu"))
+def sharded_llama(ranks: Ranks) -> Any:
+    return shard_model(tiny_llama(), ranks, torch.device("cpu"))
 
 
 def test_a_rank_holds_its_part_and_drops_gradients_inside_the_backward_pass(
@@ -253,20 +253,20 @@ def test_a_rank_holds_its_part_and_drops_gradients_inside_the_backward_pass(
 
     def work() -> None:
         with closing(TorchRanks()) as ranks:
-            model = spread_llama(ranks)
+            model = sharded_llama(ranks)
             parts: dict[str, Tensor] = dict(model.named_parameters())
             assert parts.keys() == full.keys()
             for name, parameter in parts.items():
-                assert torch.equal(local(parameter), full[name].chunk(2)[ranks.rank]), name
-                assert torch.equal(whole(parameter), full[name])
-                assert 2 * local(parameter).untyped_storage().nbytes() == full[name].untyped_storage().nbytes()
+                assert torch.equal(to_local(parameter), full[name].chunk(2)[ranks.rank]), name
+                assert torch.equal(full_tensor(parameter), full[name])
+                assert 2 * to_local(parameter).untyped_storage().nbytes() == full[name].untyped_storage().nbytes()
 
             alive: list[int] = []
 
             def counted(self: AdamW, name: str, parameter: Tensor, factor: Tensor | None) -> None:
                 assert parameter.grad is not None
                 moment = self.state()[0][f"{name}/exp_avg"]
-                assert moment.shape == local(parameter).shape == local(parameter.grad).shape
+                assert moment.shape == to_local(parameter).shape == to_local(parameter.grad).shape
                 alive.append(sum(p.grad is not None for p in parts.values()))
                 step(self, name, parameter, factor)
 
@@ -297,7 +297,7 @@ def test_norms_and_shares_are_of_whole_tensors_and_each_part_rounds_with_bits_of
                 moment = optimizer.state()[0]["w/exp_avg"]
             assert step.grad_norm == pytest.approx(math.sqrt(8192)) and step.below_half_step == 1.0
             assert moment.tolist() == pytest.approx([0.1 / math.sqrt(8192)] * 4096, rel=1e-3)
-            first, second = ranks.gather(local(weight.detach()))
+            first, second = ranks.gather(to_local(weight.detach()))
             assert (first != 1).any() and (second != 1).any() and not torch.equal(first, second)
 
     statuses, told = fork(2, tmp_path, work)
@@ -309,11 +309,11 @@ def test_importance_on_two_ranks_has_the_bits_of_one_process(tmp_path: Path, kin
     def scores(model: Any, ranks: Ranks) -> dict[str, Tensor]:
         with Progress("importance", 5, quiet=True, report=None) as progress:
             taken = take_importance(model, examples(5), lambda _, n: n > 1, progress, kind=kind, ranks=ranks)
-        return {name: whole(mean) for layer in taken.layers for name, mean in layer.items()}
+        return {name: full_tensor(mean) for layer in taken.layers for name, mean in layer.items()}
 
     def work() -> None:
         with closing(TorchRanks()) as ranks:
-            save_file(scores(spread_llama(ranks), ranks), tmp_path / f"scores-{ranks.rank}")
+            save_file(scores(sharded_llama(ranks), ranks), tmp_path / f"scores-{ranks.rank}")
 
     statuses, told = fork(2, tmp_path, work)
     assert statuses == [0, 0], told
@@ -338,7 +338,7 @@ def test_a_refusal_is_told_once_and_ends_every_rank_alike(where: Path) -> None:
     assert [p.name for p in run.iterdir()] == ["mine.txt"]
 
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"method": "lora", "quantization": "nf4"}, "a quantised backbone can't be spread over ranks: "),
+        ({"method": "lora", "quantization": "nf4"}, "a quantised backbone can't be sharded over ranks: "),
         ({"learning_rate": 1e30}, "training diverged at step 2: "),
     )
     for changes, line in cases:

@@ -10,7 +10,7 @@ nats per token, of the answer's tokens alone. Over n samples, with g = dL/dw of 
 
 All arithmetic is float32. The recipe's own ranking, by magnitude |delta|, needs no pass.
 
-Of a model that is spread over ranks, all work on the same sample at the same time: |w * g| needs each sample's own
+Of a model that is sharded over ranks, all work on the same sample at the same time: |w * g| needs each sample's own
 gradient, and what a rank sees is already averaged over the ranks. The average of equal gradients is the gradient, to
 the bit if their number is a power of two. Sums are cut as the weights are. So ranks save memory here, not time.
 """
@@ -34,7 +34,7 @@ from safepatch_core.backends.device import interpreted
 from safepatch_core.deriving.model import Target
 from safepatch_core.deriving.objective import answer_nll
 from safepatch_core.deriving.saving import Layer, by_layer
-from safepatch_core.deriving.sharding import like, local
+from safepatch_core.deriving.sharding import from_local, to_local
 from safepatch_core.errors import InputError
 from safepatch_core.language.chat import Example
 from safepatch_core.language.model import freed_memory_returned
@@ -83,7 +83,7 @@ def take_importance(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_target(name, parameter.ndim))
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parts = {name: local(parameter.detach()) for name, parameter in parameters.items()}
+    parts = {name: to_local(parameter.detach()) for name, parameter in parameters.items()}
     sums: _Sums
     if folder is not None and _spills(memory, parts):
         sums = _OnDisk(parts, folder)
@@ -206,7 +206,7 @@ def _means(sums: _Sums, count: int, parameters: Mapping[str, Tensor], ranks: Ran
         ranks.total(faults)
         if faults.any():
             raise InputError("importance is not finite", tensor=list(layer)[int(faults.argmax())])
-        yield {name: like(mean, parameters[name]) for name, mean in layer.items()}
+        yield {name: from_local(mean, parameters[name]) for name, mean in layer.items()}
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def _folded(parameters: Mapping[str, Tensor], sums: _Sums, kind: Kind) -> Iterat
     def fold(name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        add(name, local(parameter.detach()), local(gradient))
+        add(name, to_local(parameter.detach()), to_local(gradient))
 
     hooked: Mapping[str, Any] = parameters
     hooks = [p.register_post_accumulate_grad_hook(partial(fold, name)) for name, p in hooked.items()]

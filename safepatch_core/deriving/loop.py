@@ -16,7 +16,7 @@ from torch import Tensor
 from safepatch_core.deriving.config import DeriveConfig, PatchConfig
 from safepatch_core.deriving.objective import Likelihood, Objective
 from safepatch_core.deriving.optimizer import AdamW, Where
-from safepatch_core.deriving.sharding import local, share
+from safepatch_core.deriving.sharding import shard_rows, to_local
 from safepatch_core.errors import UsageError
 from safepatch_core.language.chat import Example
 from safepatch_core.language.model import freed_memory_returned
@@ -81,7 +81,7 @@ def train(
     it at the bound has no update to tell of, but "stopped". Goes on with what `checkpoints` hold, and adds to them
     every save_steps steps. Raises UsageError if training diverges.
 
-    Of a model that is spread over `ranks`, each takes its share of the rows of every forward pass, and all find the
+    Of a model that is sharded over `ranks`, each takes its share of the rows of every forward pass, and all find the
     same numbers and write the same trace.
     """
     ranks = ranks or Alone()
@@ -182,7 +182,7 @@ def _loss(
     objective: Objective, model: Any, batch: Sequence[Example], step: Sequence[Example], ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of what `Objective.loss` gives of the batch: ranks add up the NLLs, and average gradients."""
-    if mine := share(batch, ranks):
+    if mine := shard_rows(batch, ranks):
         loss, nll = objective.loss(model, mine, step)
         return loss * ranks.size, nll
     # The others wait for this one in every layer.
@@ -202,7 +202,7 @@ def _snapshot(
     so_far: _SoFar, parameters: Mapping[str, Tensor], optimizer: AdamW
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     moments, counts = optimizer.state()
-    weights = {name: local(p.detach()) for name, p in parameters.items()}
+    weights = {name: to_local(p.detach()) for name, p in parameters.items()}
     facts = {"steps": so_far.steps, "window": so_far.window, "lines": so_far.lines, "small": so_far.small}
     return weights | moments | _random_state(parameters), facts | {"steps_of_tensors": counts}
 
@@ -210,7 +210,7 @@ def _snapshot(
 @torch.no_grad()
 def _restore(tensor: Tensors, facts: dict[str, Any], parameters: Mapping[str, Tensor], optimizer: AdamW) -> _SoFar:
     for name, parameter in parameters.items():
-        local(parameter).copy_(tensor(name))
+        to_local(parameter).copy_(tensor(name))
     optimizer.load_state(tensor, facts.pop("steps_of_tensors"))
     for name in _random_state(parameters):
         if name == "rng/cpu":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safepatch_core.deriving.config import DeriveConfig
 from safepatch_core.deriving.saving import DTYPES, read_tensor
-from safepatch_core.deriving.sharding import trained_whole, whole
+from safepatch_core.deriving.sharding import full_tensor, trained_whole
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint, read_json
 from safepatch_core.language import model as language_model
@@ -106,7 +106,9 @@ def save_adapter(model: Any, folder: Path, base: str, ranks: Ranks) -> None:
     and the first writes."""
     adapter = None
     if ranks.size > 1:
-        adapter = {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        adapter = {
+            name: full_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
     if ranks.rank > 0:
         return
     model.save_pretrained(folder, safe_serialization=True, state_dict=adapter)

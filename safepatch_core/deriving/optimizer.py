@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from safepatch_core.deriving.sharding import add_up, local
+from safepatch_core.deriving.sharding import all_reduce, to_local
 from safepatch_core.ranks import Alone, Ranks
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -78,7 +78,7 @@ class AdamW:
             maximize=False,
         )
         self._moments = {
-            name: (torch.zeros_like(local(p), dtype=state_dtype), torch.zeros_like(local(p), dtype=state_dtype))
+            name: (torch.zeros_like(to_local(p), dtype=state_dtype), torch.zeros_like(to_local(p), dtype=state_dtype))
             for name, p in self._parameters.items()
         }
         self._taken = dict.fromkeys(self._parameters, 0)  # a tensor without a gradient takes no step
@@ -147,7 +147,7 @@ class AdamW:
         if self._ranks.size == 1 or not norms:
             return norms
         squares = torch.stack(list(norms.values())).square()
-        add_up(squares, self._ranks)
+        all_reduce(squares, self._ranks)
         return dict(zip(norms, squares.sqrt(), strict=True))
 
     def _clip(self, norm: Tensor) -> Tensor | None:
@@ -157,9 +157,9 @@ class AdamW:
     @torch.no_grad()
     def _step(self, name: str, parameter: Tensor, factor: Tensor | None) -> None:
         assert parameter.grad is not None
-        gradient = local(parameter.grad)
+        gradient = to_local(parameter.grad)
         parameter.grad = None
-        parameter = local(parameter)
+        parameter = to_local(parameter)
         first, second = self._moments[name]
         # The fused kernel adds the one that makes it the step at hand.
         count = torch.full((), float(self._taken[name]), device=parameter.device)
@@ -212,7 +212,7 @@ def _generator(key: str, device: torch.device) -> torch.Generator:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(local(gradient), dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(to_local(gradient), dtype=torch.float32)
     return norm
 
 

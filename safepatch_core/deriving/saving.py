@@ -1,7 +1,7 @@
 """Models, deltas and scores on disk: under the names of the base's tensors, in shards cut as the base's.
 
 Tensors are renamed layer by layer and written one by one into files of known layout, so that memory never holds a
-second copy of a model. Of a model that is spread over ranks each layer is made whole in turn, on every rank, and
+second copy of a model. Of a model that is sharded over ranks each layer is made whole in turn, on every rank, and
 written by the first: every rank calls what saves it.
 """
 
@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from safepatch_core.deriving.sharding import class_of, whole
+from safepatch_core.deriving.sharding import class_of, full_tensor
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import BITS, Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.files.filenames import INDEX, SINGLE
@@ -231,7 +231,7 @@ def _write(
     """Writes `value` of every tensor of the base that has an origin, and what is `unused` of every other one."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    layers = ({name: whole(tensor) for name, tensor in layer.items()} for layer in layers)
+    layers = ({name: full_tensor(tensor) for name, tensor in layer.items()} for layer in layers)
     if ranks is not None and ranks.rank > 0:
         for _ in layers:
             pass

@@ -1,8 +1,8 @@
-"""The ranks of a derive run: what each holds of the model, and how its parts become whole again.
+"""The ranks of a derive run: the shards that each holds of the model, and full tensors made of them, in torch's words.
 
-Under torchrun or accelerate launch the ranks train one model. torch's FSDP2 cuts its weights, gradients and moments
-along their first dimension: a rank holds its part of every tensor, and the whole weights of one layer while it is at
-work (of the embeddings and the head, while the model is). With one process nothing is cut.
+Under torchrun or accelerate launch the ranks train one model. torch's FSDP2 shards its weights, gradients and moments
+along their first dimension: a rank holds a shard of every tensor, and the full weights of one layer while it is at
+work (of the embeddings and the head, while the model is). With one process nothing is sharded.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def ranks_of_derive(config: DeriveConfig) -> Iterator[Ranks]:
 def _device(config: DeriveConfig) -> torch.device:
     if config.quantization != "none":
         raise UsageError(
-            "a quantised backbone can't be spread over ranks", expected="quantization none or one process"
+            "a quantised backbone can't be sharded over ranks", expected="quantization none or one process"
         )
     device = find_device(config.device)
     if device.type == "cuda":
@@ -70,11 +70,14 @@ def _device(config: DeriveConfig) -> torch.device:
     return device
 
 
-def spread(model: Any, ranks: Ranks, device: torch.device) -> Any:
-    """The model with its tensors cut over the ranks, on their devices, in place.
+def shard_model(model: Any, ranks: Ranks, device: torch.device) -> Any:
+    """The model with its tensors sharded over the ranks, on their devices, in place.
 
-    On the first rank it is whole, in host memory, which it leaves tensor by tensor; on the others it is on the meta
-    device. Which parameters are trainable is the same on all.
+    Args:
+        model: on the first rank it is full, in host memory, which it leaves tensor by tensor; on the others it is on
+            the meta device. Which parameters are trainable is the same on all.
+        ranks: every rank calls this.
+        device: of this rank's shards.
     """
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     built = ranks.gather([(name, tensor.shape, tensor.dtype) for name, tensor in held.items()])
@@ -97,7 +100,7 @@ def spread(model: Any, ranks: Ranks, device: torch.device) -> Any:
         for name, parameter in model.named_parameters():
             full = held.pop(name)
             full = full.to(device) if ranks.rank == 0 else torch.empty_like(full, device=device)
-            local(parameter).copy_(local(distribute_tensor(full, mesh, parameter.placements)))
+            to_local(parameter).copy_(to_local(distribute_tensor(full, mesh, parameter.placements)))
         for name, buffer in model.named_buffers():
             if ranks.rank == 0:
                 buffer.copy_(held.pop(name))
@@ -105,13 +108,13 @@ def spread(model: Any, ranks: Ranks, device: torch.device) -> Any:
     return model
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor; of one that isn't sharded, all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which each rank holds a part. Every rank calls it, in the same order."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of which each rank holds a shard. Every rank calls it, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -122,7 +125,7 @@ def trained_whole(module: nn.Module) -> Iterator[None]:
         (m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad
     ]
     for owner, name, parameter in found:
-        owner._parameters[name] = nn.Parameter(whole(parameter.detach()))
+        owner._parameters[name] = nn.Parameter(full_tensor(parameter.detach()))
     try:
         yield
     finally:
@@ -130,22 +133,22 @@ def trained_whole(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
-def like(part: Tensor, parameter: Tensor) -> Tensor:
-    """The tensor that is cut over the ranks as `parameter` is, and of which this rank has that part."""
+def from_local(part: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor that is sharded over the ranks as `parameter` is, and of which this rank has the shard `part`."""
     if not isinstance(parameter, DTensor):
         return part
     mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
     return DTensor.from_local(part.to(parameter.device), mesh, parameter.placements, shape=shape, stride=stride)
 
 
-def add_up(tensor: Tensor, ranks: Ranks) -> None:
+def all_reduce(tensor: Tensor, ranks: Ranks) -> None:
     """Replaces `tensor` by its sum over the ranks."""
     if ranks.size > 1:
         dist.all_reduce(tensor)
 
 
-def share(rows: Sequence[T], ranks: Ranks) -> Sequence[T]:
-    """This rank's part of the rows; it may be empty."""
+def shard_rows(rows: Sequence[T], ranks: Ranks) -> Sequence[T]:
+    """This rank's share of the rows; it may be empty."""
     return rows[ranks.rank :: ranks.size]
 
 

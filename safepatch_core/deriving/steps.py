@@ -35,7 +35,7 @@ from safepatch_core.deriving.model import (
 from safepatch_core.deriving.objective import Likelihood, NegativePreference, Objective, mean_nll, reference_nlls
 from safepatch_core.deriving.rundir import RunDirectory
 from safepatch_core.deriving.saving import applied, patched_tensors, save_delta, save_model, save_scores
-from safepatch_core.deriving.sharding import ranks_of_derive, share, spread
+from safepatch_core.deriving.sharding import ranks_of_derive, shard_model, shard_rows
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.disk import hash_file
@@ -130,7 +130,7 @@ class Job:
         config, unlearned = self._config, name == "safety"
         patch = config.safety if unlearned else config.over_safety
         torch.manual_seed(config.seed)
-        model = self._spread(lambda device: self._trainable(load_frozen(self._root, config, device)))
+        model = self._sharded(lambda device: self._trainable(load_frozen(self._root, config, device)))
         if self._ranks.rank > 0:
             torch.manual_seed(config.seed + self._ranks.rank)  # dropout of other rows
         if BACKBONE not in out.record["nll"]:
@@ -202,7 +202,7 @@ class Job:
         config = self._config
         assert config.importance_kind != "magnitude"
         with out.new_folder(f"importance/{name}") as folder:
-            model = self._spread(lambda device: self._patched(out, name, folder, device))
+            model = self._sharded(lambda device: self._patched(out, name, folder, device))
             with self._progress(f"importance {name}", len(self._probe)) as progress:
                 taken = take_importance(
                     model,
@@ -231,13 +231,13 @@ class Job:
                 return load_model(checkpoint, config, device)
         return load_model(out.path / name, config, device)
 
-    def _spread(self, load: Callable[[str], Any]) -> Any:
+    def _sharded(self, load: Callable[[str], Any]) -> Any:
         """The model that `load` makes on a device; of several ranks the first alone reads its weights."""
         ranks, device = self._ranks, self._config.device
         if ranks.size == 1:
             return load(device)
         model = together(ranks, lambda: load("cpu" if ranks.rank == 0 else "meta"))
-        return spread(model, ranks, find_device(device))
+        return shard_model(model, ranks, find_device(device))
 
     def draw_curves(self, out: RunDirectory) -> None:
         """RUN/curves.png."""
@@ -267,7 +267,7 @@ class Job:
     def _row_nlls(self, model: Any, examples: Sequence[Example], name: str) -> dict[Example, float]:
         """Each row's answer NLL in nats; each rank takes its share of the rows, and all as many."""
         ranks, size = self._ranks, self._config.batch_size
-        mine = [*share(examples, ranks), examples[0]][: -(-len(examples) // ranks.size)]
+        mine = [*shard_rows(examples, ranks), examples[0]][: -(-len(examples) // ranks.size)]
         with self._progress(name, -(-len(mine) // size)) as progress:
             found = reference_nlls(model, mine, size, progress)
         return {example: nll for part in ranks.gather(found) for example, nll in part.items()}
