@@ -48,6 +48,7 @@ setup(
         "safepatch_core.backends",
         "safepatch_core.deriving",
         "safepatch_core.evaluating",
+        "safepatch_core.fixes",
         "safepatch_core.runs.sweep",
         "safepatch_core.include",
         "safepatch_core.kernels",
