@@ -1,4 +1,4 @@
-"""The ranks of a derive run: the shards that each holds of the model, and full tensors made of them, in torch's words.
+"""The ranks of a derive run: the shards that each holds of the model, and full tensors made of them.
 
 Under torchrun or accelerate launch the ranks train one model. torch's FSDP2 shards its weights, gradients and moments
 along their first dimension: a rank holds a shard of every tensor, and the full weights of one layer while it is at
