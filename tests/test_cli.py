@@ -226,3 +226,13 @@ def test_a_misspelt_command_is_told_its_neighbours() -> None:
     done = safepatch("merg")
     assert (done.returncode, done.stdout) == (64, "")
     assert done.stderr == "safepatch: No such command 'merg'. Did you mean merge?\n"
+
+
+def test_what_could_not_be_created_leaves_nothing_to_resume(recipe: Path) -> None:
+    done = safepatch("merge", recipe, "-o", recipe / "out")
+    assert done.returncode == 73 and "cannot create the output" in done.stderr and "--resume" not in done.stderr
+
+
+def test_nothing_is_said_of_steps_lost_in_rounding_where_none_are(recipe: Path, tmp_path: Path) -> None:
+    done = safepatch("merge", recipe, "-o", tmp_path / "out")
+    assert "(100.0%)\n" in done.stdout and "lost" not in done.stdout

@@ -51,8 +51,9 @@ def command(
     elif not quiet:
         click.echo(count_table(result.counts))
         if result.surviving is not None:
+            lost = "; the others' steps are lost in rounding" if result.changed < result.acted else ""
             click.echo(
                 f"stored bits changed at {result.changed:,d} of {result.acted:,d} entries that patches act on "
-                f"({result.surviving:.1%}); the others' steps are lost in rounding"
+                f"({result.surviving:.1%}){lost}"
             )
         click.echo(f"written: {printable(result.out)}")

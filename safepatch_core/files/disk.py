@@ -47,12 +47,15 @@ def failures_named(
     try:
         yield
     except OSError as error:
-        hint = "go on with --resume"
+        hints = []
         if error.errno == errno.EFBIG:
-            hint = f"raise the limit on file sizes (ulimit -f) and {hint}"
+            hints.append("raise the limit on file sizes (ulimit -f)")
         elif error.errno in _OUT_OF_ROOM:
-            hint = f"{f'{needed} bytes are needed; ' if needed else ''}free some and {hint}"
-        raise kind(f"{what}: {error.strerror or error}; {hint}", file=path) from None
+            hints.append(f"{f'{needed} bytes are needed; ' if needed else ''}free some")
+        if kind is not OutputError:  # what could not be created leaves nothing to go on with
+            hints.append("go on with --resume")
+        hint = f"; {' and '.join(hints)}" if hints else ""
+        raise kind(f"{what}: {error.strerror or error}{hint}", file=path) from None
 
 
 def sync_directory(path: Path) -> None:
