@@ -2,7 +2,7 @@
 
 Ranks of a merge own contiguous runs of tensors and write disjoint ranges of the same files on a shared filesystem.
 Only integer histograms, tie counts and the finished files' names and sums travel. Those of a derive also share a
-model: `derive/sharding.py`.
+model: `deriving/sharding.py`.
 """
 
 from __future__ import annotations
