@@ -15,7 +15,7 @@ from safepatch_core.backends.contract import PatchReport, Report
 from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, Stopped
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.files.staging import CheckpointSink, Journal, Staging
-from safepatch_core.merging.plan import OutputFile, OutputPart
+from safepatch_core.merging.layout import OutputFile, OutputPart
 
 IDENTITY = {"recipe": "r", "input": "i", "seed": "0", "version": "1"}
 

@@ -29,7 +29,7 @@ import numpy as np
 from safepatch_core.backends.contract import PatchReport, Report
 from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, SafepatchError, Stopped, UsageError
 from safepatch_core.files.filenames import SUMS
-from safepatch_core.merging.plan import OutputPart
+from safepatch_core.merging.layout import OutputPart
 from safepatch_core.ranks import Alone, Ranks
 from safepatch_core.threads import room_for_a_thread
 

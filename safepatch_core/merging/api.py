@@ -64,6 +64,7 @@ def merge(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
     trace: Trace | None = None,
+    chunk_entries: int | None = None,
 ) -> MergeResult:
     """Merge a recipe's patches into its base and write the new checkpoint to `out`.
 
@@ -78,6 +79,7 @@ def merge(
     resume: finish an interrupted run of the same recipe, to the same bytes.
     progress: called with (bytes done, bytes in all) as inputs are read.
     trace: called with (stage, unit, begin, end) for every unit that a stage has done, times of time.perf_counter.
+    chunk_entries: cut larger targets into chunks of so many entries, whatever fits; for tests.
 
     Under torchrun every rank calls it with the same arguments; the ranks share the work and the first publishes.
 
@@ -85,7 +87,13 @@ def merge(
     Busy.
     """
     plan, engine = prepare(
-        recipe, backend, device=device, threads=threads, memory_limit=memory_limit, vram_limit=vram_limit
+        recipe,
+        backend,
+        device=device,
+        threads=threads,
+        memory_limit=memory_limit,
+        vram_limit=vram_limit,
+        chunk_entries=chunk_entries,
     )
     inputs = [shard.path for checkpoint in plan.inputs for shard in checkpoint.shards]
     inputs += [checkpoint.root for checkpoint in plan.inputs if checkpoint.root is not None]
@@ -138,6 +146,7 @@ def prepare(
     threads: int | None = None,
     memory_limit: int | str | None = None,
     vram_limit: int | str | None = None,
+    chunk_entries: int | None = None,
 ) -> tuple[Plan, Backend]:
     """The plan of a recipe and the engine that would run it. Reads tables, no tensor data; writes nothing."""
     if not isinstance(recipe, Recipe):
@@ -145,7 +154,7 @@ def prepare(
     limit, vram = (None if size is None else parse_size(size) for size in (memory_limit, vram_limit))
     if isinstance(backend, str):
         backend = open_backend(backend, threads=threads, device=device, vram_limit=vram)
-    return make_plan(recipe, backend, limit), backend
+    return make_plan(recipe, backend, limit, chunk_entries=chunk_entries), backend
 
 
 def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
@@ -181,6 +190,7 @@ def describe(plan: Plan, engine: Backend, where: str | os.PathLike[str] = ".") -
                 "dtype": t.entry.dtype,
                 "entries": t.entry.entries,
                 "passes": plan.sweeps(t),
+                "forms": [None if p is None else p.delta.form for p in t.patches],
                 "quotas": [None if quotas or p is None else k for k, p in zip(t.quotas, t.patches, strict=True)],
             }
             for t in targets

@@ -15,7 +15,8 @@ from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.files.filenames import INDEX, MANIFEST, SUMS
 from safepatch_core.files.staging import Source, hash_file
 from safepatch_core.merging.api import manifest, model_card, prepare
-from safepatch_core.merging.plan import OutputPart, Plan
+from safepatch_core.merging.layout import OutputPart
+from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge
 
