@@ -359,22 +359,15 @@ def settings(seed: int) -> list[dict[str, Any]]:
     chunk = (4, 5, 8, 16, 37, 64, 256)[seed % 7]
     limit = ("64MiB", "100MiB", "1GiB")[seed % 3]
     return [
-        {"backend": "reference", "threads": 1, "memory_limit": limit, "chunk": None},
-        {"backend": "reference", "threads": 2, "memory_limit": limit, "chunk": chunk},
-        {"backend": "cpu", "threads": 1, "memory_limit": limit, "chunk": None},
-        {"backend": "cpu", "threads": 2, "memory_limit": "64MiB", "chunk": chunk},
+        {"backend": "reference", "threads": 1, "memory_limit": limit},
+        {"backend": "reference", "threads": 2, "memory_limit": limit, "chunk_entries": chunk},
+        {"backend": "cpu", "threads": 1, "memory_limit": limit},
+        {"backend": "cpu", "threads": 2, "memory_limit": "64MiB", "chunk_entries": chunk},
     ]
 
 
-def set_chunk(monkeypatch: pytest.MonkeyPatch, chunk: int | None) -> None:
-    if chunk is None:
-        monkeypatch.delenv("SAFEPATCH_CHUNK", raising=False)
-    else:
-        monkeypatch.setenv("SAFEPATCH_CHUNK", str(chunk))
-
-
 @pytest.mark.parametrize("seed", range(RECIPES))
-def test_random_recipe(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_recipe(seed: int, tmp_path: Path) -> None:
     recipe = write_random(tmp_path / "in", seed, hostile=seed % 4 == 3)
     expected = expect(recipe)
     trees = []
@@ -382,7 +375,6 @@ def test_random_recipe(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         label = f"seed {seed}, {options}"
         out = tmp_path / "out" / str(number)
         out.parent.mkdir(exist_ok=True)
-        set_chunk(monkeypatch, options.pop("chunk"))
         if isinstance(expected, OracleError):
             with pytest.raises(SafepatchError) as caught:
                 safepatch_merge(recipe, out, **options)
@@ -405,14 +397,15 @@ def available_isas() -> list[str]:
 MERGE_ALL = """
 import sys
 from safepatch_core import merge
-for folder in sys.argv[1:]:
-    merge(folder + "/in/recipe.yaml", folder + "/out", backend="cpu", threads=2)
+chunk = int(sys.argv[1]) or None
+for folder in sys.argv[2:]:
+    merge(folder + "/in/recipe.yaml", folder + "/out", backend="cpu", threads=2, chunk_entries=chunk)
 """
 
 
 @pytest.mark.parametrize("isa", ("scalar", "avx2", "avx512"))
-@pytest.mark.parametrize("chunk", (None, "6"))
-def test_every_instruction_set_gives_the_same_bytes(isa: str, chunk: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", (0, 6))
+def test_every_instruction_set_gives_the_same_bytes(isa: str, chunk: int, tmp_path: Path) -> None:
     if isa not in available_isas():
         pytest.skip(f"this processor has no {isa}")
     expected = {}
@@ -420,9 +413,8 @@ def test_every_instruction_set_gives_the_same_bytes(isa: str, chunk: str | None,
         result = expect(write_random(tmp_path / str(seed) / "in", seed, size=40))
         if isinstance(result, Result):
             expected[tmp_path / str(seed)] = result
-    environ = {k: v for k, v in os.environ.items() if k != "SAFEPATCH_CHUNK"}
-    environ |= {"SAFEPATCH_FORCE_ISA": isa} | ({"SAFEPATCH_CHUNK": chunk} if chunk else {})
-    command = [sys.executable, "-c", MERGE_ALL, *map(str, expected)]
+    environ = os.environ | {"SAFEPATCH_FORCE_ISA": isa}
+    command = [sys.executable, "-c", MERGE_ALL, str(chunk), *map(str, expected)]
     subprocess.run(command, env=environ, check=True)
     for folder, result in expected.items():
         compare(folder / "out", result, f"{isa}, {folder.name}")

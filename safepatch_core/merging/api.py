@@ -140,7 +140,9 @@ def plan(recipe: str | os.PathLike[str] | Recipe, **engine: Unpack[EngineOptions
         InputError: an input breaks a rule.
     """
     opened, limit = open_engine(engine)
-    return make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), opened, limit)
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    return make_plan(recipe, opened, limit, chunk_entries=engine.get("chunk_entries"))
 
 
 def planned(recipe: str | os.PathLike[str] | Recipe | Plan, engine: EngineOptions) -> Plan:
@@ -191,6 +193,7 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
                 "dtype": t.entry.dtype,
                 "entries": t.entry.entries,
                 "passes": plan.sweeps(t),
+                "forms": [None if p is None else p.delta.form for p in t.patches],
                 "quotas": [None if quotas or p is None else k for k, p in zip(t.quotas, t.patches, strict=True)],
             }
             for t in targets

@@ -19,6 +19,7 @@ class EngineOptions(TypedDict, total=False):
         memory_limit: bytes (or "2GiB") of buffers on the host, 2 GiB by default. Tensors that don't fit are done in
             chunks.
         vram_limit: bytes (or "8GiB") of the GPU's memory.
+        chunk_entries: cut larger targets into chunks of so many entries, whatever fits; for tests.
     """
 
     backend: str | Backend
@@ -26,6 +27,7 @@ class EngineOptions(TypedDict, total=False):
     threads: int | None
     memory_limit: int | str | None
     vram_limit: int | str | None
+    chunk_entries: int | None
 
 
 def open_engine(options: EngineOptions) -> tuple[Backend, int | None]:

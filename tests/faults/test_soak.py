@@ -49,7 +49,7 @@ def test_soak(bench: Bench, run: Server, monkeypatch: pytest.MonkeyPatch) -> Non
         recipe = write_random(place, 1000 + i, hostile=dice.random() < 0.2)
         inputs = sorted(os.listdir(place))
         expected = outcome(recipe, place / "reference", backend="reference")
-        monkeypatch.setenv("SAFEPATCH_CHUNK", str(dice.choice((1, 7, 64, 1 << 20))))
+        chunk = dice.choice((1, 7, 64, 1 << 20))
         mark = str(dice.choice((1, 500, 1 << 30)))
         monkeypatch.setenv("SAFEPATCH_MARK", mark)
         threads, limit = dice.choice((1, 2)), dice.choice(("16MiB", "1GiB"))
@@ -60,11 +60,19 @@ def test_soak(bench: Bench, run: Server, monkeypatch: pytest.MonkeyPatch) -> Non
             ended = run(*args, fault=kill, env={"SAFEPATCH_MARK": mark})
             killed += ended.status == -9
             done = out.exists()  # it wasn't killed, or when all was done
-            found = outcome(recipe, out, backend="cpu", threads=threads, memory_limit=limit, resume=True, force=done)
+            found = outcome(
+                recipe,
+                out,
+                backend="cpu",
+                threads=threads,
+                memory_limit=limit,
+                chunk_entries=chunk,
+                resume=True,
+                force=done,
+            )
         else:
-            found = outcome(recipe, out, backend="cpu", threads=threads, memory_limit=limit)
+            found = outcome(recipe, out, backend="cpu", threads=threads, memory_limit=limit, chunk_entries=chunk)
         assert found == expected, f"seed {1000 + i}: {recipe.read_text()}"
-        monkeypatch.delenv("SAFEPATCH_CHUNK")
         left = set(os.listdir(place)) - set(inputs) - {"out", "reference"}
         assert not left, f"something temporary remains: {left}"
         shutil.rmtree(place)
