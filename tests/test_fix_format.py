@@ -159,8 +159,8 @@ def test_windows_read_what_they_need(tmp_path: Path) -> None:
             lo, hi = sorted(rng.integers(0, touched.entries + 1, 2).tolist())
             part = fix.changes_in(touched, 2, lo, hi)
             inside = (whole.at >= lo) & (whole.at < hi)
-            for a, b in zip(part, whole, strict=True):
-                assert (a == b[inside]).all()
+            same: list[Any] = [a == b[inside] for a, b in zip(part, [*whole], strict=True)]
+            assert all(s.all() for s in same)
 
 
 # Broken files
