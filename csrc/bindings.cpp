@@ -100,6 +100,10 @@ struct Unsupported : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+struct BadData : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 void raise(sp_status status) {
     if (status == SP_OK) return;
     if (status == SP_NO_MEMORY) {
@@ -107,6 +111,7 @@ void raise(sp_status status) {
         throw py::error_already_set();
     }
     if (status == SP_UNSUPPORTED) throw Unsupported(sp_last_error());
+    if (status == SP_BAD_DATA) throw BadData(sp_last_error());
     throw std::runtime_error(std::string(sp_strerror(status)) + ": " + sp_last_error());
 }
 
@@ -193,11 +198,72 @@ class Engine {
     std::unique_ptr<sp_engine, Close> engine_;
 };
 
+// The fix file. `fixes/codec.py` gives arrays of the right types and lengths.
+
+using Plane = std::optional<py::array>;
+
+int64_t fix_find(const py::array& before, const py::array& after, int64_t start, py::array& counts, py::array& at,
+                 py::array& side, py::array& planes, py::array& olds, py::array& news) {
+    if (planes.shape(0) > 4) throw py::value_error("expected at most 4 planes");
+    sp_fix_changes out{sizeof out,
+                       static_cast<int64_t*>(counts.mutable_data()),
+                       static_cast<uint16_t*>(at.mutable_data()),
+                       static_cast<uint8_t*>(side.mutable_data()),
+                       {},
+                       olds.mutable_data(),
+                       news.mutable_data()};
+    for (py::ssize_t k = 0; k < planes.shape(0); ++k) out.planes[k] = static_cast<uint8_t*>(planes.mutable_data(k));
+    int64_t found = 0;
+    released([&] {
+        return sp_fix_find(static_cast<int32_t>(before.itemsize()), before.data(), after.data(), before.size(), start,
+                           &out, &found);
+    });
+    return found;
+}
+
+void fix_gaps(const py::array& at, const py::array& counts, int32_t gap_width, Plane codes, py::array& lengths) {
+    void* to = codes ? codes->mutable_data() : nullptr;
+    released([&] {
+        return sp_fix_gaps(static_cast<const uint16_t*>(at.data()), static_cast<const int64_t*>(counts.data()),
+                           static_cast<size_t>(counts.size()), gap_width, to,
+                           static_cast<int64_t*>(lengths.mutable_data()));
+    });
+}
+
+std::tuple<int64_t, int64_t, int64_t> fix_settle(const py::array& rows, const py::array& gap, const py::array& side,
+                                                 const std::vector<Plane>& planes, size_t changes, py::array& entries,
+                                                 int32_t goal, py::array& olds, py::array& news) {
+    if (planes.size() > 4) throw py::value_error("expected at most 4 planes");
+    sp_fix_run run{};
+    run.size = sizeof run;
+    run.width = static_cast<int32_t>(planes.size());
+    run.gap_width = static_cast<int32_t>(gap.itemsize());
+    run.entries = entries.size();
+    run.blocks = static_cast<size_t>(rows.shape(0)) - 1;
+    run.rows = static_cast<const uint64_t*>(rows.data());
+    run.gap = gap.data();
+    run.gap_count = static_cast<size_t>(gap.size());
+    run.side = static_cast<const uint8_t*>(side.data());
+    run.side_count = static_cast<size_t>(side.size());
+    run.changes = changes;
+    for (size_t k = 0; k < planes.size(); ++k) {
+        if (planes[k]) run.planes[k] = static_cast<const uint8_t*>(planes[k]->data());
+    }
+    sp_fix_tally tally{};
+    void *at = entries.mutable_data(), *before = olds.mutable_data(), *after = news.mutable_data();
+    released([&] { return sp_fix_settle(&run, at, goal, before, after, &tally); });
+    return {tally.old_count, tally.new_count, tally.other_codes};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_engine, m) {
     m.doc() = "The C++ engine; see csrc/include/safepatch.h.";
     py::register_exception<Unsupported>(m, "Unsupported", PyExc_RuntimeError);
+    py::register_exception<BadData>(m, "BadData", PyExc_ValueError);
+    m.def("fix_find", &fix_find);
+    m.def("fix_gaps", &fix_gaps);
+    m.def("fix_settle", &fix_settle);
     m.def("version", &sp_version);
     m.def("isa_usable", [](const std::string& isa) { return sp_isa_usable(isa.c_str()) != 0; }, py::arg("isa"));
     py::class_<Engine>(m, "Engine")

@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "engine.h"
+#include "fix.h"
 
 struct sp_engine {
     safepatch::Engine engine;
@@ -64,6 +65,37 @@ void check(const sp_block* block, const void* per_patch, const void* out, const 
     need(block->entries == 0 || (out != nullptr && aligned(out, block->base.dtype == SP_F32 ? 4 : 2)), "output");
 }
 
+void check_width(int32_t width) { need(width == 1 || width == 2 || width == 4, "entry width"); }
+
+void check(const sp_fix_changes& out, int32_t width, int64_t start, int64_t entries) {
+    need(out.size >= sizeof out, "size of the changes");
+    need(start >= 0 && entries >= 0 && start <= INT64_MAX - entries, "range of entries");
+    if (entries == 0) return;
+    need(out.counts != nullptr && out.at != nullptr && out.side != nullptr, "null array");
+    for (int32_t k = 0; k < width; ++k) need(out.planes[k] != nullptr, "null plane");
+    need(out.old_entries != nullptr && aligned(out.old_entries, width), "old entries");
+    need(out.new_entries != nullptr && aligned(out.new_entries, width), "new entries");
+}
+
+// The table must fit the lengths and go upwards: then no array is left.
+void check(const sp_fix_run& run) {
+    need(run.size >= sizeof run, "size of the run");
+    check_width(run.width);
+    need(run.gap_width == 1 || run.gap_width == 2, "gap width");
+    need(run.entries >= 0 && run.entries <= INT64_MAX - SP_FIX_BLOCK, "entries");
+    need(run.blocks == static_cast<size_t>((run.entries + SP_FIX_BLOCK - 1) / SP_FIX_BLOCK), "number of blocks");
+    need(run.rows != nullptr && aligned(run.rows, 8), "block table");
+    for (size_t i = 0; i < 2 * run.blocks; ++i)
+        need(run.rows[i] <= run.rows[i + 2], "the block table is not in order");
+    need(run.rows[2 * run.blocks] - run.rows[0] == run.gap_count, "number of gap codes");
+    need(run.rows[2 * run.blocks + 1] - run.rows[1] == run.changes, "number of changes");
+    need(run.changes == 0 || (run.side_count <= SIZE_MAX / 8 && run.changes < SIZE_MAX - 8 &&
+                              8 * run.side_count >= run.rows[1] % 8 + run.changes),
+         "number of side bits");
+    need(run.gap_count == 0 || (run.gap != nullptr && aligned(run.gap, run.gap_width)), "gap codes");
+    need(run.side_count == 0 || run.side != nullptr, "side bits");
+}
+
 // Run `body`, and turn what it throws into a status with a text.
 template <class Body>
 sp_status guarded(const Body& body) {
@@ -80,6 +112,8 @@ sp_status guarded(const Body& body) {
         return SP_OK;
     } catch (const std::bad_alloc&) {
         return failed(SP_NO_MEMORY, "out of memory");
+    } catch (const safepatch::Broken& error) {
+        return failed(SP_BAD_DATA, error.what());
     } catch (const safepatch::Unsupported& error) {
         return failed(SP_UNSUPPORTED, error.what());
     } catch (const std::invalid_argument& error) {
@@ -110,6 +144,8 @@ const char* sp_strerror(sp_status status) {
             return "out of memory";
         case SP_INTERNAL:
             return "internal error";
+        case SP_BAD_DATA:
+            return "bad data";
     }
     return "unknown status";
 }
@@ -178,5 +214,44 @@ sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quot
         for (size_t p = 0; p < block->patch_count; ++p) need(quotas[p] >= 0, "negative quota");
         need(block->patch_count == 0 || cuts != nullptr, "null cuts");
         engine->engine.merge(*block, quotas, out, cuts, *report);
+    });
+}
+
+sp_status sp_fix_find(int32_t width, const void* old_entries, const void* new_entries, int64_t entries, int64_t start,
+                      const sp_fix_changes* out, int64_t* found) {
+    return guarded([&] {
+        check_width(width);
+        need(out != nullptr && found != nullptr, "null output");
+        check(*out, width, start, entries);
+        need(entries == 0 || (old_entries != nullptr && aligned(old_entries, width)), "old entries");
+        need(entries == 0 || (new_entries != nullptr && aligned(new_entries, width)), "new entries");
+        *found = safepatch::find_changes(width, old_entries, new_entries, entries, start, *out);
+    });
+}
+
+sp_status sp_fix_gaps(const uint16_t* at, const int64_t* counts, size_t blocks, int32_t gap_width, void* codes,
+                      int64_t* lengths) {
+    return guarded([&] {
+        need(gap_width == 1 || gap_width == 2, "gap width");
+        need(blocks == 0 || (counts != nullptr && lengths != nullptr), "null array");
+        for (size_t b = 0; b < blocks; ++b) {
+            need(counts[b] >= 0 && (counts[b] == 0 || (at != nullptr && aligned(at, 2))), "positions");
+        }
+        need(aligned(codes, gap_width), "codes");
+        safepatch::encode_gaps(at, counts, blocks, gap_width, codes, lengths);
+    });
+}
+
+sp_status sp_fix_settle(const sp_fix_run* run, void* entries, int32_t goal, void* old_entries, void* new_entries,
+                        sp_fix_tally* tally) {
+    return guarded([&] {
+        need(run != nullptr && tally != nullptr, "null run or tally");
+        check(*run);
+        need(goal >= SP_FIX_KEEP && goal <= SP_FIX_NEW, "goal");
+        need(run->entries == 0 || (entries != nullptr && aligned(entries, run->width)), "entries");
+        for (const void* side : {old_entries, new_entries}) {
+            need(run->changes == 0 || (side != nullptr && aligned(side, run->width)), "old or new entries");
+        }
+        safepatch::settle(*run, entries, goal, old_entries, new_entries, *tally);
     });
 }

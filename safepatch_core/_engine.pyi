@@ -13,9 +13,44 @@ _Patch = tuple[int, int, int, _Fault, _Fault, _Fault]
 _Report = tuple[list[_Patch], _Fault, int, int]
 
 class Unsupported(RuntimeError): ...
+class BadData(ValueError): ...
 
 def version() -> int: ...
 def isa_usable(isa: str) -> bool: ...
+
+# The fix file: see fixes/codec.py. Arrays are contiguous, and as long as the others say.
+_Entries = NDArray[np.unsignedinteger]
+_Bytes = NDArray[np.uint8]
+
+def fix_find(
+    old: _Entries,
+    new: _Entries,
+    start: int,
+    counts: NDArray[np.int64],
+    at: NDArray[np.uint16],
+    side: _Bytes,
+    planes: _Bytes,
+    olds: _Entries,
+    news: _Entries,
+) -> int: ...
+def fix_gaps(
+    at: NDArray[np.uint16],
+    counts: NDArray[np.int64],
+    gap_width: int,
+    codes: NDArray[np.unsignedinteger] | None,
+    lengths: NDArray[np.int64],
+) -> None: ...
+def fix_settle(
+    rows: NDArray[np.uint64],
+    gap: NDArray[np.unsignedinteger],
+    side: _Bytes,
+    planes: Sequence[_Bytes | None],
+    changes: int,
+    entries: _Entries,
+    goal: int,
+    olds: _Entries,
+    news: _Entries,
+) -> tuple[int, int, int]: ...
 
 class Engine:
     def __init__(self, threads: int, isa: str | None = None) -> None: ...

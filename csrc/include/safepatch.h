@@ -33,7 +33,8 @@ typedef enum sp_status {
     SP_BAD_ARGUMENT = 1, /* the call itself is wrong: a bug in the caller */
     SP_UNSUPPORTED = 2,  /* this machine lacks the instruction set that was asked for */
     SP_NO_MEMORY = 3,    /* or no thread can be started */
-    SP_INTERNAL = 4      /* a bug in the engine */
+    SP_INTERNAL = 4,     /* a bug in the engine */
+    SP_BAD_DATA = 5      /* what lies in a fix breaks a rule of its encoding */
 } sp_status;
 
 /* Values of the int32_t fields below. */
@@ -181,6 +182,68 @@ SP_API sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut
  * @return SP_OK with the cuts and a full *report, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
 SP_API sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
                           sp_report* report);
+
+/* The fix file, at the level of buffers: what two versions of a tensor differ in, found, encoded, told and undone.
+ * These calls need no engine, run on the calling thread, and may be made from any number of threads at once.
+ * Entries are unsigned integers of `width` (1, 2 or 4) bytes; a block is SP_FIX_BLOCK of them from a multiple of it.
+ */
+#define SP_FIX_BLOCK 65536
+
+/* What sp_fix_settle leaves in the touched entries: what it finds there, or one side. */
+enum { SP_FIX_KEEP = 0, SP_FIX_OLD = 1, SP_FIX_NEW = 2 };
+
+/* Where sp_fix_find writes, with room for as many changes as there are entries. */
+typedef struct sp_fix_changes {
+    size_t size;        /* sizeof(sp_fix_changes) */
+    int64_t* counts;    /* per block that the entries lie in: added to */
+    uint16_t* at;       /* position in its block */
+    uint8_t* side;      /* the old entry's bit at the place of the lowest bit that differs: 0 or 1 */
+    uint8_t* planes[4]; /* byte k of old XOR new; the first `width` are written */
+    void* old_entries;
+    void* new_entries;
+} sp_fix_changes;
+
+/* Consecutive blocks of one tensor, as a fix file describes them: whatever lies in the arrays, no call leaves them.
+ */
+typedef struct sp_fix_run {
+    size_t size; /* sizeof(sp_fix_run) */
+    int32_t width;
+    int32_t gap_width;        /* bytes of a gap code: 1 or 2 */
+    int64_t entries;          /* in these blocks; only the tensor's last block may be cut short */
+    size_t blocks;            /* as many as the entries fill */
+    const uint64_t* rows;     /* [blocks + 1][2], as in the file: first code, changes before */
+    const void* gap;          /* the codes from rows[0][0] on */
+    size_t gap_count;         /* rows[blocks][0] - rows[0][0] */
+    const uint8_t* side;      /* from the byte that holds bit rows[0][1] on */
+    size_t side_count;        /* bytes of it */
+    const uint8_t* planes[4]; /* byte k of the XORs from change rows[0][1] on, NULL for zeros; `width` are read */
+    size_t changes;           /* rows[blocks][1] - rows[0][1], the length of each plane */
+} sp_fix_run;
+
+typedef struct sp_fix_tally {
+    int64_t old_count; /* touched entries that were on the old side */
+    int64_t new_count;
+    int64_t other_codes; /* codes that the changes would take with the other gap width */
+} sp_fix_tally;
+
+/* Find where two versions of entries [start, start + entries) of a tensor differ.
+ * @return SP_OK with the number of changes in *found, or SP_BAD_ARGUMENT. */
+SP_API sp_status sp_fix_find(int32_t width, const void* old_entries, const void* new_entries, int64_t entries,
+                             int64_t start, const sp_fix_changes* out, int64_t* found);
+
+/* Encode the positions of whole blocks, counts[b] of them in block b. `codes` may be NULL, to learn what room they
+ * need.
+ * @return SP_OK with the number of codes per block in `lengths`; SP_BAD_DATA for positions out of order, or
+ * SP_BAD_ARGUMENT. */
+SP_API sp_status sp_fix_gaps(const uint16_t* at, const int64_t* counts, size_t blocks, int32_t gap_width, void* codes,
+                             int64_t* lengths);
+
+/* Tell the side of every touched entry of a run, and leave the side `goal` in `entries`; both sides of the touched
+ * entries are written to `old_entries` and `new_entries`, run->changes each. Applying or undoing twice does no harm.
+ * @return SP_OK with *tally; SP_BAD_DATA for a run that breaks a rule, with `entries` as they were; or
+ * SP_BAD_ARGUMENT. */
+SP_API sp_status sp_fix_settle(const sp_fix_run* run, void* entries, int32_t goal, void* old_entries,
+                               void* new_entries, sp_fix_tally* tally);
 
 #ifdef __cplusplus
 }

@@ -41,9 +41,13 @@ class Extent(NamedTuple):
 
 @contextmanager
 def failures_named(
-    path: Path, needed: int | None = None, what: str = "writing failed", kind: type[SafepatchError] = IOFailure
+    path: Path,
+    needed: int | None = None,
+    what: str = "writing failed",
+    kind: type[SafepatchError] = IOFailure,
+    go_on: str = "go on with --resume",
 ) -> Iterator[None]:
-    """Turn an OSError into one line that names the file and says what to do."""
+    """Turn an OSError into one line that names the file and says what to do, in the end to `go_on`."""
     try:
         yield
     except OSError as error:
@@ -53,7 +57,7 @@ def failures_named(
         elif error.errno in _OUT_OF_ROOM:
             hints.append(f"{f'{needed} bytes are needed; ' if needed else ''}free some")
         if kind is not OutputError:  # what could not be created leaves nothing to go on with
-            hints.append("go on with --resume")
+            hints.append(go_on)
         hint = f"; {' and '.join(hints)}" if hints else ""
         raise kind(f"{what}: {error.strerror or error}{hint}", file=path) from None
 
@@ -87,10 +91,10 @@ def hold(folder: Path, what: str) -> int:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
+def replacing(target: Path, mode: Literal["w", "wb"] = "w", go_on: str = "go on with --resume") -> Iterator[Any]:
     """A file that takes its place as `target`, by one rename once it is on the disk, when the block ends well."""
     staging = staged_name(target)
-    with failures_named(target), removed_on_failure(staging):
+    with failures_named(target, go_on=go_on), removed_on_failure(staging):
         with open(staging, mode, encoding=None if mode == "wb" else "utf-8") as file:
             yield file
             file.flush()

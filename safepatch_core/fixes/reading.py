@@ -19,7 +19,7 @@ from safepatch_core.errors import InputError, IOFailure
 from safepatch_core.files.checkpoint import Shard, TensorEntry, identify, read_exact, read_shard
 from safepatch_core.fixes import format, reference
 from safepatch_core.fixes.format import BLOCK, KEYS, MOST_CODES, SKIP, VERSION, WIDEST, Facts, blocks, is_sparse
-from safepatch_core.fixes.reference import Broken, Changes, Entries, Run
+from safepatch_core.fixes.reference import Broken, Changes, Run
 
 WINDOW = 4 << 20  # bytes of entries that are worked on at once
 
@@ -315,10 +315,3 @@ def _touched(path: Path, name: str, facts: Facts, stored: list[TensorEntry]) -> 
     gap = take("gap", tuple(SKIP), None)
     side = take("side", ("U8",), (-(-n // 8),))
     return Touched(name, facts, block, gap, side, tuple(plane(k) for k in range(WIDEST)))
-
-
-def read_entries(fd: int, entry: TensorEntry, width: int, lo: int, count: int) -> Entries:
-    """Entries [lo, lo + count) of a tensor of a checkpoint, as unsigned integers."""
-    data = np.empty(count, f"<u{width}")
-    read_exact(fd, data, entry.start + lo * width, entry)
-    return data

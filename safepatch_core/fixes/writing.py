@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safepatch_core.fixes import codec, format
 from safepatch_core.fixes.format import BLOCK, SKIP, Facts, blocks, is_sparse
 from safepatch_core.fixes.reference import Entries
+from safepatch_core.ranks import Ranks
 
 _IN_MEMORY = 1 << 20  # bytes of a temporary file that are held in memory
 _STEP = 1 << 20  # changes that are encoded at once
@@ -158,20 +159,24 @@ def _places(plane: _Scratch, dtype: str) -> Iterator[NDArray[Any]]:
 class Writer:
     """Collects finished tensors, and writes them out in the order of their names. A context manager.
 
-    Temporary files lie in `folder`, where the output goes, and have no names.
+    Temporary files lie in `folder`, where the output goes, and have no names; only what a rank collects for the first
+    one is a file with a name, `shared`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._ready: dict[str, Ready] = {}
+    def __init__(self, folder: Path, shared: Path | None = None) -> None:
+        self._folder, self._shared = folder, shared
+        self._ready: dict[str, tuple[Ready, IO[bytes]]] = {}
         self._open = ExitStack()
-        self._spool: IO[bytes] = self._open.enter_context(tempfile.TemporaryFile(dir=folder))
+        spool = tempfile.TemporaryFile(dir=folder) if shared is None else open(shared, "w+b")
+        self._spool: IO[bytes] = self._open.enter_context(spool)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+        if self._shared is not None:
+            self._shared.unlink(missing_ok=True)
 
     def encoder(self, entries: int, width: int) -> Encoder:
         return Encoder(self._folder, entries, width)
@@ -179,19 +184,28 @@ class Writer:
     def add(self, name: str, encoder: Encoder) -> None:
         """A tensor is complete; one without changes leaves nothing."""
         if encoder.changes:
-            self._ready[name] = encoder.finish(self._spool)
+            self._ready[name] = encoder.finish(self._spool), self._spool
         encoder.close()
+
+    def join(self, ranks: Ranks) -> None:
+        """Every rank collected some of the tensors; now all know of all, and the first may write them."""
+        self._spool.flush()
+        for path, found in ranks.gather((self._shared, {name: ready for name, (ready, _) in self._ready.items()})):
+            if path != self._shared:
+                spool = self._open.enter_context(open(path, "rb"))
+                self._ready.update({name: (ready, spool) for name, ready in found.items()})
 
     @property
     def facts(self) -> dict[str, Facts]:
-        return {name: ready.facts for name, ready in self._ready.items()}
+        return {name: ready.facts for name, (ready, _) in self._ready.items()}
 
     def write(self, file: IO[bytes], about: Mapping[str, str]) -> None:
         """The whole fix file, with this metadata."""
         self._spool.flush()
-        arrays = [(n, stored) for n in sorted(self._ready, key=str.encode) for stored in self._ready[n].arrays]
-        table = [(f"{name}::{of.suffix}", of.dtype, of.shape, of.nbytes) for name, of in arrays]
-        file.write(format.header(about, table))
-        for _, stored in arrays:
-            for at in range(stored.at, stored.at + stored.nbytes, _IN_MEMORY):
-                file.write(os.pread(self._spool.fileno(), min(_IN_MEMORY, stored.at + stored.nbytes - at), at))
+        ready = [(name, *self._ready[name]) for name in sorted(self._ready, key=str.encode)]
+        arrays = [(f"{name}::{a.suffix}", a, spool) for name, of, spool in ready for a in of.arrays]
+        file.write(format.header(about, [(name, a.dtype, a.shape, a.nbytes) for name, a, _ in arrays]))
+        for _, stored, spool in arrays:
+            end = stored.at + stored.nbytes
+            for at in range(stored.at, end, _IN_MEMORY):
+                file.write(os.pread(spool.fileno(), min(_IN_MEMORY, end - at), at))

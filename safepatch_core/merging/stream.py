@@ -71,7 +71,8 @@ class Work:
 class Merge:
     """One merge, or one rank's share of it: the plan, an engine, and the ring they share.
 
-    `advance` is told the bytes of each unit as it is read, `trace` when each stage began and ended a unit.
+    `advance` is told the bytes of each unit as it is read, `trace` when each stage began and ended a unit; `around`
+    may wrap the step that patches a unit's base in place, to see it before and after.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class Merge:
         *,
         ranks: Ranks | None = None,
         trace: pipeline.Trace | None = None,
+        around: Callable[[Callable[[Work], None]], Callable[[Work], None]] = lambda apply: apply,
     ) -> None:
+        self._around = around
         self.plan, self._engine, self._advance, self._trace = plan, engine, advance, trace
         self._ranks = ranks or Alone()
         self._inputs = Inputs(plan.inputs, drop_behind=plan.larger_than_memory)
@@ -123,7 +126,7 @@ class Merge:
         seen = ""
 
         def flush() -> None:
-            apply = _Apply(self.plan, self._engine, self._tallies, counts)
+            apply = self._around(_Apply(self.plan, self._engine, self._tallies, counts))
             self._sweep(units, apply, lambda work: sink.write(work.base.data, work.source))
             units.clear()
 

@@ -1,0 +1,275 @@
+"""Make a fix file: from a recipe, streamed as a merge is but without output, or from two checkpoints of one table."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safepatch_core.backends.contract import Backend, Report
+from safepatch_core.errors import Busy, InputError, OutputError, UsageError
+from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_json
+from safepatch_core.files.filenames import MANIFEST
+from safepatch_core.files.staging import failures_named, replacing, staged_name, sync_directory
+from safepatch_core.fixes import format
+from safepatch_core.fixes.format import BLOCK, WIDTH
+from safepatch_core.fixes.reading import WINDOW
+from safepatch_core.fixes.shards import Shards
+from safepatch_core.fixes.writing import Encoder, Writer
+from safepatch_core.merging.api import prepare
+from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, OutputPart, Plan, Unit
+from safepatch_core.merging.recipe import Recipe, parse_size
+from safepatch_core.merging.stream import Merge, Work
+from safepatch_core.ranks import Ranks, ranks_of_this_run
+from safepatch_core.spec import ITEMSIZE
+
+Progress = Callable[[int, int], None]
+AGAIN = "run it again"
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build gave."""
+
+    out: Path
+    id: str
+    tensors: int  # touched
+    entries: int  # of the touched tensors
+    changes: int
+    size: int  # bytes of the file
+    warnings: tuple[str, ...] = ()
+
+
+def build(
+    recipe: str | os.PathLike[str] | Recipe,
+    out: str | os.PathLike[str],
+    *,
+    backend: str | Backend = "auto",
+    device: str | None = None,
+    threads: int | None = None,
+    memory_limit: int | str | None = None,
+    vram_limit: int | str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Write what a recipe's merge changes to the fix file `out`. The merged checkpoint itself is never written.
+
+    Takes what `merge` takes. Half of `memory_limit` is for the merge, the rest for the base's entries beside the new
+    ones. Under torchrun every rank calls it with the same arguments. Raises a `SafepatchError`.
+    """
+    limit = DEFAULT_LIMIT if memory_limit is None else parse_size(memory_limit)
+    if limit < 2 * SMALLEST_LIMIT:
+        raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 32MiB")
+    plan, engine = prepare(
+        recipe, backend, device=device, threads=threads, memory_limit=limit // 2, vram_limit=vram_limit
+    )
+    inputs = [shard.path for checkpoint in plan.inputs for shard in checkpoint.shards]
+    with closing(ranks_of_this_run()) as ranks, _output(Path(out), inputs, force, ranks) as path:
+        with _Recorder(plan, Writer(path.parent, _share_of(path, ranks))) as recorder:
+            total = sum(target.entry_bytes * target.entry.entries for target in plan.targets.values())
+            job = Merge(plan, engine, _counted(progress, total), ranks=ranks, around=recorder.around)
+            job.run(recorder)
+            recorder.writer.join(ranks)
+            return _finish(path, plan.base, recorder.writer, plan.resolved_recipe(), ranks, plan.warnings)
+
+
+def build_between(
+    base: str | os.PathLike[str],
+    merged: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Write what turns `base` into `merged`, two checkpoints of one table, to the fix file `out`.
+
+    The recipe comes from the manifest of `merged`, where it has one. Raises a `SafepatchError`.
+    """
+    old, new = open_checkpoint(base), open_checkpoint(merged)
+    _same_table(old, new)
+    inputs = [shard.path for checkpoint in (old, new) for shard in checkpoint.shards]
+    advance = _counted(progress, sum(entry.nbytes for entry in old.tensors.values()))
+    with closing(ranks_of_this_run()) as ranks, _output(Path(out), inputs, force, ranks) as path:
+        if ranks.size > 1:
+            raise UsageError("two checkpoints are compared by one process", found=f"{ranks.size} ranks")
+        with Writer(path.parent) as writer, Shards(old) as olds, Shards(new) as news:
+            for shard in old.shards:
+                for entry in shard.tensors:
+                    _compare(writer, entry, olds, new.tensors[entry.name], news, advance)
+            olds.check_unchanged()
+            news.check_unchanged()
+            return _finish(path, old, writer, _recipe_of(new), ranks)
+
+
+@contextlib.contextmanager
+def _output(out: Path, inputs: Sequence[Path], force: bool, ranks: Ranks) -> Iterator[Path]:
+    """Where the file may be written, held for this run until it is."""
+    path = Path(os.path.abspath(out))
+    if ranks.rank:
+        yield path
+        return
+    if path.is_symlink():
+        raise InputError("the output is a symlink and is never written through", file=path)
+    if path.is_dir():
+        raise InputError("the output is a directory", file=path, expected="a file name")
+    if path.exists() and any(os.path.samefile(path, known) for known in inputs):
+        raise InputError("the output is an input", file=path)
+    if path.exists() and not force:
+        raise InputError("the output exists; --force replaces it", file=path)
+    with failures_named(path, what="cannot create the output", kind=OutputError, go_on=AGAIN):
+        made = [parent for parent in path.parents if not parent.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for parent in made:
+            sync_directory(parent.parent)
+        lock = os.open(staged_name(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with failures_named(path, go_on=AGAIN):
+            yield path
+    except BlockingIOError:
+        raise Busy("another run is writing this output", file=path) from None
+    except BaseException:
+        with contextlib.suppress(OSError):
+            staged_name(path).unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _share_of(path: Path, ranks: Ranks) -> Path | None:
+    """The temporary file of a rank that tells the first one what it found."""
+    return path.with_name(f".safepatch-{path.name}-{ranks.rank}") if ranks.size > 1 else None
+
+
+def _counted(progress: Progress | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
+class _Recorder:
+    """Sees the targets of a merge before and after; a `stream.Sink` that keeps no output."""
+
+    def __init__(self, plan: Plan, writer: Writer) -> None:
+        self.writer, self._plan = writer, plan
+        sizes = [
+            ITEMSIZE[t.entry.dtype] * (t.entry.entries if t.whole else plan.chunk_entries(t))
+            for t in plan.targets.values()
+        ]
+        self._old = np.empty(max(sizes, default=0), np.uint8)
+        self._encoder: Encoder | None = None
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.__exit__()
+
+    def around(self, apply: Callable[[Work], None]) -> Callable[[Work], None]:
+        def work(unit: Work) -> None:
+            old = self._old[: len(unit.base)]
+            old[:] = unit.base
+            apply(unit)
+            self._record(unit.unit, old, unit.base)
+
+        return work
+
+    def _record(self, unit: Unit, old: Any, new: Any) -> None:
+        width = WIDTH[unit.entry.dtype]
+        if unit.lo == 0:
+            self._encoder = self.writer.encoder(unit.entry.entries, width)
+        assert self._encoder is not None
+        self._encoder.add(old.view(f"u{width}"), new.view(f"u{width}"), unit.lo)
+        if unit.hi == unit.entry.entries:
+            self.writer.add(unit.entry.name, self._encoder)
+
+    def begin(self, part: OutputPart, counts: dict[str, Report]) -> OutputPart | None:
+        targets = tuple(entry for entry in part.tensors if entry.name in self._plan.targets)
+        return OutputPart(part.output, targets, part.lo, part.hi)
+
+    def write(self, data: memoryview, source: object = None) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def _same_table(base: Checkpoint, merged: Checkpoint) -> None:
+    for name in sorted(base.tensors.keys() | merged.tensors.keys(), key=str.encode):
+        old, new = base.tensors.get(name), merged.tensors.get(name)
+        if old is None or new is None:
+            raise InputError("only one of the two has it", file=merged.ref if old is None else base.ref, tensor=name)
+        if (old.dtype, old.shape) != (new.dtype, new.shape):
+            raise InputError(
+                "the two differ in dtype or shape",
+                file=merged.ref,
+                tensor=name,
+                found=f"{new.dtype} {list(new.shape)}",
+                expected=f"{old.dtype} {list(old.shape)}",
+            )
+
+
+def _compare(
+    writer: Writer, old: TensorEntry, olds: Shards, new: TensorEntry, news: Shards, advance: Callable[[int], None]
+) -> None:
+    width = WIDTH.get(old.dtype)
+    entries = old.entries if width else old.nbytes
+    encoder = writer.encoder(entries, width or 1)
+    step = WINDOW // (width or 1) // BLOCK * BLOCK
+    for lo in range(0, entries, step):
+        hi = min(lo + step, entries)
+        encoder.add(olds.entries(old, width or 1, lo, hi), news.entries(new, width or 1, lo, hi), lo)
+        advance((hi - lo) * (width or 1))
+    if encoder.changes and not width:
+        raise InputError(
+            "differs, and entries of this type can't be fixed",
+            file=new.path,
+            tensor=new.name,
+            found=new.dtype,
+            expected="entries of 1, 2 or 4 bytes",
+        )
+    writer.add(old.name, encoder)
+
+
+def _recipe_of(checkpoint: Checkpoint) -> Any:
+    """The recipe that the manifest of a merged checkpoint tells, if any."""
+    path = None if checkpoint.root is None else checkpoint.root / MANIFEST
+    if path is None or not path.is_file():
+        return None
+    manifest = read_json(path, within=checkpoint.root)
+    return manifest.get("recipe") if isinstance(manifest, dict) else None
+
+
+def _finish(
+    path: Path, base: Checkpoint, writer: Writer, recipe: Any, ranks: Ranks, warnings: tuple[str, ...] = ()
+) -> BuildResult:
+    facts = writer.facts
+    if not facts:
+        raise InputError("nothing changes: there is nothing to fix", file=base.ref)
+    about = format.metadata(format.table_hash(base.tensors), facts, recipe)
+    if ranks.rank == 0:
+        with replacing(path, "wb", AGAIN) as file:
+            writer.write(file, about)
+    ranks.gather(None)
+    return BuildResult(
+        path,
+        about["id"],
+        len(facts),
+        sum(of.entries for of in facts.values()),
+        sum(of.changes for of in facts.values()),
+        path.stat().st_size,
+        warnings,
+    )

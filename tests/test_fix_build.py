@@ -1,0 +1,145 @@
+"""Fix files of random recipes: built while streaming, built from base and merge, and what the oracle encodes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safepatch_core import merge
+from safepatch_core.errors import InputError, SafepatchError
+from safepatch_core.fixes.build import build, build_between
+from safepatch_core.fixes.reading import open_fix
+from safepatch_core.merging.recipe import load_recipe
+from tests import fix_oracle
+from tests.fix_cases import changed, random_tensor, write_both
+from tests.oracle import Tensor, load_checkpoint, save_file
+from tests.recipes import write_random
+
+RECIPES = int(os.environ.get("SAFEPATCH_RANDOM_RECIPES", "60"))
+
+
+def base_of(recipe: Path) -> Path:
+    return recipe.parent / load_recipe(recipe).base
+
+
+@pytest.mark.parametrize("seed", range(RECIPES // 2))
+def test_random_recipes(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built on any engine and in any chunks; from base and merge; and by the oracle: the same bytes."""
+    recipe = write_random(tmp_path / "r", 5000 + seed)
+    merge(recipe, tmp_path / "merged", backend="reference")
+    if seed % 3 == 0:
+        monkeypatch.setenv("SAFEPATCH_CHUNK", str([64, 7, 1][seed // 3 % 3]))
+    try:
+        build(recipe, tmp_path / "cpu.safetensors", backend="cpu", threads=1)
+    except InputError as error:
+        assert "nothing changes" in str(error)
+        with pytest.raises(InputError, match="nothing changes"):
+            build_between(base_of(recipe), tmp_path / "merged", tmp_path / "between.safetensors")
+        return
+    fix = (tmp_path / "cpu.safetensors").read_bytes()
+    build(recipe, tmp_path / "reference.safetensors", backend="reference")
+    build_between(base_of(recipe), tmp_path / "merged", tmp_path / "between.safetensors")
+    with open_fix(tmp_path / "cpu.safetensors") as opened:
+        expected = fix_oracle.encode(
+            load_checkpoint(base_of(recipe)), load_checkpoint(tmp_path / "merged"), opened.recipe
+        )
+    assert fix == expected
+    assert (tmp_path / "reference.safetensors").read_bytes() == expected
+    assert (tmp_path / "between.safetensors").read_bytes() == expected
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"r", "merged", "cpu.safetensors", "reference.safetensors", "between.safetensors"}
+
+
+def test_the_recipe_is_told(tmp_path: Path) -> None:
+    recipe = write_random(tmp_path / "r", 5001)
+    result = build(recipe, tmp_path / "fix.safetensors", backend="reference")
+    with open_fix(result.out) as fix:
+        assert fix.id == result.id and fix.changes == result.changes and len(fix.tensors) == result.tensors
+        assert fix.recipe["seed"] == load_recipe(recipe).seed
+        assert result.size == (tmp_path / "fix.safetensors").stat().st_size
+        assert fix.base == fix_oracle.base_hash(load_checkpoint(base_of(recipe)))
+
+
+def test_without_a_manifest_there_is_no_recipe(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = {"w": random_tensor(rng, "I32", 10, 10)}
+    paths = write_both(tmp_path, base, {"w": changed(rng, base["w"], 0.5)})
+    build_between(*paths, tmp_path / "fix.safetensors")
+    with open_fix(tmp_path / "fix.safetensors") as fix:
+        assert fix.recipe is None
+
+
+@pytest.mark.parametrize(
+    ("merged", "says"),
+    [
+        ({"a": Tensor("F16", (4,), bytes(8))}, "tensor 'b': only one of the two has it"),
+        ({"a": Tensor("F16", (4,), bytes(8)), "b": Tensor("U8", (2,), b"ab"), "c": Tensor("U8", (), b"a")}, "'c'"),
+        (
+            {"a": Tensor("F16", (2, 2), bytes(8)), "b": Tensor("U8", (2,), b"ab")},
+            "'a': the two differ in dtype or sh",
+        ),
+        ({"a": Tensor("BF16", (4,), bytes(8)), "b": Tensor("U8", (2,), b"ab")}, "found BF16 [4], expected F16 [4]"),
+        ({"a": Tensor("F16", (4,), bytes(8)), "b": Tensor("U8", (2,), b"ab")}, "nothing changes"),
+    ],
+)
+def test_two_checkpoints_of_one_table(tmp_path: Path, merged: dict[str, Tensor], says: str) -> None:
+    paths = write_both(tmp_path, {"a": Tensor("F16", (4,), bytes(8)), "b": Tensor("U8", (2,), b"ab")}, merged)
+    with pytest.raises(InputError) as refused:
+        build_between(*paths, tmp_path / "fix.safetensors")
+    assert says in str(refused.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "merged.safetensors"]
+
+
+def test_wide_entries_are_refused_where_they_differ(tmp_path: Path) -> None:
+    base = {"a": Tensor("I64", (1,), bytes(8)), "b": Tensor("U8", (1,), b"a")}
+    paths = write_both(tmp_path, base, {**base, "b": Tensor("U8", (1,), b"b")})
+    build_between(*paths, tmp_path / "fix.safetensors")
+    save_file(paths[1], {**base, "a": Tensor("I64", (1,), b"\1" + bytes(7))})
+    with pytest.raises(InputError, match="'a': differs, and entries of this type can't be fixed: found I64"):
+        build_between(*paths, tmp_path / "other.safetensors")
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    base = {"w": random_tensor(rng, "BF16", 10, 10)}
+    paths = write_both(tmp_path, base, {"w": changed(rng, base["w"], 0.5)})
+    out = tmp_path / "new" / "fix.safetensors"
+    build_between(*paths, out)
+    before = out.read_bytes()
+    with pytest.raises(InputError, match="--force replaces it"):
+        build_between(*paths, out)
+    out.write_bytes(b"")
+    build_between(*paths, out, force=True)
+    assert out.read_bytes() == before and os.listdir(out.parent) == [out.name]
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(out)
+    for where, says in ((link, "symlink"), (tmp_path, "directory"), (paths[0], "is an input")):
+        with pytest.raises(SafepatchError, match=says):
+            build_between(*paths, where, force=True)
+    assert out.read_bytes() == before and load_checkpoint(paths[0]) == base
+
+
+def test_large_tensors_within_the_smallest_limit(tmp_path: Path) -> None:
+    """Tensors that are done in chunks there, in both scopes."""
+    rng, shape = np.random.default_rng(2), (3000, 1500)
+    steps = {n: rng.standard_normal(shape).astype("f4").view("u4") >> 16 for n in ("a.weight", "b.weight")}
+    base = {n: Tensor("BF16", shape, bytes(2 * 3000 * 1500)) for n in steps}
+    patch = {n: Tensor("BF16", shape, bits.astype("u2").tobytes()) for n, bits in steps.items()}
+    save_file(tmp_path / "base.safetensors", base)
+    save_file(tmp_path / "patch.safetensors", patch)
+    for scope in ("tensor", "model"):
+        recipe = tmp_path / f"{scope}.yaml"
+        recipe.write_text(
+            f"{{base: base.safetensors, patches: [{{name: p, source: patch.safetensors, top: 0.05}}], "
+            f"scope: {scope}}}"
+        )
+        streamed, between = tmp_path / f"{scope}.safetensors", tmp_path / f"{scope}-between.safetensors"
+        merge(recipe, tmp_path / scope, backend="cpu", threads=1)
+        build(recipe, streamed, backend="cpu", threads=1, memory_limit="32MiB")
+        build_between(tmp_path / "base.safetensors", tmp_path / scope, between)
+        assert streamed.read_bytes() == between.read_bytes()
+    with pytest.raises(SafepatchError, match="at least 32MiB"):
+        build(recipe, tmp_path / "x.safetensors", memory_limit="16MiB")
