@@ -92,6 +92,16 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"tokenizer can't be opened ({first_line(error)})", file=folder) from error
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes the tokenizer's files. Raises InputError where the library can't save what it has opened."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # whatever settings that contradict themselves make the library raise
+        raise InputError(f"tokenizer can't be saved ({first_line(error)})", file=tokenizer.name_or_path) from error
+
+
 class Limits(NamedTuple):
     """What a model can be fed: the longest sequence, where there is a limit, and how many token ids it knows."""
 
