@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from safepatch_core.settings import Device, PathText, Strict, Threads, Where
+from safepatch_core.spec import Kind
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -220,6 +221,11 @@ class DeriveConfig(Strict):
     def rate(self, patch: PatchConfig) -> float:
         """AdamW's step size for one patch."""
         return patch.learning_rate or self.learning_rate or (1e-4 if self.method == "lora" else 1e-5)
+
+    @property
+    def kind(self) -> Kind:
+        """What the recipe calls the form of a patch."""
+        return "lora" if self.method == "lora" else self.save_as
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on with, as JSON types: all that the bytes depend on."""

@@ -9,25 +9,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from safepatch_core.backends.contract import Backend, Report
+from safepatch_core.backends.contract import Report
 from safepatch_core.errors import Busy, InputError, OutputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_json
+from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
-from safepatch_core.files.staging import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.fixes import format
 from safepatch_core.fixes.format import BLOCK, WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.shards import Shards
 from safepatch_core.fixes.writing import Encoder, Writer
-from safepatch_core.merging.api import prepare
-from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, OutputPart, Plan, Unit
-from safepatch_core.merging.recipe import Recipe, parse_size
+from safepatch_core.merging.api import plan as make_plan
+from safepatch_core.merging.engine import EngineOptions
+from safepatch_core.merging.layout import OutputPart
+from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
+from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge, Work
+from safepatch_core.merging.work import Unit
 from safepatch_core.ranks import Ranks, ranks_of_this_run
+from safepatch_core.settings import size
 from safepatch_core.spec import ITEMSIZE
 
 Progress = Callable[[int, int], None]
@@ -51,30 +55,24 @@ def build(
     recipe: str | os.PathLike[str] | Recipe,
     out: str | os.PathLike[str],
     *,
-    backend: str | Backend = "auto",
-    device: str | None = None,
-    threads: int | None = None,
-    memory_limit: int | str | None = None,
-    vram_limit: int | str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    **engine: Unpack[EngineOptions],
 ) -> BuildResult:
     """Write what a recipe's merge changes to the fix file `out`. The merged checkpoint itself is never written.
 
     Takes what `merge` takes. Half of `memory_limit` is for the merge, the rest for the base's entries beside the new
     ones. Under torchrun every rank calls it with the same arguments. Raises a `SafepatchError`.
     """
-    limit = DEFAULT_LIMIT if memory_limit is None else parse_size(memory_limit)
+    limit = size(engine.get("memory_limit")) or DEFAULT_LIMIT
     if limit < 2 * SMALLEST_LIMIT:
         raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 32MiB")
-    plan, engine = prepare(
-        recipe, backend, device=device, threads=threads, memory_limit=limit // 2, vram_limit=vram_limit
-    )
+    plan = make_plan(recipe, **(engine | {"memory_limit": limit // 2}))
     inputs = [shard.path for checkpoint in plan.inputs for shard in checkpoint.shards]
     with closing(ranks_of_this_run()) as ranks, _output(Path(out), inputs, force, ranks) as path:
         with _Recorder(plan, Writer(path.parent, _share_of(path, ranks))) as recorder:
             total = sum(target.entry_bytes * target.entry.entries for target in plan.targets.values())
-            job = Merge(plan, engine, _counted(progress, total), ranks=ranks, around=recorder.around)
+            job = Merge(plan, plan.engine, _counted(progress, total), ranks=ranks, around=recorder.around)
             job.run(recorder)
             recorder.writer.join(ranks)
             return _finish(path, plan.base, recorder.writer, plan.resolved_recipe(), ranks, plan.warnings)
