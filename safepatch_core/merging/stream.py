@@ -33,7 +33,7 @@ from safepatch_core.merging.pipeline import Region, Ring
 from safepatch_core.merging.plan import OutputPart, Plan, Target, Unit, align
 from safepatch_core.merging.sources import Factors
 from safepatch_core.ranks import Alone, Ranks
-from safepatch_core.spec import ITEMSIZE
+from safepatch_core.spec import COMBINE, ITEMSIZE
 
 Counts = dict[str, Report]
 
@@ -326,9 +326,8 @@ class Merge:
             start=unit.lo,
             cols=target.entry.shape[-1] if target.entry.shape else 1,
             patches=tuple(patches),
-            combine=recipe.combine,
+            rule=COMBINE[recipe.combine],
             order=recipe.order,
-            nonfinite=recipe.nonfinite,
         )
         return Work(unit, base_bits.data.view(np.uint8), block)
 
