@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import UsageError
+from safepatch_core.files.header import make_header
 
 Kind = Literal["checkpoint", "delta", "lora"]
 PATCHES = ("safety", "over-safety")
@@ -204,26 +205,19 @@ def _write_file(
     path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], pool: Bits, ones: Bits | None, sparse: int | None
 ) -> None:
     """One safetensors file, tensors by name; vectors are `ones` where given."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    placed = []
-    for name, shape in sorted(tensors):
-        nbytes = 2 * math.prod(shape)
-        table[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-        placed.append((name, shape, offset, nbytes))
-        offset += nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    ordered = sorted(tensors)
+    header, ranges = make_header(((name, "BF16", shape) for name, shape in ordered), {"format": "pt"})
+    total = sum(hi - lo for lo, hi in ranges.values())
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         if sparse is not None:
-            os.ftruncate(fd, len(header) + offset)
+            os.ftruncate(fd, len(header) + total)
         else:
-            os.posix_fallocate(fd, 0, len(header) + offset)
+            os.posix_fallocate(fd, 0, len(header) + total)
         _write_all(fd, memoryview(header), 0)
-        for name, shape, offset, nbytes in placed:
-            start = len(header) + offset
+        for name, shape in ordered:
+            lo, hi = ranges[name]
+            start, nbytes = len(header) + lo, hi - lo
             if len(shape) == 1 and ones is not None:
                 _write_all(fd, ones[: nbytes // 2].data.cast("B"), start)
                 continue

@@ -53,7 +53,7 @@ def measure_rates(bench: Bench, log: Callable[[str], None]) -> dict[str, float]:
         log("starting")
         found[names.STARTUP] = _median(bench.rounds, lambda: _startup(bench, scratch))
     log("the engine")
-    for kind in names.KINDS:
+    for kind in names.FORMS:
         found |= _engine(bench.rounds, kind)
     log(f"a merge of {SIZE} parameters")
     found[names.STALLS] = _stalls(bench, folder, found)

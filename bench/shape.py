@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.files.checkpoint import TensorEntry, open_checkpoint
+from safepatch_core.files.header import make_header
 from safepatch_core.merging.api import merge
 from safepatch_core.settings import parse_size
 
@@ -52,19 +53,12 @@ def _pieces(entry: TensorEntry) -> Iterator[bytes]:
 def _extract(entries: Sequence[TensorEntry], folder: Path) -> None:
     """A checkpoint of a few tensors of another, byte for byte."""
     folder.mkdir()
-    table, offset = {}, 0
-    for entry in entries:
-        table[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.nbytes],
-        }
-        offset += entry.nbytes
-    text = json.dumps(table).encode()
+    header, ranges = make_header((entry.name, entry.dtype, entry.shape) for entry in entries)
+    by_name = {entry.name: entry for entry in entries}
     with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            file.writelines(_pieces(entry))
+        file.write(header)
+        for name in ranges:
+            file.writelines(_pieces(by_name[name]))
 
 
 def check_sample(folder: Path, out: Path, names: Sequence[str], scratch: Path) -> None:

@@ -442,6 +442,25 @@ def test_rates_are_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         assert rates.load_rates() is None
 
 
+def test_rates_of_other_versions_serve(
+    bench: registry.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of a later version are ignored; for a form that an older one didn't know the slowest of its pass holds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = {name: float(i) for i, name in enumerate(rates.NAMES, 1)}
+    path = rates.save_rates(given)
+    path.write_text(json.dumps(given | {"merge_of_the_future_entries_per_s": 1.0}))
+    assert rates.load_rates() == given
+    older = {name: rate for name, rate in given.items() if "lora" not in name}
+    path.write_text(json.dumps(older))
+    assert rates.load_rates() == older
+    folder = bench.models(TINY, ("checkpoint", "lora"))
+    described = describe(plan(models.recipe_path(folder, "lora"), backend="reference"))
+    slowest = older | {rates.engine_rate("merge", "lora"): older[rates.engine_rate("merge", "checkpoint")]}
+    assert rates.predict(described, older) == rates.predict(described, slowest)
+    assert rates.predict(described, {}) == 0.0
+
+
 def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
     folder = bench.models(TINY, ("checkpoint", "lora"))
     known = dict.fromkeys(rates.NAMES, 1e6) | {rates.STARTUP: 1.0, rates.CORES: 2.0, rates.STALLS: 1.0}

@@ -17,9 +17,11 @@ from safepatch_core.errors import InputError
 HEAVY = ("torch", "transformers", "triton", "peft", "safetensors")
 
 
-def safepatch(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "safepatch_core", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+def safepatch(*args: str | Path, chunk: int | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    module = ["safepatch_core"] if chunk is None else ["tests.chunked", str(chunk)]
+    command = [sys.executable, "-m", *module, *map(str, args)]
+    root, given = Path(__file__).parents[1], {**os.environ, **env}
+    return subprocess.run(command, capture_output=True, text=True, env=given, timeout=120, cwd=root)
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -173,27 +175,26 @@ def test_an_engine_that_cannot_run_is_an_error(recipe: Path, tmp_path: Path) -> 
 
 def test_merge_is_the_same_for_any_way_of_doing_it(recipe: Path, tmp_path: Path) -> None:
     digests = set()
-    for i, (options, env) in enumerate(
+    for i, (options, chunk) in enumerate(
         [
-            (["--backend", "reference"], {}),
-            (["--backend", "cpu", "--threads", "1"], {}),
-            (["--backend", "cpu", "--threads", "3", "--memory-limit", "16MiB"], {"SAFEPATCH_CHUNK": "4"}),
-            (["--backend", "reference"], {"SAFEPATCH_CHUNK": "7"}),
+            (["--backend", "reference"], None),
+            (["--backend", "cpu", "--threads", "1"], None),
+            (["--backend", "cpu", "--threads", "3", "--memory-limit", "16MiB"], 4),
+            (["--backend", "reference"], 7),
         ]
     ):
         out = tmp_path / f"out{i}"
-        assert safepatch("merge", recipe, "-o", out, *options, **env).returncode == 0
+        assert safepatch("merge", recipe, "-o", out, *options, chunk=chunk).returncode == 0
         digests.add((out / "SHA256SUMS").read_bytes())
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
-@pytest.mark.parametrize("chunk", ["", "40"])
-def test_the_plan_foretells_every_byte(recipe: Path, tmp_path: Path, scope: str, chunk: str) -> None:
+@pytest.mark.parametrize("chunk", [None, 40])
+def test_the_plan_foretells_every_byte(recipe: Path, tmp_path: Path, scope: str, chunk: int | None) -> None:
     recipe.write_text(recipe.read_text() + f"scope: {scope}\n")
-    env = {"SAFEPATCH_CHUNK": chunk} if chunk else {}
-    planned = json.loads(safepatch("plan", recipe, "--json", **env).stdout)
-    merged = json.loads(safepatch("merge", recipe, "-o", tmp_path / "out", "--json", **env).stdout)
+    planned = json.loads(safepatch("plan", recipe, "--json", chunk=chunk).stdout)
+    merged = json.loads(safepatch("merge", recipe, "-o", tmp_path / "out", "--json", chunk=chunk).stdout)
     assert planned["passes"] == (2 if chunk or scope == "model" else 1)
     assert merged["bytes_read"] == planned["bytes_read"]
     assert merged["bytes_written"] == planned["bytes_written"]

@@ -17,6 +17,7 @@ import yaml
 from safepatch_core import merge as safepatch_merge
 from safepatch_core.errors import SafepatchError
 from tests import oracle
+from tests.chunked import merge_chunked
 from tests.oracle import OracleError, Result, Tensor, load_checkpoint, load_file
 from tests.recipes import write_plain, write_random
 
@@ -366,15 +367,8 @@ def settings(seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def set_chunk(monkeypatch: pytest.MonkeyPatch, chunk: int | None) -> None:
-    if chunk is None:
-        monkeypatch.delenv("SAFEPATCH_CHUNK", raising=False)
-    else:
-        monkeypatch.setenv("SAFEPATCH_CHUNK", str(chunk))
-
-
 @pytest.mark.parametrize("seed", range(RECIPES))
-def test_random_recipe(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_recipe(seed: int, tmp_path: Path) -> None:
     recipe = write_random(tmp_path / "in", seed, hostile=seed % 4 == 3)
     expected = expect(recipe)
     trees = []
@@ -382,14 +376,13 @@ def test_random_recipe(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         label = f"seed {seed}, {options}"
         out = tmp_path / "out" / str(number)
         out.parent.mkdir(exist_ok=True)
-        set_chunk(monkeypatch, options.pop("chunk"))
         if isinstance(expected, OracleError):
             with pytest.raises(SafepatchError) as caught:
-                safepatch_merge(recipe, out, **options)
+                merge_chunked(recipe, out, **options)
             assert caught.value.status == expected.status, f"{label}: {caught.value}, not {expected}"
             assert list(out.parent.iterdir()) == [], label
         else:
-            safepatch_merge(recipe, out, **options)
+            merge_chunked(recipe, out, **options)
             compare(out, expected, label)
             trees.append(tree(out))
             if number == 0:
@@ -404,15 +397,16 @@ def available_isas() -> list[str]:
 
 MERGE_ALL = """
 import sys
-from safepatch_core import merge
-for folder in sys.argv[1:]:
-    merge(folder + "/in/recipe.yaml", folder + "/out", backend="cpu", threads=2)
+from pathlib import Path
+from tests.chunked import merge_chunked
+for folder in map(Path, sys.argv[2:]):
+    merge_chunked(folder / "in/recipe.yaml", folder / "out", int(sys.argv[1]) or None, backend="cpu", threads=2)
 """
 
 
 @pytest.mark.parametrize("isa", ("scalar", "avx2", "avx512"))
-@pytest.mark.parametrize("chunk", (None, "6"))
-def test_every_instruction_set_gives_the_same_bytes(isa: str, chunk: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", (0, 6))
+def test_every_instruction_set_gives_the_same_bytes(isa: str, chunk: int, tmp_path: Path) -> None:
     if isa not in available_isas():
         pytest.skip(f"this processor has no {isa}")
     expected = {}
@@ -420,10 +414,9 @@ def test_every_instruction_set_gives_the_same_bytes(isa: str, chunk: str | None,
         result = expect(write_random(tmp_path / str(seed) / "in", seed, size=40))
         if isinstance(result, Result):
             expected[tmp_path / str(seed)] = result
-    environ = {k: v for k, v in os.environ.items() if k != "SAFEPATCH_CHUNK"}
-    environ |= {"SAFEPATCH_FORCE_ISA": isa} | ({"SAFEPATCH_CHUNK": chunk} if chunk else {})
-    command = [sys.executable, "-c", MERGE_ALL, *map(str, expected)]
-    subprocess.run(command, env=environ, check=True)
+    environ = os.environ | {"SAFEPATCH_FORCE_ISA": isa}
+    command = [sys.executable, "-c", MERGE_ALL, str(chunk), *map(str, expected)]
+    subprocess.run(command, env=environ, check=True, cwd=Path(__file__).parents[1])
     for folder, result in expected.items():
         compare(folder / "out", result, f"{isa}, {folder.name}")
 

@@ -44,9 +44,12 @@ def recipe(root: Path, scope: str, extra: str = "") -> Path:
     return path
 
 
-def torchrun(ranks: int, *args: str | Path) -> list[str | Path]:
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(ranks: int, chunk: int, *args: str | Path) -> list[str | Path]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, "-m", "safepatch_core", "merge", *args, "--quiet"]
+    return [*launcher, "-m", "tests.chunked", str(chunk), "merge", *args, "--quiet"]
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -58,9 +61,8 @@ def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, scope: str, ra
     model(tmp_path, 50)
     path = recipe(tmp_path, scope, extra)
     merge(path, tmp_path / "one", backend="reference")
-    env = {**os.environ, "SAFEPATCH_CHUNK": "64"}
-    command = torchrun(ranks, path, "-o", tmp_path / "many", "--backend", "cpu")
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    command = torchrun(ranks, 64, path, "-o", tmp_path / "many", "--backend", "cpu")
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert files(tmp_path / "many") == files(tmp_path / "one")
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -72,9 +74,9 @@ def test_a_rank_that_dies_leaves_the_published_output(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "older").write_text("published before")
-    env = {**os.environ, "SAFEPATCH_CHUNK": "16"}  # thousands of units: time enough to be killed
-    command = torchrun(2, path, "-o", out, "--backend", "cpu", "--force")
-    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Thousands of units: time enough to be killed.
+    command = torchrun(2, 16, path, "-o", out, "--backend", "cpu", "--force")
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stage = tmp_path / ".out.safepatch"
     end = time.monotonic() + 60
     while not stage.exists():

@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from safepatch_core.backends.contract import Lora
 from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from safepatch_core.merging.sources import (
-    Factors,
-    Source,
-    extras,
-    importance_of,
-    lookup,
-    open_importance,
-    open_source,
-)
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
+from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.sources import open_source
+from safepatch_core.merging.sources.contract import Source
+from safepatch_core.merging.sources.dense import Dense, ImportanceFile
+from safepatch_core.merging.sources.lora import Factors
+from safepatch_core.spec import Missing
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "F64": "<f8", "U8": "u1"}
 Table = dict[str, tuple[str, tuple[int, ...]] | tuple[str, NDArray[Any]]]
@@ -74,7 +72,9 @@ def adapter(root: Path, tensors: Table | None = None, options: dict[str, Any] | 
 
 def refuse(base: Checkpoint, root: Path, *words: object, kind: Any = None) -> str:
     with pytest.raises(InputError) as caught:
-        open_source("p", root, kind, base, relative_to=None)
+        source = open_source("p", root, kind, base, relative_to=None)
+        for name in source.shapes:
+            look_up(source, base, name)
     message = str(caught.value)
     assert caught.value.status == 65 and str(root) in message and "\n" not in message
     for word in words:
@@ -82,14 +82,24 @@ def refuse(base: Checkpoint, root: Path, *words: object, kind: Any = None) -> st
     return message
 
 
-def factors_of(source: Source, name: str) -> Factors:
-    found = source.tensors[name]
+def look_up(source: Source, base: Checkpoint, name: str, missing: Missing = "error") -> Any:
+    return source.lookup(base.tensors[name], missing)
+
+
+def factors_of(source: Source, base: Checkpoint, name: str) -> Factors:
+    found = look_up(source, base, name)
     assert isinstance(found, Factors)
     return found
 
 
-def entry_of(base: Checkpoint, name: str) -> TensorEntry:
-    return base.tensors[name]
+def load(source: Source, base: Checkpoint, name: str) -> Lora:
+    found, inputs = look_up(source, base, name), Inputs(source.checkpoints)
+    try:
+        lora = found.load(inputs, 0, base.tensors[name].entries, np.empty(found.held_bytes, np.uint8))
+        assert isinstance(lora, Lora) and inputs.bytes_read == found.once_bytes
+        return lora
+    finally:
+        inputs.close()
 
 
 # Checkpoints and deltas
@@ -99,19 +109,19 @@ def entry_of(base: Checkpoint, name: str) -> TensorEntry:
 def test_lookup(tmp_path: Path, base: Checkpoint, kind: Any) -> None:
     save(tmp_path / "p.safetensors", {"model.layers.0.q.weight": ("F16", (6, 4)), "steps": ("I32", (9,))})
     source = open_source("p", "p.safetensors", kind, base, relative_to=tmp_path)
-    assert (source.kind, source.checkpoint.ref, list(source.tensors)) == (
-        kind,
-        "p.safetensors",
-        ["model.layers.0.q.weight"],
+    (checkpoint,) = source.checkpoints
+    assert (source.kind, checkpoint.ref) == (kind, "p.safetensors")
+    assert (dict(source.shapes), list(source.names)) == (
+        {"model.layers.0.q.weight": (6, 4)},
+        ["model.layers.0.q.weight", "steps"],
     )
-    found = lookup(source, entry_of(base, "model.layers.0.q.weight"), missing="error")
-    assert isinstance(found, TensorEntry) and found.dtype == "F16"
-    assert extras(source, base) == []
+    found = look_up(source, base, "model.layers.0.q.weight")
+    assert isinstance(found, Dense) and (found.entry.dtype, found.form) == ("F16", kind)
     with pytest.raises(InputError) as caught:
-        lookup(source, entry_of(base, "model.layers.1.q.weight"), missing="error")
+        look_up(source, base, "model.layers.1.q.weight")
     for word in ["p.safetensors", "tensor 'model.layers.1.q.weight'", "missing from patch 'p'", "[6, 4]"]:
         assert word in str(caught.value)
-    assert lookup(source, entry_of(base, "model.layers.1.q.weight"), missing="skip") is None
+    assert look_up(source, base, "model.layers.1.q.weight", "skip") is None
 
 
 def test_lookup_shape_and_dtype(tmp_path: Path, base: Checkpoint) -> None:
@@ -132,19 +142,19 @@ def test_lookup_shape_and_dtype(tmp_path: Path, base: Checkpoint) -> None:
         ("conv.weight", "[6, 12]", "[6, 4, 3]"),
     ]:
         with pytest.raises(InputError) as caught:
-            lookup(source, entry_of(base, name), missing="skip")
+            look_up(source, base, name, "skip")
         message = str(caught.value)
         assert caught.value.status == 65 and str(path) in message and f"tensor '{name}'" in message
         assert f"found {found}, expected {expected}" in message
 
 
-def test_extras_are_float_tensors_only(tmp_path: Path, base: Checkpoint) -> None:
+def test_only_float_tensors_change_anything(tmp_path: Path, base: Checkpoint) -> None:
     save(
         tmp_path / "p.safetensors",
         {"z": ("F64", (1,)), "a": ("BF16", (0,)), "ids": ("I32", (1,)), "model.norm.weight": ("F32", (4,))},
     )
     source = open_source("p", "p.safetensors", None, base, relative_to=tmp_path)
-    assert source.kind == "checkpoint" and extras(source, base) == ["a", "z"]
+    assert source.kind == "checkpoint" and sorted(source.shapes) == ["a", "model.norm.weight", "z"]
 
 
 def test_importance(tmp_path: Path, base: Checkpoint) -> None:
@@ -152,17 +162,17 @@ def test_importance(tmp_path: Path, base: Checkpoint) -> None:
         tmp_path / "s.safetensors",
         {"model.norm.weight": ("F16", (4,)), "conv.weight": ("F32", (6, 4)), "quantized.weight": ("I32", (6, 4))},
     )
-    scores = open_importance("s.safetensors", relative_to=tmp_path)
-    norm = importance_of(scores, entry_of(base, "model.norm.weight"), "error")
-    assert norm is not None and norm.dtype == "F16"
-    assert importance_of(scores, entry_of(base, "model.embed_tokens.weight"), "skip") is None
+    scores = ImportanceFile.open("s.safetensors", relative_to=tmp_path)
+    norm = scores.lookup(base.tensors["model.norm.weight"], "error")
+    assert isinstance(norm, Dense) and norm.entry.dtype == "F16"
+    assert scores.lookup(base.tensors["model.embed_tokens.weight"], "skip") is None
     for name, words in [
         ("model.embed_tokens.weight", "missing from the importance"),
         ("conv.weight", "found [6, 4], expected [6, 4, 3]"),
         ("quantized.weight", "found I32"),
     ]:
         with pytest.raises(InputError) as caught:
-            importance_of(scores, entry_of(base, name), "error")
+            scores.lookup(base.tensors[name], "error")
         assert (
             words in str(caught.value)
             and f"tensor '{name}'" in str(caught.value)
@@ -176,15 +186,17 @@ def test_importance(tmp_path: Path, base: Checkpoint) -> None:
 def test_an_adapter_directory_is_lora(tmp_path: Path, base: Checkpoint) -> None:
     root = adapter(tmp_path / "a", options={"new": None, "newer": False, "newest": [], "more": "", "most": {}})
     source = open_source("p", "a", None, base, relative_to=tmp_path)
-    assert (source.kind, source.checkpoint.ref, source.checkpoint.root) == ("lora", "a", root)
-    found = lookup(source, entry_of(base, "model.layers.0.q.weight"), missing="error")
+    (checkpoint,) = source.checkpoints
+    assert (source.kind, checkpoint.ref, checkpoint.root) == ("lora", "a", root)
+    found = look_up(source, base, "model.layers.0.q.weight")
     assert isinstance(found, Factors) and (found.rank, found.scale, found.transposed) == (2, 2.0, False)
     assert (found.a.shape, found.b.shape) == ((2, 4), (6, 2))
-    assert lookup(source, entry_of(base, "model.layers.1.q.weight"), missing="error") is None
-    assert extras(source, base) == []
+    assert look_up(source, base, "model.layers.1.q.weight") is None
     assert source.config is not None and source.config["lora_alpha"] == 4
     # Asked for by kind, the same directory is a plain checkpoint that lacks the base's tensors.
-    assert "adapter_model" in open_source("p", root, "checkpoint", base, relative_to=None).checkpoint.shards[0].file
+    assert (
+        "adapter_model" in open_source("p", root, "checkpoint", base, relative_to=None).checkpoints[0].shards[0].file
+    )
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -200,9 +212,7 @@ def test_load(tmp_path: Path, base: Checkpoint, dtype: str) -> None:
         wanted = [x.astype(np.float32) for x in stored]
     keys = list(pair())
     adapter(tmp_path / "a", {keys[0]: (dtype, stored[0]), keys[1]: (dtype, stored[1])})
-    lora = factors_of(
-        open_source("p", tmp_path / "a", None, base, relative_to=None), "model.layers.0.q.weight"
-    ).load()
+    lora = load(open_source("p", tmp_path / "a", None, base, relative_to=None), base, "model.layers.0.q.weight")
     for got, want in zip((lora.a, lora.b), wanted, strict=True):
         assert got.dtype == np.float32 and got.flags.c_contiguous
         assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
@@ -214,25 +224,23 @@ def test_load_swaps_the_roles_when_transposed(tmp_path: Path, base: Checkpoint) 
     a, b = rng.standard_normal((2, 6), np.float32), rng.standard_normal((4, 2), np.float32)
     keys = list(pair())
     adapter(tmp_path / "a", {keys[0]: ("F32", a), keys[1]: ("F32", b)}, fan_in_fan_out=True)
-    lora = factors_of(
-        open_source("p", tmp_path / "a", None, base, relative_to=None), "model.layers.0.q.weight"
-    ).load()
+    lora = load(open_source("p", tmp_path / "a", None, base, relative_to=None), base, "model.layers.0.q.weight")
     assert np.array_equal(lora.a, b.T) and np.array_equal(lora.b, a.T)
     assert lora.a.flags.c_contiguous and lora.b.flags.c_contiguous
 
 
 def test_load_notices_a_vanished_file(tmp_path: Path, base: Checkpoint) -> None:
     root = adapter(tmp_path / "a")
-    found = factors_of(open_source("p", root, None, base, relative_to=None), "model.layers.0.q.weight")
+    source = open_source("p", root, None, base, relative_to=None)
     os.truncate(root / "adapter_model.safetensors", 100)
-    with pytest.raises(IOFailure, match="adapter_model.safetensors.*lora_A"):
-        found.load()
+    with pytest.raises(IOFailure, match="adapter_model.safetensors.*changed"):
+        load(source, base, "model.layers.0.q.weight")
     (root / "adapter_model.safetensors").unlink()
-    with pytest.raises(IOFailure, match="adapter_model.safetensors.*can't open"):
-        found.load()
+    with pytest.raises(IOFailure, match="adapter_model.safetensors.*cannot open"):
+        load(source, base, "model.layers.0.q.weight")
     adapter(root)
     with pytest.raises(IOFailure, match="adapter_model.safetensors.*changed"):
-        found.load()
+        load(source, base, "model.layers.0.q.weight")
 
 
 def test_keys_with_the_adapters_name(tmp_path: Path, base: Checkpoint) -> None:
@@ -242,8 +250,8 @@ def test_keys_with_the_adapters_name(tmp_path: Path, base: Checkpoint) -> None:
         f"{EMBED}.lora_embedding_B.default": ("F32", (4, 2)),
     }
     source = open_source("p", adapter(tmp_path / "a", tensors), None, base, relative_to=None)
-    assert set(source.tensors) == {"model.layers.0.q.weight", "model.embed_tokens.weight"}
-    assert factors_of(source, "model.embed_tokens.weight").transposed
+    assert dict(source.shapes) == {"model.layers.0.q.weight": (6, 4), "model.embed_tokens.weight": (10, 4)}
+    assert factors_of(source, base, "model.embed_tokens.weight").transposed
     refuse(base, adapter(tmp_path / "b", {**tensors, **pair()}), "two adapters in one file", "lora_A.weight")
 
 
@@ -253,7 +261,7 @@ def test_keys_with_the_adapters_name(tmp_path: Path, base: Checkpoint) -> None:
 )
 def test_scale_is_rounded_once(tmp_path: Path, base: Checkpoint, alpha: float, rank: int, rslora: bool) -> None:
     root = adapter(tmp_path / "a", pair(rank=rank), r=rank, lora_alpha=alpha, use_rslora=rslora)
-    found = factors_of(open_source("p", root, None, base, relative_to=None), "model.layers.0.q.weight")
+    found = factors_of(open_source("p", root, None, base, relative_to=None), base, "model.layers.0.q.weight")
     exact = alpha / math.sqrt(rank) if rslora else alpha / rank
     assert type(found.scale) is float and found.scale == float(np.float32(exact))
 
@@ -265,7 +273,8 @@ def test_scale_is_rounded_once(tmp_path: Path, base: Checkpoint, alpha: float, r
         ("bias", "all"),
         ("bias", "lora_only"),
         ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", [1]),
         ("layer_replication", [[0, 1], [0, 1]]),
         ("target_parameters", ["experts.down_proj"]),
         ("trainable_token_indices", [1, 2]),
@@ -310,7 +319,7 @@ def test_other_peft_types(tmp_path: Path, base: Checkpoint, peft_type: Any) -> N
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_leave_the_base(tmp_path: Path, base: Checkpoint, init: Any) -> None:
     root = adapter(tmp_path / "a", init_lora_weights=init, eva_config={"rho": 2.0}, loftq_config={"loftq_bits": 4})
-    assert open_source("p", root, None, base, relative_to=None).tensors
+    assert open_source("p", root, None, base, relative_to=None).shapes
 
 
 @pytest.mark.parametrize(
@@ -385,8 +394,6 @@ def half(side: str) -> Table:
         (pair(rows=8), "model.layers.0.q.weight", ["another base", "found [8, 4]", "expected [6, 4]"]),
         (pair(cols=8), "model.layers.0.q.weight", ["another base", "found [6, 8]", "expected [6, 4]"]),
         (pair(rows=4, cols=6), "model.layers.0.q.weight", ["another base", "found [4, 6]", "expected [6, 4]"]),
-        (pair("base_model.model.lm_head"), "base_model.model.lm_head.lora_A.weight", ["expected 'lm_head.weight'"]),
-        (pair("base_model.model.layers.0.q"), "base_model.model.layers.0.q.lora_A.weight", ["'layers.0.q.weight'"]),
         (pair(dtype="I32"), f"{Q0}.lora_A.weight", ["found I32"]),
         (pair(dtype="F64"), f"{Q0}.lora_A.weight", ["found F64"]),
         (pair("base_model.model.quantized"), "quantized.weight", ["found U8"]),
@@ -424,15 +431,18 @@ def half(side: str) -> Table:
         (
             {k.removeprefix("base_model.model."): v for k, v in pair().items()},
             "model.layers.0.q.lora_A.weight",
-            ["not a"],
+            ["no LoRA factors"],
         ),
         (
             {**pair(), f"{EMBED}.weight": ("BF16", (12, 4))},
-            f"{EMBED}.weight",
-            ["replaces a tensor of the base"],
+            "model.embed_tokens.weight",
+            ["another shape", "found [12, 4]", "expected [10, 4]"],
         ),
         (
-            {**pair(), f"{EMBED}.base_layer.weight": ("BF16", np.ones((10, 4), np.uint16))},
+            {
+                **{f"{EMBED}.lora_embedding_A": ("F32", (2, 10)), f"{EMBED}.lora_embedding_B": ("F32", (4, 2))},
+                f"{EMBED}.base_layer.weight": ("BF16", np.ones((10, 4), np.uint16)),
+            },
             f"{EMBED}.base_layer.weight",
             ["replaces a tensor of the base"],
         ),
@@ -445,10 +455,24 @@ def test_adapters_that_do_not_fit(
     refuse(base, root, root / "adapter_model.safetensors", *words, *([f"tensor '{tensor}'"] if tensor else []))
 
 
-def test_copies_of_the_base_are_harmless(tmp_path: Path, base: Checkpoint) -> None:
+def test_copies_of_adapted_embeddings_are_harmless(tmp_path: Path, base: Checkpoint) -> None:
     copy = BASE["model.embed_tokens.weight"]
-    root = adapter(tmp_path / "a", {**pair(), f"{EMBED}.base_layer.weight": copy, f"{EMBED}.weight": copy})
-    assert list(open_source("p", root, None, base, relative_to=None).tensors) == ["model.layers.0.q.weight"]
+    factors: Table = {f"{EMBED}.lora_embedding_A": ("F32", (2, 10)), f"{EMBED}.lora_embedding_B": ("F32", (4, 2))}
+    root = adapter(tmp_path / "a", {**factors, f"{EMBED}.base_layer.weight": copy, f"{EMBED}.weight": copy})
+    assert factors_of(open_source("p", root, None, base, relative_to=None), base, "model.embed_tokens.weight")
+
+
+def test_modules_trained_in_full_replace_the_bases(tmp_path: Path, base: Checkpoint) -> None:
+    tensors = {**pair(), f"{EMBED}.weight": ("F32", (10, 4)), "base_model.model.score.bias": ("F32", (2,))}
+    root = adapter(tmp_path / "a", tensors, modules_to_save=["embed_tokens", "score"])
+    source = open_source("p", root, None, base, relative_to=None)
+    assert dict(source.shapes) == {
+        "model.layers.0.q.weight": (6, 4),
+        "model.embed_tokens.weight": (10, 4),
+        "score.bias": (2,),
+    }
+    found = look_up(source, base, "model.embed_tokens.weight")
+    assert isinstance(found, Dense) and (found.form, found.entry.name) == ("checkpoint", f"{EMBED}.weight")
 
 
 @pytest.mark.parametrize(
@@ -478,7 +502,8 @@ def test_patterns_match_as_in_peft(tmp_path: Path, base: Checkpoint, patterns: d
         tensors |= pair(f"base_model.model.{module}", rank=rank)
     root = adapter(tmp_path / "a", tensors, lora_alpha=2, rank_pattern=patterns, alpha_pattern=patterns)
     source = open_source("p", root, None, base, relative_to=None)
-    assert {n: (f.rank, f.scale) for n, f in source.tensors.items() if isinstance(f, Factors)} == wanted
+    found = {name: factors_of(source, base, name) for name in source.shapes}
+    assert {name: (factors.rank, factors.scale) for name, factors in found.items()} == wanted
 
 
 def test_config_of_an_old_peft(tmp_path: Path, base: Checkpoint) -> None:
@@ -491,7 +516,7 @@ def test_config_of_an_old_peft(tmp_path: Path, base: Checkpoint) -> None:
         **{"init_lora_weights": True, "lora_dropout": 0.05, "target_modules": ["q"], "task_type": "CAUSAL_LM"},
         **{"enable_lora": None, "merge_weights": False},
     }
-    assert open_source("p", adapter(tmp_path / "a", options=old), None, base, relative_to=None).tensors
+    assert open_source("p", adapter(tmp_path / "a", options=old), None, base, relative_to=None).shapes
 
 
 # LoRA, against PEFT
@@ -568,11 +593,10 @@ def test_deltas_are_those_of_peft(tmp_path: Path, case: str) -> None:
         for name, module in live.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
-    assert set(source.tensors) == set(layers) and layers
+    assert set(source.shapes) == set(layers) and layers
     for name, layer in layers.items():
-        factors = factors_of(source, name)
-        assert factors.scale == float(np.float32(layer.scaling["default"]))
-        lora = factors.load()
+        lora = load(source, base, name)
+        assert lora.scale == float(np.float32(layer.scaling["default"]))
         delta = np.float32(lora.scale) * (lora.b @ lora.a)
         # In bfloat16 PEFT rounds the delta to it; float32 is the contract here.
         layer = layer.float()
@@ -585,7 +609,6 @@ def test_deltas_are_those_of_peft(tmp_path: Path, case: str) -> None:
     ("options", "words"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
@@ -608,12 +631,12 @@ def test_every_field_of_pefts_config_is_decided() -> None:
     import dataclasses
 
     peft = pytest.importorskip("peft")
-    from safepatch_core.merging import sources
+    from safepatch_core.merging.sources import lora
 
     refused = {
-        *("modules_to_save", "megatron_config", "trainable_token_indices", "use_dora", "velora_config", "use_qalora"),
+        *("megatron_config", "trainable_token_indices", "use_dora", "velora_config", "use_qalora"),
         *("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias", "target_parameters"),
         *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
     }
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields <= refused | sources._HARMLESS | sources._USED
+    assert fields <= refused | lora._HARMLESS | lora._USED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -22,7 +21,7 @@ from safepatch_core.errors import SafepatchError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.spec import ITEMSIZE, KEEP_ALL, Combine
 from tests.recipes import write_random
-from tests.test_ranks import model, recipe, torchrun
+from tests.test_ranks import ROOT, model, recipe, torchrun
 
 _engine = pytest.importorskip("safepatch_core._engine", reason="the extension isn't built")
 
@@ -121,7 +120,7 @@ def test_ranks_add_up(tmp_path: Path) -> None:
     model(tmp_path, 50)
     path = recipe(tmp_path, "model")
     alone = merge(path, tmp_path / "alone", backend=open_backend("reference"))
-    command = [*torchrun(2, path, "-o", tmp_path / "out", "--backend", "cpu")[:-1], "--json"]
-    run = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    command = [*torchrun(2, 64, path, "-o", tmp_path / "out", "--backend", "cpu")[:-1], "--json"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count(f'"acted": {alone.acted}') == run.stdout.count(f'"changed": {alone.changed}') == 2

@@ -16,7 +16,7 @@ from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, Stop
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.files.records import RunIdentity
 from safepatch_core.files.staging import Journal, Staging
-from safepatch_core.merging.plan import OutputFile, OutputPart
+from safepatch_core.merging.layout import OutputFile, OutputPart
 from safepatch_core.merging.sink import CheckpointSink
 
 IDENTITY = {"recipe": "r", "input": "i", "seed": "0", "version": "1"}

@@ -8,7 +8,6 @@ written by the first: every rank calls what saves it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -23,8 +22,9 @@ from torch import Tensor
 
 from safepatch_core.deriving.sharding import class_of, full_tensor
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import BITS, Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.files.filenames import INDEX, SINGLE
+from safepatch_core.files.header import make_header
 from safepatch_core.ranks import Ranks
 
 Layer = dict[str, Tensor]  # tensors of one layer, by their names in the model
@@ -200,21 +200,15 @@ class _TensorFiles:
 
     def _create(self, path: Path, entries: Sequence[TensorEntry]) -> int:
         """A file with its header and room for its data; returns the bytes of the data."""
-        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for entry in sorted(entries, key=lambda e: (-BITS[self._codes[e.name]], e.name)):  # every start is aligned
-            code = self._codes[entry.name]
-            start, end = end, end + math.prod(entry.shape) * BITS[code] // 8
-            table[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [start, end]}
-        header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-        header += b" " * (-len(header) % 8)
+        tensors = [(entry.name, self._codes[entry.name], entry.shape) for entry in entries]
+        header, ranges = make_header(sorted(tensors), {"format": "pt"})
+        total = sum(hi - lo for lo, hi in ranges.values())
         file = self._open.enter_context(open(path, "wb"))
-        os.posix_fallocate(file.fileno(), 0, 8 + len(header) + end)
-        file.write(len(header).to_bytes(8, "little") + header)
-        for entry in entries:
-            lo, hi = table[entry.name]["data_offsets"]
-            self._places[entry.name] = (file, 8 + len(header) + lo, hi - lo)
-        return end
+        os.posix_fallocate(file.fileno(), 0, len(header) + total)
+        file.write(header)
+        for name, (lo, hi) in ranges.items():
+            self._places[name] = (file, len(header) + lo, hi - lo)
+        return total
 
 
 def _write(

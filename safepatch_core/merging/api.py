@@ -191,6 +191,7 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
                 "dtype": t.entry.dtype,
                 "entries": t.entry.entries,
                 "passes": plan.sweeps(t),
+                "forms": [None if p is None else p.delta.form for p in t.patches],
                 "quotas": [None if quotas or p is None else k for k, p in zip(t.quotas, t.patches, strict=True)],
             }
             for t in targets

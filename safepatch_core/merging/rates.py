@@ -24,17 +24,17 @@ STARTUP = "startup_s"  # a merge of next to nothing
 CORES = "cores"
 STALLS = "stalls"  # how many times longer than its slowest part a merge takes
 PASSES = ("merge", "histogram", "apply")
-KINDS: tuple[Kind, ...] = ("checkpoint", "delta", "lora")
+# The forms in which patches reach an engine. There are no more, whatever kinds of sources come to be.
+FORMS: tuple[Kind, ...] = ("checkpoint", "delta", "lora")
 
 
-def engine_rate(pass_: str, kind: str) -> str:
+def engine_rate(pass_: str, form: str) -> str:
     """The name of an engine's rate: entries of one patch per second and thread."""
-    return f"{pass_}_{kind}_entries_per_s"
+    return f"{pass_}_{form}_entries_per_s"
 
 
-NAMES = (DISK_READ, DISK_WRITE, READ, WRITE, HASH, STARTUP, CORES, STALLS) + tuple(
-    engine_rate(pass_, kind) for pass_ in PASSES for kind in KINDS
-)
+MACHINE = (DISK_READ, DISK_WRITE, READ, WRITE, HASH, STARTUP, CORES, STALLS)
+NAMES = MACHINE + tuple(engine_rate(pass_, form) for pass_ in PASSES for form in FORMS)
 
 
 def rates_path() -> Path:
@@ -45,13 +45,14 @@ def rates_path() -> Path:
 
 
 def load_rates() -> dict[str, float] | None:
-    """The saved rates; None where there are none, or where they are not whole."""
+    """The saved rates; None where there are none, or none of the machine or of an engine. Other keys are ignored."""
     try:
         data = json.loads(rates_path().read_text(encoding="utf-8"))
-        rates = {name: float(data[name]) for name in NAMES}
-    except (OSError, ValueError, KeyError, TypeError):
+        rates = {name: float(data[name]) for name in NAMES if name in data}
+    except (OSError, ValueError, TypeError):
         return None
-    return rates if all(math.isfinite(value) and value > 0 for value in rates.values()) else None
+    whole = all(name in rates for name in MACHINE) and len(rates) > len(MACHINE)
+    return rates if whole and all(math.isfinite(value) and value > 0 for value in rates.values()) else None
 
 
 def save_rates(rates: Mapping[str, float]) -> Path:
@@ -59,7 +60,8 @@ def save_rates(rates: Mapping[str, float]) -> Path:
     path = rates_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps({name: rates[name] for name in NAMES}, indent=2) + "\n", encoding="utf-8")
+    known = {name: rates[name] for name in NAMES if name in rates}
+    fresh.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     fresh.replace(path)
     return path
 
@@ -74,13 +76,21 @@ def predict(description: Mapping[str, Any], rates: Mapping[str, float], *, cache
     disk. How well they do that, `bench floor` has seen in a merge.
     """
     read, written = int(description["bytes_read"]), int(description["bytes_written"])
-    kinds = [patch["kind"] for patch in description["patches"]]
-    threads = min(rates[CORES], description.get("threads") or rates[CORES])
+    cores = _rate(rates, CORES)
+    threads = min(cores, description.get("threads") or cores)
     engine = 0.0
     for tensor in description["tensors"]:
         passes = ("merge",) if tensor["passes"] == 1 else ("histogram", "apply")
-        engine += sum(tensor["entries"] / rates[engine_rate(pass_, kind)] for pass_ in passes for kind in kinds)
-    reader, writer = read / rates[READ], max(written / rates[WRITE], written / rates[HASH])
-    processor = (reader + engine + written / rates[WRITE] + written / rates[HASH]) / rates[CORES]
-    disk = (1 - cached) * read / rates[DISK_READ] + written / rates[DISK_WRITE]
-    return rates[STARTUP] + rates[STALLS] * max(reader, engine / threads, writer, processor, disk)
+        names = [engine_rate(pass_, form) for pass_ in passes for form in tensor["forms"] if form]
+        engine += sum(tensor["entries"] / _rate(rates, name) for name in names)
+    reader, writer = read / _rate(rates, READ), written / min(_rate(rates, WRITE), _rate(rates, HASH))
+    processor = (reader + engine + written / _rate(rates, WRITE) + written / _rate(rates, HASH)) / cores
+    disk = (1 - cached) * read / _rate(rates, DISK_READ) + written / _rate(rates, DISK_WRITE)
+    slowest = max(reader, engine / threads, writer, processor, disk)
+    return rates.get(STARTUP, 0.0) + rates.get(STALLS, 1.0) * slowest
+
+
+def _rate(rates: Mapping[str, float], name: str) -> float:
+    """A rate; where it wasn't measured, the slowest of its pass, or else no limit."""
+    alike = [rate for other, rate in rates.items() if other.partition("_")[0] == name.partition("_")[0] in PASSES]
+    return rates.get(name, min(alike, default=math.inf))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +23,20 @@ from safepatch_core.backends.contract import (
     Report,
 )
 from safepatch_core.backends.select import Selection, Tally, TieCounter
-from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.files.checkpoint import TensorEntry, identify, is_sparse, read_exact
+from safepatch_core.errors import InputError
 from safepatch_core.files.disk import Extent
 from safepatch_core.merging import pipeline
+from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.pipeline import Region, Ring
-from safepatch_core.merging.plan import OutputPart, Plan, Target, Unit, align
-from safepatch_core.merging.sources import Factors
+from safepatch_core.merging.plan import Plan
+from safepatch_core.merging.sources.contract import PatchTensor, Range, align
+from safepatch_core.merging.sources.dense import Dense
+from safepatch_core.merging.work import Target, Unit
 from safepatch_core.ranks import Alone, Ranks
-from safepatch_core.spec import ITEMSIZE
 
 Counts = dict[str, Report]
+Held = dict[PatchTensor, Bits | Lora]
 
 
 class Sink(Protocol):
@@ -55,89 +56,6 @@ class Sink(Protocol):
 
     def end(self) -> None:
         """The part is complete."""
-
-
-class Inputs:
-    """The input files, opened once each, and proof that they stay what the plan saw."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._drop_behind = plan.larger_than_memory
-        self._sparse: set[int] = set()
-        self._identity = {s.path: s.identity for checkpoint in plan.inputs for s in checkpoint.shards}
-        self._fds: dict[Path, int] = {}
-        self.bytes_read = 0
-
-    def read(self, entry: TensorEntry, lo: int, buffer: NDArray[np.uint8]) -> None:
-        """Fill `buffer` with the tensor's bytes from `lo` on."""
-        fd, at, end = self.fd(entry), entry.start + lo, entry.start + lo + len(buffer)
-        self.bytes_read += len(buffer)
-        position = at
-        while fd in self._sparse and position < end:
-            # Holes are not read: the kernel would fill its cache with zeros first.
-            data, hole = _next_data(fd, position, end)
-            buffer[position - at : data - at] = 0
-            if data < hole:
-                read_exact(fd, buffer[data - at : hole - at], data, entry)
-            position = hole
-        if position < end:
-            read_exact(fd, buffer[position - at :], position, entry)
-
-    def prefetch(self, entry: TensorEntry, lo: int, hi: int) -> None:
-        """Bytes [lo, hi) of the tensor are needed next: let the disk start on all inputs at once."""
-        fd = self.fd(entry)
-        if fd not in self._sparse:
-            os.posix_fadvise(fd, entry.start + lo, hi - lo, os.POSIX_FADV_WILLNEED)
-
-    def drop(self, entry: TensorEntry, lo: int, hi: int) -> None:
-        """Bytes [lo, hi) of the tensor are not needed again: give their pages back, where files outgrow memory."""
-        if self._drop_behind:
-            os.posix_fadvise(self.fd(entry), entry.start + lo, hi - lo, os.POSIX_FADV_DONTNEED)
-
-    def fd(self, entry: TensorEntry) -> int:
-        """The open file that holds the tensor."""
-        return self._open(entry.path)
-
-    def _open(self, path: Path) -> int:
-        if path not in self._fds:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-            except OSError as error:
-                raise IOFailure(f"cannot open an input: {error.strerror}", file=path) from None
-            self._fds[path] = fd
-            self._check(path, os.fstat(fd))
-            if is_sparse(os.fstat(fd)):
-                self._sparse.add(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._fds[path]
-
-    def _check(self, path: Path, status: os.stat_result) -> None:
-        if identify(status) != self._identity[path]:
-            raise IOFailure("the input changed while it was being read", file=path)
-
-    def check_unchanged(self) -> None:
-        """Raises IOFailure if any input that was opened is no longer the file the plan saw."""
-        for path, fd in self._fds.items():
-            self._check(path, os.fstat(fd))
-            try:
-                self._check(path, os.stat(path))
-            except OSError as error:
-                raise IOFailure(f"the input went away while it was being read: {error.strerror}", file=path) from None
-
-    def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-
-
-def _next_data(fd: int, position: int, end: int) -> tuple[int, int]:
-    """The first run of data at or after `position`, cut at `end`; (end, end) where only a hole is left."""
-    try:
-        data = min(os.lseek(fd, position, os.SEEK_DATA), end)
-        return data, min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return end, end
-        raise
 
 
 @dataclass(slots=True)
@@ -167,9 +85,9 @@ class Merge:
     ) -> None:
         self.plan, self._engine, self._advance, self._trace = plan, engine, advance, trace
         self._ranks = ranks or Alone()
-        self._inputs = Inputs(plan)
+        self._inputs = Inputs(plan.inputs, drop_behind=plan.larger_than_memory)
         self._memory = engine.allocate(plan.ring_bytes)
-        self._factors = self._fresh_factors()
+        self._held = self._fresh_held()
         self._tallies: dict[str, list[Tally]] = {}
 
     @property
@@ -242,7 +160,7 @@ class Merge:
 
     def _sample(self, targets: Sequence[Target]) -> list[Block]:
         """Blocks spread evenly over the scope. They lie in the ring's memory, which is idle before a sweep."""
-        self._factors = self._fresh_factors()
+        self._held = self._fresh_held()
         blocks, used = [], 0
         for unit in self.plan.sample_units(targets):
             block = self._load(unit, self._memory[used : used + unit.ring_bytes]).block
@@ -255,7 +173,7 @@ class Merge:
         self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], Future[None] | None] | None
     ) -> None:
         ring = Ring(self._memory)
-        self._factors = self._fresh_factors()
+        self._held = self._fresh_held()
 
         ahead = iter(units)
         next(ahead, None)
@@ -281,40 +199,28 @@ class Merge:
             return Work(unit, base, None, Extent(self._inputs.fd(unit.entry), unit.entry.start + unit.lo))
         target, n, used = unit.target, unit.hi - unit.lo, 0
 
-        def fetch(entry: TensorEntry) -> Bits:
+        def fetch(tensor: PatchTensor) -> Bits | Lora:
             nonlocal used
-            size = ITEMSIZE[entry.dtype]
-            buffer = memory[used : used + n * size]
-            used += align(n * size)
-            self._inputs.read(entry, unit.lo * size, buffer)
-            return Bits(buffer.view(np.uint32 if size == 4 else np.uint16), entry.dtype)  # type: ignore[arg-type]
+            if tensor.held_bytes and not target.whole:
+                return self._held.get(target.entry.name)[tensor]
+            room = align(tensor.ring_bytes * n) + tensor.held_bytes
+            used += room
+            return tensor.load(self._inputs, unit.lo, unit.hi, memory[used - room : used])
 
-        def factors(p: int) -> Lora:
-            nonlocal used
-            lora = self._factors.get(target.entry.name)[p]
-            if not target.whole:
-                return lora
-            placed = []
-            for matrix in (lora.a, lora.b):
-                view = memory[used : used + matrix.nbytes].view(np.float32).reshape(matrix.shape)
-                view[:] = matrix
-                used += align(matrix.nbytes)
-                placed.append(view)
-            return Lora(placed[0], placed[1], lora.scale)
-
-        base_bits = fetch(target.entry)
+        bits = Dense(target.entry, "checkpoint").load(self._inputs, unit.lo, unit.hi, memory)
+        used = align(bits.data.nbytes)
         recipe = self.plan.recipe
         patches: list[PatchData | None] = []
-        for p, (spec, given) in enumerate(zip(recipe.patches, target.patches, strict=True)):
+        for spec, given in zip(recipe.patches, target.patches, strict=True):
             if given is None:
                 patches.append(None)
                 continue
             patches.append(
                 PatchData(
-                    kind=self.plan.kinds[p],
-                    values=factors(p) if isinstance(given.delta, Factors) else fetch(given.delta),
+                    kind=given.delta.form,
+                    values=fetch(given.delta),
                     importance=spec.importance_kind,
-                    scores=None if given.scores is None else fetch(given.scores),
+                    scores=None if given.scores is None else cast(Bits, fetch(given.scores)),
                     weight=spec.weight,
                     key=given.key,
                     keep=given.keep,
@@ -322,7 +228,7 @@ class Merge:
                 )
             )
         block = Block(
-            base=base_bits,
+            base=bits,
             start=unit.lo,
             cols=target.entry.shape[-1] if target.entry.shape else 1,
             patches=tuple(patches),
@@ -330,28 +236,29 @@ class Merge:
             order=recipe.order,
             nonfinite=recipe.nonfinite,
         )
-        return Work(unit, base_bits.data.view(np.uint8), block)
+        return Work(unit, bits.data.view(np.uint8), block)
 
-    def _fresh_factors(self) -> pipeline.Once[dict[int, Lora]]:
+    def _fresh_held(self) -> pipeline.Once[Held]:
         # Not a method of self: that cycle would keep the ring and the engine until the garbage collector comes by.
-        return pipeline.Once(partial(_load_factors, self.plan, self._inputs))
+        return pipeline.Once(partial(_load_held, self.plan, self._inputs))
 
 
-def _ranges(unit: Unit) -> list[tuple[TensorEntry, int, int]]:
-    """The bytes of each tensor that a unit reads; LoRA factors are small and left out."""
-    inputs = [unit.entry]
-    for given in unit.target.patches if unit.target else ():
-        if given is not None:
-            inputs += [] if isinstance(given.delta, Factors) else [given.delta]
-            inputs += [given.scores] if given.scores else []
-    sizes = [ITEMSIZE[entry.dtype] if unit.target else 1 for entry in inputs]
-    return [(entry, unit.lo * size, unit.hi * size) for entry, size in zip(inputs, sizes, strict=True)]
+def _ranges(unit: Unit) -> list[Range]:
+    """The bytes of each tensor that a unit reads."""
+    if unit.target is None:
+        return [(unit.entry, unit.lo, unit.hi)]
+    tensors = [Dense(unit.entry, "checkpoint"), *unit.target.given]
+    return [of for tensor in tensors for of in tensor.ranges(unit.lo, unit.hi)]
 
 
-def _load_factors(plan: Plan, inputs: Inputs, name: str) -> dict[int, Lora]:
+def _load_held(plan: Plan, inputs: Inputs, name: str) -> Held:
+    """What all chunks of a target share."""
     target = plan.targets[name]
-    inputs.bytes_read += target.factor_file_bytes
-    return {p: g.delta.load() for p, g in enumerate(target.patches) if g and isinstance(g.delta, Factors)}
+    return {
+        tensor: tensor.load(inputs, 0, target.entry.entries, np.empty(tensor.held_bytes, np.uint8))
+        for tensor in target.given
+        if tensor.held_bytes
+    }
 
 
 class _Apply:
@@ -394,7 +301,7 @@ def _collect(plan: Plan, unit: Unit, report: Report, counts: Counts) -> None:
     for given, of in zip(target.patches, found.patches, strict=True):
         if given is None:
             continue
-        delta = given.delta.a.path if isinstance(given.delta, Factors) else given.delta.path
+        delta = given.delta.path
         scores = given.scores.path if given.scores else delta
         if plan.recipe.nonfinite == "error":
             refuse("the delta is NaN or infinite", delta, of.bad_delta, "finite values (or nonfinite: skip)")

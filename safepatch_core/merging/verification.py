@@ -17,7 +17,8 @@ from safepatch_core.files.disk import Extent, hash_file
 from safepatch_core.files.filenames import INDEX, MANIFEST, SUMS
 from safepatch_core.merging.api import manifest, model_card, planned
 from safepatch_core.merging.engine import EngineOptions
-from safepatch_core.merging.plan import OutputPart, Plan
+from safepatch_core.merging.layout import OutputPart
+from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge
 

@@ -52,7 +52,7 @@ class Server:
 
     def __init__(self, shim: Path) -> None:
         env = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        env.pop("SAFEPATCH_CHUNK", None)
+        env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), env.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, HERE / "server.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
         )
@@ -66,8 +66,12 @@ class Server:
         cwd: Path | None = None,
         timeout: float = 60,
         env: dict[str, str] | None = None,
+        chunk: int | None = None,
     ) -> Ended:
-        """Run a command; `fault` are the arguments of the shim, `signal` a number and after how many seconds."""
+        """Run a command; `fault` are the arguments of the shim, `signal` a number and after how many seconds.
+
+        chunk: entries per unit of its merges.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
             "args": [str(a) for a in args],
@@ -77,6 +81,7 @@ class Server:
             "cwd": str(cwd or Path.cwd()),
             "timeout": timeout,
             "env": env or {},
+            "chunk": chunk,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()

@@ -20,6 +20,7 @@ import safepatch_core.merging.verification
 from safepatch_core.backends import cpu, reference
 from safepatch_core.commands import cli
 from safepatch_core.merging import api
+from tests.chunked import cut_into
 
 WARM = (api, cpu, reference, safepatch_core.merging.verification)
 shim = ctypes.CDLL(None)
@@ -32,6 +33,8 @@ def child(request: dict[str, Any], output: int, log: int) -> NoReturn:
     os.dup2(output, 2)
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    if request["chunk"] is not None:
+        cut_into(request["chunk"])
     sys.argv = ["safepatch", *request["args"]]
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))

@@ -65,7 +65,7 @@ def test_a_disk_that_fills_up_meanwhile(bench: Bench, tmp_path: Path, left: int)
         for _ in range(20):  # until the filler wins the race
             thread = threading.Thread(target=fill)
             thread.start()
-            ended = bench.merge(place, "--force", env={"SAFEPATCH_CHUNK": "64"})
+            ended = bench.merge(place, "--force", chunk=64)
             thread.join()
             filler.unlink()
             if ended.status:

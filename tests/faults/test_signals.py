@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from tests.faults.harness import (
 )
 
 TIMES = 50 if LONG else 12
-SLOW = {"SAFEPATCH_CHUNK": "256", **MARKS}  # entries per unit, so that a small merge takes long enough
+SLOW: dict[str, Any] = {"chunk": 256, "env": MARKS}  # entries per unit, so that a small merge takes long enough
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def slow(run: Server) -> Iterator[tuple[Path, dict[str, bytes], float]]:
         took = []
         for i in range(3):
             begin = time.perf_counter()
-            ended = run("merge", recipe, "-o", folder / f"clean-{i}", "--backend", "cpu", "--threads", 1, env=SLOW)
+            ended = run("merge", recipe, "-o", folder / f"clean-{i}", "--backend", "cpu", "--threads", 1, **SLOW)
             took.append(time.perf_counter() - begin)
             assert ended.status == 0, ended.text
         yield recipe, contents(folder / "clean-0"), min(took)
@@ -55,13 +56,13 @@ def test_signals_at_random_times(run: Server, slow: tuple[Path, dict[str, bytes]
         restore(place, None)
         args = ["merge", recipe, "-o", place / "out", "--backend", "cpu", "--threads", 1 + i % 2]
         after = 0.01 + dice.random() * took * 0.9
-        ended = run(*args, signal=(number, after), timeout=30, env=SLOW)
+        ended = run(*args, signal=(number, after), timeout=30, **SLOW)
         assert not ended.hung, f"hung after signal {number} at {after:.3f} s"
         if ended.status == 75:
             stopped += 1
             assert f"stopped by {signal.Signals(number).name}" in ended.said()
             assert not (place / "out").exists() or contents(place / "out") == whole
-            ended = run(*args, "--resume", env=SLOW)
+            ended = run(*args, "--resume", **SLOW)
         assert ended.status == 0, ended.text
         assert contents(place / "out") == whole and os.listdir(place) == ["out"]
     assert stopped == TIMES
@@ -74,7 +75,7 @@ def test_a_second_signal_does_not_wait(run: Server, slow: tuple[Path, dict[str, 
     args = ["merge", recipe, "-o", place / "out", "--backend", "cpu", "--threads", 1]
     for _ in range(6):
         restore(place, None)
-        calls = run(*args, fault=fault(place, 60, INTERRUPT, stays=True), env=SLOW)
+        calls = run(*args, fault=fault(place, 60, INTERRUPT, stays=True), **SLOW)
         assert calls.status == 75 and "Traceback" not in calls.text, calls.text
-        assert run(*args, "--resume", env=SLOW).status == 0
+        assert run(*args, "--resume", **SLOW).status == 0
         assert contents(place / "out") == whole and os.listdir(place) == ["out"]

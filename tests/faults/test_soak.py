@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from safepatch_core import merge
 from safepatch_core.errors import SafepatchError
+from tests.chunked import merge_chunked
 from tests.faults.harness import KILL, Bench, Server, contents, fault
 from tests.recipes import write_random
 
@@ -33,9 +33,14 @@ def held() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
-def outcome(recipe: Path, out: Path, **how: object) -> dict[str, bytes] | type[SafepatchError]:
+Outcome = dict[str, bytes] | type[SafepatchError]
+
+
+def outcome(
+    recipe: Path, out: Path, chunk: int | None = None, **how: object
+) -> dict[str, bytes] | type[SafepatchError]:
     try:
-        merge(recipe, out, **how)  # type: ignore[arg-type]
+        merge_chunked(recipe, out, chunk, **how)
     except SafepatchError as error:
         return type(error)
     return contents(out)
@@ -49,7 +54,7 @@ def test_soak(bench: Bench, run: Server, monkeypatch: pytest.MonkeyPatch) -> Non
         recipe = write_random(place, 1000 + i, hostile=dice.random() < 0.2)
         inputs = sorted(os.listdir(place))
         expected = outcome(recipe, place / "reference", backend="reference")
-        monkeypatch.setenv("SAFEPATCH_CHUNK", str(dice.choice((1, 7, 64, 1 << 20))))
+        chunk = dice.choice((1, 7, 64, 1 << 20))
         mark = str(dice.choice((1, 500, 1 << 30)))
         monkeypatch.setenv("SAFEPATCH_MARK", mark)
         threads, limit = dice.choice((1, 2)), dice.choice(("16MiB", "1GiB"))
@@ -60,11 +65,19 @@ def test_soak(bench: Bench, run: Server, monkeypatch: pytest.MonkeyPatch) -> Non
             ended = run(*args, fault=kill, env={"SAFEPATCH_MARK": mark})
             killed += ended.status == -9
             done = out.exists()  # it wasn't killed, or when all was done
-            found = outcome(recipe, out, backend="cpu", threads=threads, memory_limit=limit, resume=True, force=done)
+            found = outcome(
+                recipe,
+                out,
+                backend="cpu",
+                threads=threads,
+                memory_limit=limit,
+                chunk=chunk,
+                resume=True,
+                force=done,
+            )
         else:
-            found = outcome(recipe, out, backend="cpu", threads=threads, memory_limit=limit)
+            found = outcome(recipe, out, backend="cpu", threads=threads, memory_limit=limit, chunk=chunk)
         assert found == expected, f"seed {1000 + i}: {recipe.read_text()}"
-        monkeypatch.delenv("SAFEPATCH_CHUNK")
         left = set(os.listdir(place)) - set(inputs) - {"out", "reference"}
         assert not left, f"something temporary remains: {left}"
         shutil.rmtree(place)

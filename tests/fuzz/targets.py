@@ -16,13 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 
+from safepatch_core.backends.contract import Lora
 from safepatch_core.errors import InputError, IOFailure, SafepatchError, UsageError
 from safepatch_core.files.checkpoint import BITS, Checkpoint, Shard, open_checkpoint, read_shard
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
+from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.recipe import load_recipe
-from safepatch_core.merging.sources import Factors, open_source
+from safepatch_core.merging.sources import open_source
 
 SHM = Path("/dev/shm")
 ROOT = Path(tempfile.mkdtemp(prefix="safepatch-fuzz-", dir=SHM if os.access(SHM, os.W_OK) else None))
@@ -152,10 +155,14 @@ def adapter(data: bytes) -> None:
     base = _base()
     try:
         source = open_source("fuzzed", folder, None, base, relative_to=None)
-        for name, found in source.tensors.items():
-            if isinstance(found, Factors):
-                lora = found.load()
-                if (lora.b.shape[0], lora.a.shape[1]) != base.tensors[name].shape:
+        for name in source.shapes:
+            entry = base.tensors.get(name)
+            found = entry and source.lookup(entry, "error")
+            if entry and found and found.held_bytes:
+                inputs, memory = Inputs(source.checkpoints), np.empty(found.held_bytes, np.uint8)
+                lora = found.load(inputs, 0, entry.entries, memory)
+                inputs.close()
+                if isinstance(lora, Lora) and (lora.b.shape[0], lora.a.shape[1]) != entry.shape:
                     raise Violation(f"factors of another shape than {name}")
     except SafepatchError as error:
         refused(error, InputError, IOFailure)

@@ -1,0 +1,79 @@
+"""The files of the output: the base's own, or new shards, and the index that names them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.filenames import SINGLE
+from safepatch_core.files.header import make_header
+from safepatch_core.settings import parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One safetensors file of the output: its header bytes and, in order, where each base tensor goes."""
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorEntry, ...]
+    sparse: bool = False  # zeros are left out as holes, because the base's file has holes
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPart:
+    """Bytes [lo, hi) of an output file and the tensors in them; the header belongs to the part that starts at 0."""
+
+    output: OutputFile
+    tensors: tuple[TensorEntry, ...]
+    lo: int
+    hi: int
+
+
+def lay_out(base: Checkpoint, max_shard_size: str | int | None) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    """The output's files, and its index where there are several (or the base has one)."""
+    if max_shard_size is not None:
+        return _resharded(base, parse_size(max_shard_size))
+    if len(base.shards) == 1 and base.index is None:
+        shard = base.shards[0]
+        return (OutputFile(SINGLE, shard.header, shard.tensors, shard.sparse),), None
+    outputs = tuple(OutputFile(s.file, s.header, s.tensors, s.sparse) for s in base.shards)
+    return outputs, _index(outputs, base)
+
+
+def _resharded(base: Checkpoint, room: int) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    groups: list[list[TensorEntry]] = [[]]
+    for entry in (t for shard in base.shards for t in shard.tensors):
+        if groups[-1] and sum(t.nbytes for t in groups[-1]) + entry.nbytes > room:
+            groups.append([])
+        groups[-1].append(entry)
+    metadata = {k: v for shard in reversed(base.shards) for k, v in shard.metadata.items()}
+    sparse = any(shard.sparse for shard in base.shards)
+    if len(groups) == 1:
+        return (_output_file(SINGLE, groups[0], metadata, sparse),), None
+    outputs = tuple(
+        _output_file(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group, metadata, sparse)
+        for i, group in enumerate(groups, 1)
+    )
+    return outputs, _index(outputs, base)
+
+
+def _output_file(name: str, tensors: Sequence[TensorEntry], metadata: dict[str, str], sparse: bool) -> OutputFile:
+    header, ranges = make_header(((t.name, t.dtype, t.shape) for t in tensors), metadata)
+    entries = {t.name: t for t in tensors}
+    return OutputFile(name, header, tuple(entries[name] for name in ranges), sparse)
+
+
+def _index(outputs: tuple[OutputFile, ...], base: Checkpoint) -> bytes:
+    known = base.index.get("metadata") if base.index else None
+    metadata = dict(known) if isinstance(known, dict) else {}
+    metadata["total_size"] = sum(t.nbytes for o in outputs for t in o.tensors)
+    weight_map = {t.name: o.name for o in outputs for t in o.tensors}
+    data = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
