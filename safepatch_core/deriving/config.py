@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safepatch_core.settings import Device, PathText, Strict, Threads, Where
+from safepatch_core.settings import Device, PathText, Strict, Thinking, Threads, Where
 from safepatch_core.spec import Kind
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -66,6 +66,7 @@ class DeriveConfig(Strict):
     system_prompt: str | None = Field(
         default=None, description="System message before each question. Default none (the template's own, if any)."
     )
+    thinking: Thinking = "close"
 
     utility_data: PathText | None = Field(
         default=None,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from safepatch_core.settings import Device, PathText, Strict, Threads, Where
+from safepatch_core.settings import Device, PathText, Strict, Thinking, Threads, Where
 
 DEMO = Path(__file__).parent.parent / "data" / "demo"
 # The first rows of the demo's harmful requests are there to derive patches from.
@@ -112,6 +112,7 @@ class EvalConfig(Strict):
     system_prompt: str | None = Field(
         default=None, description="System message before each prompt. Default none (the template's own, if any)."
     )
+    thinking: Thinking = "close"
     batch_size: int = Field(default=16, ge=1, description="Prompts or windows per forward pass. Default 16.")
     max_new_tokens: int = Field(
         default=32, ge=1, description="Length of the generated answers; the judge reads how they open. Default 32."

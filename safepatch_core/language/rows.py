@@ -72,7 +72,7 @@ def read_rows(
             found=path.suffix or "no suffix",
             expected=", ".join(_READERS),
         )
-    unit = "line" if read in (_csv, _jsonl, _txt) else "row"
+    unit = _unit(path)
     kept: list[tuple[int, dict[str, Any]]] = []
     total = 0
     for number, record in read(path):
@@ -101,6 +101,15 @@ def read_rows(
             values[name] = value
         result.append(Row(number, values))
     return result
+
+
+def place(path: str | Path, row: Row) -> str:
+    """Where a row is in its file, for people."""
+    return f"{_unit(Path(path))} {row.line}"
+
+
+def _unit(path: Path) -> str:
+    return "row" if path.suffix.lower() in (".json", ".parquet") else "line"
 
 
 def slice_rows(path: Path, items: Sequence[T], rows: str | None) -> Sequence[T]:

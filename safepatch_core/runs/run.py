@@ -321,6 +321,7 @@ class _Work:
             "harmful_rows": asked.rows,
             "harmful_where": asked.data_where,
             "system_prompt": asked.system_prompt,
+            "thinking": asked.thinking,
             "device": asked.device,
             "threads": asked.threads,
             "max_new_tokens": settings.answers.max_new_tokens,
