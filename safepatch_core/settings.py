@@ -24,7 +24,8 @@ PathText = Annotated[
     BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path),
     Field(min_length=1),
 ]
-Where = dict[str, str | list[str]]  # column → the values of the rows that are taken
+Value = str | bool | int | float
+Where = dict[str, Value | list[Value]]  # column → the values of the rows that are taken
 Device = Annotated[str, Field(description="cpu, cuda, cuda:1, or auto: cuda where there is one. Default auto.")]
 Thinking = Annotated[
     Literal["close", "leave"],

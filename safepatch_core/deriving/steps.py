@@ -108,7 +108,9 @@ class Job:
         self._recipe = make_recipe(config, self._base.revision)
         self._targets = targets(self._base, self._recipe.is_target)
         columns = {"question": config.question_column, "answer": config.answer_column}
-        rows = read_rows(config.data, columns, config.rows, config.data_where)
+        tell = partial(warn, quiet=quiet, report=report)
+        options = {name: f"--{name}-column" for name in columns}
+        rows = read_rows(config.data, columns, config.rows, config.data_where, options=options, tell=tell)
         self._tokenizer = load_tokenizer(self._root)
         known = limits(self._root)
         chat = Format(self._tokenizer, config.system_prompt, thinking=config.thinking, vocabulary=known.vocabulary)
@@ -133,7 +135,8 @@ class Job:
         self._utility: list[Example] = []
         if config.utility_data is not None:
             columns = {"question": config.utility_question_column, "answer": config.utility_answer_column}
-            rows = read_rows(config.utility_data, columns, config.utility_rows)
+            options = {name: f"--utility-{name}-column" for name in columns}
+            rows = read_rows(config.utility_data, columns, config.utility_rows, options=options, tell=tell)
             self._utility = encode_rows(chat, config.utility_data, rows, length)
             self.inputs["utility_data"] = {"sha256": hash_file(Path(config.utility_data)), "rows": len(rows)}
 

@@ -33,7 +33,7 @@ class PromptSet(Strict):
 class EvalConfig(Strict):
     """An evaluation. Without `harmful`, `harmless`, `more_sets`, `text` and `lm_eval` it uses the bundled demo data.
 
-    Data files are .csv, .jsonl, .json, .parquet or .txt, as `safepatch_core.language.rows` reads them.
+    Data files are .csv, .tsv, .jsonl, .json, .parquet or .txt, as `safepatch_core.language.rows` reads them.
     """
 
     model: PathText = Field(

@@ -99,14 +99,14 @@ def _encode(subject: Subject, prompts: Prompts, config: EvalConfig) -> list[Exam
         needed = example.answer + config.max_new_tokens
         if subject.positions is not None and needed > subject.positions:
             raise InputError(
-                f"{place(prompts.path, row)}: prompt and generated answer don't fit the model",
+                f"{place(prompts.path, row.line)}: prompt and generated answer don't fit the model",
                 file=prompts.path,
                 found=f"{needed} tokens",
                 expected=f"at most {subject.positions}",
             )
         if example.truncated:
             raise InputError(
-                f"{place(prompts.path, row)}: prompt and answer don't fit",
+                f"{place(prompts.path, row.line)}: prompt and answer don't fit",
                 file=prompts.path,
                 expected=f"at most max_length = {config.max_length} tokens",
             )

@@ -197,5 +197,5 @@ def encode_rows(chat: Format, path: str | Path, rows: Iterable[Row], max_length:
         try:
             examples.append(chat.encode(row.values["question"], row.values.get("answer", "-"), max_length))
         except InputError as error:
-            raise InputError(f"{place(path, row)}: {error}", file=path) from error
+            raise InputError(f"{place(path, row.line)}: {error}", file=path) from error
     return examples
