@@ -37,9 +37,8 @@ from safepatch_core.deriving.sharding import ranks_of_derive, shard_model, shard
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.disk import hash_file
-from safepatch_core.language.chat import Example, Format
+from safepatch_core.language.chat import Example, Format, encode_rows
 from safepatch_core.language.model import (
-    Limits,
     at_work,
     find_device,
     limits,
@@ -47,7 +46,7 @@ from safepatch_core.language.model import (
     quiet_libraries,
     save_tokenizer,
 )
-from safepatch_core.language.rows import Row, read_rows
+from safepatch_core.language.rows import read_rows
 from safepatch_core.merging.recipe import Recipe, parse_recipe
 from safepatch_core.merging.sources import open_source
 from safepatch_core.pictures import can_draw, picture
@@ -109,9 +108,16 @@ class Job:
         self._recipe = make_recipe(config, self._base.revision)
         self._targets = targets(self._base, self._recipe.is_target)
         columns = {"question": config.question_column, "answer": config.answer_column}
-        rows = read_rows(config.data, columns, config.rows, config.data_where)
+        tell = partial(warn, quiet=quiet, report=report)
+        options = {name: f"--{name}-column" for name in columns}
+        rows = read_rows(config.data, columns, config.rows, config.data_where, options=options, tell=tell)
         self._tokenizer = load_tokenizer(self._root)
-        self._examples = _encode(config.data, rows, self._tokenizer, limits(self._root), config)
+        known = limits(self._root)
+        chat = Format(self._tokenizer, config.system_prompt, thinking=config.thinking, vocabulary=known.vocabulary)
+        if chat.closed:
+            warn("the chat template opens a thinking block: it is closed before each answer", quiet, report)
+        length = min(config.max_length, known.positions or config.max_length)
+        self._examples = encode_rows(chat, config.data, rows, length)
         self._names = BaseNames(load_model(self._root, config, "meta"), self._base)
         self._probe = _sample(self._examples, config)
         self.inputs: dict[str, Any] = {
@@ -129,8 +135,9 @@ class Job:
         self._utility: list[Example] = []
         if config.utility_data is not None:
             columns = {"question": config.utility_question_column, "answer": config.utility_answer_column}
-            rows = read_rows(config.utility_data, columns, config.utility_rows)
-            self._utility = _encode(config.utility_data, rows, self._tokenizer, limits(self._root), config)
+            options = {name: f"--utility-{name}-column" for name in columns}
+            rows = read_rows(config.utility_data, columns, config.utility_rows, options=options, tell=tell)
+            self._utility = encode_rows(chat, config.utility_data, rows, length)
             self.inputs["utility_data"] = {"sha256": hash_file(Path(config.utility_data)), "rows": len(rows)}
 
     def train(self, out: RunDirectory, name: str) -> None:
@@ -355,28 +362,6 @@ def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
             }
         )
     return parse_recipe({"base": base, "patches": patches, "seed": config.seed})
-
-
-def _encode(file: str, rows: Sequence[Row], tokenizer: Any, limits: Limits, config: DeriveConfig) -> list[Example]:
-    """The rows as the model reads them. Raises InputError, naming the row, for one that it can't read."""
-    chat = Format(tokenizer, config.system_prompt)
-    length = min(config.max_length, limits.positions or config.max_length)
-    examples = []
-    for row in rows:
-        try:
-            example = chat.encode(row.values["question"], row.values["answer"], length)
-        except InputError as error:
-            unit = "row" if file.endswith((".json", ".parquet")) else "line"
-            raise InputError(f"{unit} {row.line}: {error}", file=file) from error
-        if max(example.ids) >= limits.vocabulary:
-            raise InputError(
-                "tokenizer and model don't belong together",
-                file=config.model,
-                found=f"token {max(example.ids)}",
-                expected=f"less than {limits.vocabulary}",
-            )
-        examples.append(example)
-    return examples
 
 
 def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import tempfile
@@ -85,11 +86,18 @@ def _keep_blocks_below(size: int) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises InputError if there is none that opens without running code."""
+    """The checkpoint's tokenizer. Raises InputError if there is none that opens without running code.
+
+    Models that also see may keep their chat template apart, in chat_template.json for their processor.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        apart = folder / "chat_template.json"
+        if not tokenizer.chat_template and apart.is_file():
+            tokenizer.chat_template = json.loads(apart.read_text("utf-8"))["chat_template"]
+        return tokenizer
     except Exception as error:  # whatever a broken tokenizer file makes the library raise
         raise InputError(f"tokenizer can't be opened ({first_line(error)})", file=folder) from error
 
