@@ -155,8 +155,8 @@ def test_the_gate_of_the_passes_sees_a_wrong_engine(
             last.eligible[np.argmax(last.key * last.eligible)] = False
             return w, scored, found
 
-        def ties(self, block: Any, keys: Any) -> list[int]:
-            return [count + 1 for count in super().ties(block, keys)]
+        def count_equal(self, block: Any, keys: Any) -> list[int]:
+            return [count + 1 for count in super().count_equal(block, keys)]
 
     monkeypatch.setattr(kernels, "open_engine", lambda name, threads: Wrong())
     with pytest.raises(Red, match=f"disagree on {pass_}"):
