@@ -40,7 +40,7 @@ from safepatch_core.kernels.score import Piece, score_keys
 from safepatch_core.kernels.select import fold, histogram, ties
 from safepatch_core.merging.api import merge
 from safepatch_core.settings import parse_size
-from safepatch_core.spec import EVERY, Combine, Dtype
+from safepatch_core.spec import COMBINE, EVERY, Combine, Dtype
 
 from . import models, peers, results
 from .kernels import Source, block_bytes, make_block, quotas
@@ -165,7 +165,7 @@ def block_for(job: Job, entries: int) -> Block:
         for p in block.patches
     ]
     chosen = tuple((patches * job.patches)[: job.patches])
-    return replace(block, base=cast(block.base), patches=chosen, combine=job.combine)
+    return replace(block, base=cast(block.base), patches=chosen, rule=COMBINE[job.combine])
 
 
 def cuts_for(job: Job) -> list[Cut]:

@@ -14,7 +14,7 @@ from safepatch_core.backends.contract import Backend, Bits, Block, Cut, Lora, Pa
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.backends.select import COARSE, FINE, LOW_BITS
 from safepatch_core.errors import UsageError
-from safepatch_core.spec import keep_threshold, quota, random_key
+from safepatch_core.spec import COMBINE, keep_threshold, quota, random_key
 
 from . import models
 from .floor import memcpy_subject
@@ -71,7 +71,7 @@ def make_block(source: Source, entries: int, start: int = 0) -> Block:
                 scale=1.0,
             )
         )
-    return Block(stretch("base"), start, COLS, tuple(patches), "difference", "retain-first", "error")
+    return Block(stretch("base"), start, COLS, tuple(patches), COMBINE["difference"], "retain-first")
 
 
 def block_bytes(block: Block, pass_: str) -> int:

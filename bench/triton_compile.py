@@ -26,6 +26,7 @@ from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, COPIES, HISTOGRAMS, INTERPRETED, VECTOR, Launch, options
 from safepatch_core.kernels.score import COUNTS, ENDING, FIELDS, Form, Piece, Plan, score_keys
 from safepatch_core.kernels.select import WINDOW_FIELDS, fold, histogram, ties
+from safepatch_core.spec import COMBINE
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -188,7 +189,8 @@ def plans() -> dict[str, Plan]:
     lora = Form("lora", "", "magnitude", "", "patched", True)
 
     def plan(form: Form, patches: int = 2, dtype: str = "BF16", combine: str = "difference") -> Plan:
-        return Plan(dtype, (form,) * patches, combine, "retain-first")
+        acts, join = COMBINE[combine]
+        return Plan(dtype, (form,) * patches, int(acts), int(join), "retain-first")
 
     return {
         "two patches": plan(scored),

@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "safepatch.h"
@@ -18,61 +19,60 @@ namespace py = pybind11;
 
 namespace {
 
-// The place of `text` among names that are listed in the order of the C interface's values.
-int32_t pick(const py::handle& text, std::initializer_list<const char*> names) {
-    const auto found = py::cast<std::string>(text);
-    int32_t i = 0;
-    for (const char* name : names) {
-        if (found == name) return i;
-        ++i;
-    }
-    throw py::value_error("unknown name '" + found + "'");
+// A block as `backends/cpu.py` hands it over: numbers of the C interface for names.
+using Bits = std::tuple<py::array, int32_t>;           // entries, dtype
+using Lora = std::tuple<py::array, py::array, float>;  // a, b, scale
+// Kind, importance, weight, values, scores, Philox key, keep, scale.
+using Patch =
+    std::tuple<int32_t, int32_t, int32_t, std::variant<Bits, Lora>, std::optional<Bits>, uint64_t, uint64_t, float>;
+// Base, start, columns, patches, acts, join, order.
+using Given = std::tuple<Bits, int64_t, int64_t, std::vector<std::optional<Patch>>, int32_t, int32_t, int32_t>;
+
+sp_bits bits(const Bits& given) { return {std::get<0>(given).data(), std::get<1>(given)}; }
+
+sp_lora lora(const Lora& given, int64_t cols) {
+    const auto& [a, b, scale] = given;
+    return {static_cast<const float*>(a.data()),
+            static_cast<const float*>(b.data()),
+            a.shape(0),
+            b.shape(0),
+            cols,
+            scale};
 }
 
-py::array array(const py::handle& object) { return py::cast<py::array>(object); }
-
-sp_bits bits(const py::handle& object) {
-    return {array(object.attr("data")).data(), pick(object.attr("dtype"), {"F32", "F16", "BF16"})};
-}
-
-sp_patch patch(const py::handle& object, int64_t cols) {
+sp_patch patch(const std::optional<Patch>& given, int64_t cols) {
     sp_patch p{};
-    if (object.is_none()) return p;
+    if (!given) return p;
+    const auto& [kind, importance, weight, values, scores, key, keep, scale] = *given;
     p.present = 1;
-    p.kind = pick(object.attr("kind"), {"checkpoint", "delta", "lora"});
-    p.importance = pick(object.attr("importance"), {"magnitude", "scores", "gradients"});
-    p.weight = pick(object.attr("weight"), {"patched", "base", "delta"});
-    if (p.importance != SP_MAGNITUDE) p.scores = bits(object.attr("scores"));
-    const py::object values = object.attr("values");
-    if (p.kind == SP_LORA) {
-        const py::array a = array(values.attr("a")), b = array(values.attr("b"));
-        p.lora = {
-            static_cast<const float*>(a.data()),  static_cast<const float*>(b.data()), a.shape(0), b.shape(0), cols,
-            py::cast<float>(values.attr("scale"))};
-    } else {
-        p.values = bits(values);
-    }
-    p.key = py::cast<uint64_t>(object.attr("key"));
-    p.keep = py::cast<uint64_t>(object.attr("keep"));
-    p.scale = py::cast<float>(object.attr("scale"));
+    p.kind = kind;
+    p.importance = importance;
+    p.weight = weight;
+    if (const auto* entries = std::get_if<Bits>(&values)) p.values = bits(*entries);
+    if (const auto* factors = std::get_if<Lora>(&values)) p.lora = lora(*factors, cols);
+    if (scores) p.scores = bits(*scores);
+    p.key = key;
+    p.keep = keep;
+    p.scale = scale;
     return p;
 }
 
-// A `backends.Block` in the C interface's words. The Python block must outlive it.
+// The same in the C interface's words; `given` must outlive it.
 struct Block {
     std::vector<sp_patch> patches;
     sp_block block{};
 
-    explicit Block(const py::handle& object) {
-        const auto cols = py::cast<int64_t>(object.attr("cols"));
-        for (const py::handle& p : object.attr("patches")) patches.push_back(patch(p, cols));
-        block.base = bits(object.attr("base"));
-        block.entries = array(object.attr("base").attr("data")).size();
-        block.start = py::cast<int64_t>(object.attr("start"));
+    explicit Block(const Given& given) {
+        const auto& [base, start, cols, of_patches, acts, join, order] = given;
+        for (const auto& p : of_patches) patches.push_back(patch(p, cols));
+        block.base = bits(base);
+        block.entries = std::get<0>(base).size();
+        block.start = start;
         block.patches = patches.data();
         block.patch_count = patches.size();
-        block.combine = pick(object.attr("combine"), {"difference", "sum", "ties"});
-        block.order = pick(object.attr("order"), {"retain-first", "select-first"});
+        block.acts = acts;
+        block.join = join;
+        block.order = order;
     }
 };
 
@@ -141,8 +141,8 @@ class Engine {
     int32_t threads() const { return sp_engine_threads(engine_.get()); }
     size_t scratch(int64_t entries, size_t patches) const { return sp_scratch(engine_.get(), entries, patches); }
 
-    py::tuple histogram(const py::object& object, std::vector<Window>& requests) {
-        const Block block(object);
+    py::tuple histogram(const Given& given, std::vector<Window>& requests) {
+        const Block block(given);
         Found found(block.patches.size());
         std::vector<sp_window> windows;
         for (auto& [p, lo, shift, counts] : requests) {
@@ -154,37 +154,37 @@ class Engine {
         return report(found);
     }
 
-    std::vector<int64_t> ties(const py::object& object, const std::vector<uint32_t>& keys) {
-        const Block block(object);
+    std::vector<int64_t> ties(const Given& given, const std::vector<uint32_t>& keys) {
+        const Block block(given);
         same_length(block, keys.size());
         std::vector<int64_t> counts(keys.size());
         released([&] { return sp_ties(engine_.get(), &block.block, keys.data(), counts.data()); });
         return counts;
     }
 
-    py::tuple apply(const py::object& object, const std::vector<Cut>& given, py::array& out) {
-        const Block block(object);
-        same_length(block, given.size());
-        Found found(given.size());
+    py::tuple apply(const Given& given, const std::vector<Cut>& wanted, py::array& out) {
+        const Block block(given);
+        same_length(block, wanted.size());
+        Found found(wanted.size());
         std::vector<sp_cut> cuts;
-        for (const auto& [key, before] : given) cuts.push_back({key, before});
+        for (const auto& [key, before] : wanted) cuts.push_back({key, before});
         void* to = out.mutable_data();
         released([&] { return sp_apply(engine_.get(), &block.block, cuts.data(), to, &found.report); });
         return report(found);
     }
 
-    std::pair<std::vector<Cut>, py::tuple> merge(const py::object& object, const std::vector<int64_t>& quotas,
+    std::pair<std::vector<Cut>, py::tuple> merge(const Given& given, const std::vector<int64_t>& quotas,
                                                  py::array& out) {
-        const Block block(object);
+        const Block block(given);
         same_length(block, quotas.size());
         Found found(quotas.size());
         std::vector<sp_cut> cuts(quotas.size());
         void* to = out.mutable_data();
         released(
             [&] { return sp_merge(engine_.get(), &block.block, quotas.data(), to, cuts.data(), &found.report); });
-        std::vector<Cut> given;
-        for (const sp_cut& cut : cuts) given.emplace_back(cut.key, cut.before);
-        return {given, report(found)};
+        std::vector<Cut> places;
+        for (const sp_cut& cut : cuts) places.emplace_back(cut.key, cut.before);
+        return {places, report(found)};
     }
 
   private:

@@ -52,7 +52,8 @@ void check(const sp_engine* engine, const sp_block* block) {
     need(engine != nullptr && block != nullptr, "null engine or block");
     need(block->entries >= 0 && block->start >= 0 && block->start <= INT64_MAX - block->entries, "block range");
     need(block->patch_count == 0 || block->patches != nullptr, "block patches");
-    need(block->combine >= SP_DIFFERENCE && block->combine <= SP_TIES, "block combine");
+    need(block->acts >= SP_ALONE && block->acts <= SP_ELECTED, "block acts");
+    need(block->join >= SP_SUM && block->join <= SP_MEAN, "block join");
     need(block->order >= SP_RETAIN_FIRST && block->order <= SP_SELECT_FIRST, "block order");
     check(block->base, block->entries > 0, "block base");
     for (size_t p = 0; p < block->patch_count; ++p) check(block->patches[p], *block);

@@ -25,8 +25,10 @@ Random random_of(const sp_patch& patch) {
 // Can the pass be done without another look at all entries?
 bool from_lists(const Pass& pass) {
     const std::vector<Task>& tasks = *pass.tasks;
-    const bool alone = pass.block->combine == SP_DIFFERENCE || (pass.block->combine == SP_SUM && tasks.size() == 1);
-    return pass.out != nullptr && alone && std::all_of(tasks.begin(), tasks.end(), [](const Task& task) {
+    const int32_t acts = pass.block->acts;
+    const bool alone = acts == SP_ALONE || (acts == SP_ALL && tasks.size() == 1);
+    return pass.out != nullptr && alone && pass.block->join == SP_SUM &&
+           std::all_of(tasks.begin(), tasks.end(), [](const Task& task) {
                if (task.patch == nullptr) return true;
                const bool delta_at_hand = task.patch->importance == SP_MAGNITUDE || task.patch->kind != SP_LORA;
                return task.list != nullptr && delta_at_hand && (task.random.all || !task.retain_chosen);

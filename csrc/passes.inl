@@ -409,14 +409,17 @@ static void choose(Lane& lane, const sp_cut& cut, int64_t index, int words) {
 
 // ---- writing ----
 
-// What the patches that act make of a vector of base values, before rounding.
-SP_OP F added(const std::vector<Lane>& lanes, int w, int i, F base) {
-    F sum = base;
+// What the steps of the patches that act make of a vector of base values, before rounding.
+template <int kJoin>
+SP_OP F joined(const std::vector<Lane>& lanes, int w, int i, F base) {
+    F sum = kJoin == SP_SUM ? base : set_f(0), members = set_f(0);
     for (const Lane& lane : lanes) {
         const F step = mul(set_f(lane.scale), load_f(lane.d + 64 * w + i));
-        sum = select(mask(static_cast<uint32_t>(lane.acts[w] >> i)), add(sum, step), sum);
+        const M acts = mask(static_cast<uint32_t>(lane.acts[w] >> i));
+        sum = select(acts, add(sum, step), sum);
+        if constexpr (kJoin == SP_MEAN) members = select(acts, add(members, set_f(1)), members);
     }
-    return sum;
+    return kJoin == SP_SUM ? sum : add(base, div(sum, members));
 }
 
 // Round and write the acting entries; the others keep their bits. `kept` counts, lane by lane, the bits that are
@@ -443,9 +446,9 @@ SP_OP int64_t changed(U kept, int words) {
     return n;
 }
 
-template <int D>
-static void write_sums(const std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out,
-                       int64_t index, int words, Written& written) {
+template <int D, int kJoin>
+static void write_joined(const std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out,
+                         int64_t index, int words, Written& written) {
     U kept = set_u(0);
     for (int w = 0; w < words; ++w) {
         Bits acting = 0, over = 0;
@@ -453,8 +456,8 @@ static void write_sums(const std::vector<Lane>& lanes, const float* base, const 
         for (int i = 0; i < 64; i += SP_LANES) {
             const F old = load_f(base + 64 * w + i);
             uint32_t failed = 0;
-            write_vector<D>(base_bits, 64 * w + i, old, added(lanes, w, i, old), static_cast<uint32_t>(acting >> i),
-                            out, failed, kept);
+            write_vector<D>(base_bits, 64 * w + i, old, joined<kJoin>(lanes, w, i, old),
+                            static_cast<uint32_t>(acting >> i), out, failed, kept);
             over |= static_cast<Bits>(failed) << i;
         }
         note(written.overflow, over, index + 64 * w);
@@ -463,56 +466,52 @@ static void write_sums(const std::vector<Lane>& lanes, const float* base, const 
     written.changed += changed(kept, words);
 }
 
-// As TIES-merging: the sum of all elects a sign, and the mean of those that have it is added.
 template <int D>
-static void write_ties(std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out, int64_t index,
-                       int words, Written& written) {
-    U kept = set_u(0);
-    for (int w = 0; w < words; ++w) {
-        Bits acting = 0, over = 0;
-        for (Lane& lane : lanes) lane.acts[w] = 0;
-        for (int i = 0; i < 64; i += SP_LANES) {
-            const int j = 64 * w + i;
-            const F zero = set_f(0);
-            F total = zero;
-            for (const Lane& lane : lanes) {
-                const F step = mul(set_f(lane.scale), load_f(lane.d + j));
-                total = select(mask(static_cast<uint32_t>(lane.chosen[w] >> i)), add(total, step), total);
-            }
-            const M up = less(zero, total), down = less(total, zero);
-            const M lost = less(set_u(kInfinity), magnitude(total));  // infinite both ways: all act, and overflow
-            F sum = zero, members = zero;
-            for (Lane& lane : lanes) {
-                const F step = mul(set_f(lane.scale), load_f(lane.d + j));
-                const M agrees = (up & less(zero, step)) | (down & less(step, zero)) | lost;
-                const uint32_t acts = bits(agrees) & static_cast<uint32_t>(lane.chosen[w] >> i);
-                sum = select(mask(acts), add(sum, step), sum);
-                members = select(mask(acts), add(members, set_f(1)), members);
-                lane.acts[w] |= static_cast<Bits>(acts) << i;
-            }
-            const F old = load_f(base + j);
-            const uint32_t moved = bits(up) | bits(down) | bits(lost);
-            uint32_t failed = 0;
-            write_vector<D>(base_bits, j, old, add(old, div(sum, members)), moved, out, failed, kept);
-            acting |= static_cast<Bits>(moved) << i;
-            over |= static_cast<Bits>(failed) << i;
-        }
-        note(written.overflow, over, index + 64 * w);
-        written.acted += count_bits(acting);
+static void write(int32_t join, const std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out,
+                  int64_t index, int words, Written& written) {
+    if (join == SP_SUM) {
+        write_joined<D, SP_SUM>(lanes, base, base_bits, out, index, words, written);
+    } else {
+        write_joined<D, SP_MEAN>(lanes, base, base_bits, out, index, words, written);
     }
-    written.changed += changed(kept, words);
 }
 
-// Who acts where: with `difference` only a patch that is alone, with `sum` everybody.
-static void settle(std::vector<Lane>& lanes, bool alone, int words) {
-    for (int w = 0; w < words; ++w) {
-        Bits one = 0, several = 0;
+// Who acts on a word of 64 entries that several patches may have chosen: one that is alone.
+static void let_alone(std::vector<Lane>& lanes, int w) {
+    Bits one = 0, several = 0;
+    for (const Lane& lane : lanes) {
+        several |= one & lane.chosen[w];
+        one |= lane.chosen[w];
+    }
+    for (Lane& lane : lanes) lane.acts[w] = lane.chosen[w] & ~several;
+}
+
+// Or those whose steps have the sign of the sum of all. Steps that are infinite both ways have no sum and elect no
+// sign: then all act, and what they make is not finite either.
+static void elect(std::vector<Lane>& lanes, int w) {
+    const F zero = set_f(0);
+    for (Lane& lane : lanes) lane.acts[w] = 0;
+    for (int i = 0; i < 64; i += SP_LANES) {
+        const auto step = [w, i](const Lane& lane) { return mul(set_f(lane.scale), load_f(lane.d + 64 * w + i)); };
+        F total = zero;
         for (const Lane& lane : lanes) {
-            several |= one & lane.chosen[w];
-            one |= lane.chosen[w];
+            total = select(mask(static_cast<uint32_t>(lane.chosen[w] >> i)), add(total, step(lane)), total);
         }
-        const Bits free = alone ? ~several : ~Bits{0};
-        for (Lane& lane : lanes) lane.acts[w] = lane.chosen[w] & free;
+        const M up = less(zero, total), down = less(total, zero), lost = less(set_u(kInfinity), magnitude(total));
+        for (Lane& lane : lanes) {
+            const M agrees = (up & less(zero, step(lane))) | (down & less(step(lane), zero)) | lost;
+            lane.acts[w] |= static_cast<Bits>(bits(agrees)) << i;
+        }
+    }
+    for (Lane& lane : lanes) lane.acts[w] &= lane.chosen[w];
+}
+
+static void settle(std::vector<Lane>& lanes, int32_t acts, int words) {
+    for (int w = 0; w < words; ++w) {
+        if (acts == SP_ALONE) let_alone(lanes, w);
+        if (acts == SP_ELECTED) elect(lanes, w);
+        if (acts != SP_ALL) continue;
+        for (Lane& lane : lanes) lane.acts[w] = lane.chosen[w];
     }
 }
 
@@ -733,14 +732,9 @@ static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, 
 
         void* out = at(pass.out, tile.offset * size);
         void* to = n == 64 * tile.words ? out : space.out_bits;
-        if (block.combine == SP_TIES) {
-            SP_BY_DTYPE(block.base.dtype, write_ties, space.lanes, base, base_bits, to, tile.index, tile.words,
-                        written);
-        } else {
-            settle(space.lanes, block.combine == SP_DIFFERENCE, tile.words);
-            SP_BY_DTYPE(block.base.dtype, write_sums, space.lanes, base, base_bits, to, tile.index, tile.words,
-                        written);
-        }
+        settle(space.lanes, block.acts, tile.words);
+        SP_BY_DTYPE(block.base.dtype, write, block.join, space.lanes, base, base_bits, to, tile.index, tile.words,
+                    written);
         if (to != out) __builtin_memcpy(out, to, static_cast<size_t>(n * size));
         for (size_t p = 0; p < tasks.size(); ++p) sinks[p].applied += count_marks(space.lanes[p].acts, tile.words);
     }

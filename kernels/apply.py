@@ -23,13 +23,16 @@ from .faults import fault
 from .launch import BLOCK, COPIES, Launch
 from .score import (
     ACTED,
+    ALONE,
     BEFORE,
     COUNTS,
     CUT,
+    ELECTED,
     ELIGIBLE,
     ENDING,
     FIELDS,
     INFINITE,
+    MEAN,
     OVERFLOW,
     SCALE,
     Piece,
@@ -43,6 +46,126 @@ if TYPE_CHECKING:
     import torch
 
 
+@triton.jit
+def decide(
+    base, values, scores, row, start, origin, cols, end, inside,
+    plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What one patch finds by itself, as sets: eligible entries, T, and whether there may be a fault.
+
+    `Scored.selected` in the reference.
+    """
+    # The barriers keep the compiler from working on all patches at once, which takes twice the registers; what is
+    # loaded again later comes from the cache.
+    kept = pack(retained(row, origin, plan, p, BLOCK))
+    tl.debug_barrier()
+    w = to_float(tl.load(base + start + tl.arange(0, BLOCK)), tl.constexpr(plan.dtype))
+    d, key = score(w, values, scores, row, start, origin, cols, end, plan, p, BLOCK)
+    # A margin's entries may raise a false alarm; `faults` will find nothing there.
+    faulty = any_from(key, INFINITE)
+    eligible = pack(key - 1 < INFINITE - 1) & inside
+    # Almost everywhere all of a program's entries lie on one side of the cut: then one comparison will do.
+    cut, ties = tl.minimum(tl.load(row + CUT), INFINITE).to(tl.uint32), tl.load(row + BEFORE) - origin
+    selected = pack(key > tl.where((ties >= BLOCK) & (cut > 0), cut - 1, cut))
+    if (ties > 0) & (ties < BLOCK):
+        selected |= pack(key == cut) & below(ties, BLOCK)
+    if plan.order == "retain-first":
+        eligible &= kept
+    else:
+        selected &= kept
+    selected &= eligible
+    tl.debug_barrier()
+    return eligible, selected, faulty
+
+
+@triton.jit
+def step(w, values, row, start, origin, cols, end, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
+    """c * d of one patch."""
+    d, x = delta(w, values, row, start, origin, cols, end, plan, p, BLOCK)
+    return tl.load(row + SCALE).to(tl.uint32).to(tl.float32, bitcast=True) * d
+
+
+@triton.jit
+def elect(w, values, table, selected, start, origin, cols, end, plan: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the sum of all steps isn't zero, and per patch where its own has the sum's sign."""
+    total = tl.zeros([BLOCK], tl.float32)
+    ups = ()
+    downs = ()
+    for p in tl.static_range(len(plan.patches)):
+        more = step(w, values[p], table + p * FIELDS, start, origin, cols, end, plan, p, BLOCK)
+        total = tl.where(unpack(selected[p]), total + more, total)
+        ups = ups + (pack(more > 0) & selected[p],)
+        downs = downs + (pack(more < 0) & selected[p],)
+        tl.debug_barrier()
+    # Steps that are infinite both ways have no sum and elect no sign: all act, and none of what they make is finite.
+    up, down, touched = pack(total > 0), pack(total < 0), pack(total != 0)
+    lost = touched & ~(up | down)
+    acting = ()
+    for p in tl.static_range(len(plan.patches)):
+        acting = acting + ((ups[p] & up) | (downs[p] & down) | (selected[p] & lost),)
+    return touched, acting
+
+
+@triton.jit
+def settle(
+    w, values, table, selected, once, several, start, origin, cols, end, plan: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The entries that are acted on, and per patch a set that holds those among them that it acts on.
+
+    `acting` in the reference. Sets cut to those who act would cost the common rules registers: what is made of an
+    entry that nobody acts on is never written.
+    """
+    if plan.acts == ELECTED:
+        return elect(w, values, table, selected, start, origin, cols, end, plan, BLOCK)
+    else:
+        if plan.acts == ALONE:
+            touched = once & ~several
+        else:
+            touched = once
+        return touched, selected
+
+
+@triton.jit
+def joined(w, values, table, acting, start, origin, cols, end, plan: tl.constexpr, BLOCK: tl.constexpr):
+    """What the acting steps make of w, before rounding: `joined` in the reference."""
+    zero = tl.zeros([BLOCK], tl.float32)
+    if plan.join == MEAN:
+        total = zero
+    else:
+        total = w
+    number = zero
+    for p in tl.static_range(len(plan.patches)):
+        more = step(w, values[p], table + p * FIELDS, start, origin, cols, end, plan, p, BLOCK)
+        mine = unpack(acting[p])
+        total, number = tl.where(mine, total + more, total), tl.where(mine, number + 1, number)
+    if plan.join == MEAN:
+        total = w + tl.div_rn(total, tl.maximum(number, 1.0))
+    return total
+
+
+@triton.jit
+def count(
+    cells, eligibles, selected, acting, touched, changed, met, plan: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Add to the tally; how many entries are `met`."""
+    # Two counts are a number of 32 bits, which the hardware adds up across a warp in one instruction.
+    halves = tl.arange(0, 2)
+    both = tl.sum(members(touched) | (changed << 16))
+    ending = cells + len(plan.patches) * COUNTS
+    tl.atomic_add(ending + ACTED + halves, ((both >> (16 * halves)) & 0xFFFF).to(tl.int64), sem="relaxed")
+    for p in tl.static_range(len(plan.patches)):
+        low, high = members(eligibles[p]) | (members(selected[p]) << 16), members(acting[p] & touched)
+        if p == 0:
+            high |= members(met) << 16
+        pairs = tl.sum(tl.join(low, high), axis=0)
+        counts = (pairs[:, None] >> (16 * halves)[None, :]) & 0xFFFF
+        cell = cells + p * COUNTS + ELIGIBLE + 2 * halves[:, None] + halves[None, :]
+        tl.atomic_add(cell, counts.to(tl.int64), sem="relaxed")
+        if p == 0:
+            broken = tl.sum(tl.where(halves == 1, pairs, 0)) >> 16
+    return broken
+
+
 @triton.jit(do_not_specialize=["head", "size"])
 def apply_kernel(
     base, values, scores, table,
@@ -54,72 +177,27 @@ def apply_kernel(
     lanes = tl.arange(0, BLOCK)
     end = first + head + size
 
-    # First every patch decides by itself and leaves sets behind. The barriers keep the compiler from working
-    # on all patches at once, which takes twice the registers; what is loaded again comes from the cache.
-    faulty = tl.zeros([BLOCK // 8], tl.int32)
-    once, several = faulty, faulty
+    # First every patch decides by itself and leaves sets behind.
+    met = tl.zeros([BLOCK // 8], tl.int32)
+    once, several = met, met
     eligibles = ()
-    takens = ()
+    selected = ()
     for p in tl.static_range(len(plan.patches)):
-        row = table + p * FIELDS
-        kept = pack(retained(row, origin, plan, p, BLOCK))
-        tl.debug_barrier()
-        w = to_float(tl.load(base + start + lanes), tl.constexpr(plan.dtype))
-        d, key = score(w, values[p], scores[p], row, start, origin, cols, end, plan, p, BLOCK)
-        # A margin's entries may raise a false alarm; `faults` will find nothing there.
-        faulty |= any_from(key, INFINITE)
-        eligible = pack(key - 1 < INFINITE - 1) & inside
-        # Almost everywhere all of a program's entries lie on one side of the cut: then one comparison will do.
-        cut, ties = tl.minimum(tl.load(row + CUT), INFINITE).to(tl.uint32), tl.load(row + BEFORE) - origin
-        taken = pack(key > tl.where((ties >= BLOCK) & (cut > 0), cut - 1, cut))
-        if (ties > 0) & (ties < BLOCK):
-            taken |= pack(key == cut) & below(ties, BLOCK)
-        if plan.order == "retain-first":
-            eligible &= kept
-        else:
-            taken &= kept
-        taken &= eligible
-        several |= once & taken
-        once |= taken
+        eligible, mine, faulty = decide(
+            base, values[p], scores[p], table + p * FIELDS, start, origin, cols, end, inside, plan, p, BLOCK
+        )  # fmt: skip
+        met |= faulty
+        several |= once & mine
+        once |= mine
         eligibles = eligibles + (eligible,)
-        takens = takens + (taken,)
-        tl.debug_barrier()
+        selected = selected + (mine,)
 
     bits = tl.load(base + start + lanes)
     w = to_float(bits, tl.constexpr(plan.dtype))
-    acc = w
-    if plan.combine == "ties":
-        # The sign that wins is known only at the end: keep the sums and members of both.
-        total = tl.zeros([BLOCK], tl.float32)
-        rise, rises = total, total
-        fall, falls = total, total
-        ups = ()
-        downs = ()
-    for p in tl.static_range(len(plan.patches)):
-        row = table + p * FIELDS
-        d, x = delta(w, values[p], row, start, origin, cols, end, plan, p, BLOCK)
-        step = tl.load(row + SCALE).to(tl.uint32).to(tl.float32, bitcast=True) * d
-        taken = unpack(takens[p])
-        if plan.combine == "ties":
-            up, down = taken & (step > 0), taken & (step < 0)
-            total = tl.where(taken, total + step, total)
-            rise, rises = tl.where(up, rise + step, rise), tl.where(up, rises + 1, rises)
-            fall, falls = tl.where(down, fall + step, fall), tl.where(down, falls + 1, falls)
-            ups = ups + (pack(up),)
-            downs = downs + (pack(down),)
-        else:
-            acc = tl.where(taken, (acc if plan.combine == "sum" else w) + step, acc)
-
-    if plan.combine == "ties":
-        up, down = total > 0, total < 0
-        # Of steps that are infinite both ways the sum is NaN and has no sign: all act, and overflow, as -inf does.
-        acc = w + tl.div_rn(tl.where(up, rise, fall), tl.maximum(tl.where(up, rises, falls), 1.0))
-        up, down, touched = pack(up), pack(down), pack(total != 0)
-        lost = touched & ~(up | down)
-    elif plan.combine == "sum":
-        touched = once
-    else:
-        touched = once & ~several
+    touched, acting = settle(
+        w, values, table, selected, once, several, start, origin, cols, end, plan, BLOCK
+    )  # fmt: skip
+    acc = joined(w, values, table, acting, start, origin, cols, end, plan, BLOCK)
     rounded = from_float(acc, tl.constexpr(plan.dtype))
     fits = pack(tl.maximum(magnitude(acc), magnitude(to_float(rounded, tl.constexpr(plan.dtype)))) < INFINITE)
     written = tl.where(unpack(touched & fits), rounded, bits)
@@ -129,30 +207,11 @@ def apply_kernel(
 
     columns: tl.constexpr = len(plan.patches) * COUNTS + ENDING
     cells = tally + tl.program_id(0) % COPIES * columns
-    ending = cells + len(plan.patches) * COUNTS
-    # Two counts are a number of 32 bits, which the hardware adds up across a warp in one instruction.
-    halves = tl.arange(0, 2)
     changed = tl.sum(tl.reshape((written != bits).to(tl.int32), [BLOCK // 8, 8]), axis=1)
-    both = tl.sum(members(touched) | (changed << 16))
-    tl.atomic_add(ending + ACTED + halves, ((both >> (16 * halves)) & 0xFFFF).to(tl.int64), sem="relaxed")
-    met = faulty | missed
-    for p in tl.static_range(len(plan.patches)):
-        if plan.combine == "ties":
-            acting = (ups[p] & up) | (downs[p] & down) | (takens[p] & lost)
-        else:
-            acting = takens[p] & touched
-        low, high = members(eligibles[p]) | (members(takens[p]) << 16), members(acting)
-        if p == 0:
-            high |= members(met) << 16
-        pairs = tl.sum(tl.join(low, high), axis=0)
-        counts = (pairs[:, None] >> (16 * halves)[None, :]) & 0xFFFF
-        cell = cells + p * COUNTS + ELIGIBLE + 2 * halves[:, None] + halves[None, :]
-        tl.atomic_add(cell, counts.to(tl.int64), sem="relaxed")
-        if p == 0:
-            broken = tl.sum(tl.where(halves == 1, pairs, 0)) >> 16
+    broken = count(cells, eligibles, selected, acting, touched, changed, met | missed, plan, BLOCK)
     if broken > 0:
         tl.atomic_add(tally + columns - 1, 1, sem="relaxed")
-        fault(ending + OVERFLOW, missed & pack(finite(w)), origin, 1, BLOCK)
+        fault(cells + len(plan.patches) * COUNTS + OVERFLOW, missed & pack(finite(w)), origin, 1, BLOCK)
 
 
 def apply(piece: Piece, out: torch.Tensor) -> Launch:

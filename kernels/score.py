@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from safepatch_core.spec import Acts, Join
+
 from .bits import below, finite, to_float, unpack
 from .launch import BLOCK, Launch
 
@@ -28,6 +30,9 @@ OVERFLOW, ACTED, CHANGED = (tl.constexpr(i) for i in (0, 2, 3))
 ENDING = tl.constexpr(5)
 EVERY = tl.constexpr((1 << 63) - 1)
 INFINITE = tl.constexpr(0x7F800000)
+# How patches combine: the axes of `safepatch_core.spec`.
+ALONE, ELECTED = tl.constexpr(Acts.ALONE.value), tl.constexpr(Acts.ELECTED.value)
+MEAN = tl.constexpr(Join.MEAN.value)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Plan:
 
     dtype: str  # of the base
     patches: tuple[Form, ...]
-    combine: str
+    acts: int
+    join: int
     order: str
 
 

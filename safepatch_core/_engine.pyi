@@ -3,7 +3,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.contract import Block
+# Numbers for names are those of csrc/include/safepatch.h.
+# entries, dtype
+Bits = tuple[NDArray[np.unsignedinteger], int]
+# a, b, scale
+Lora = tuple[NDArray[np.float32], NDArray[np.float32], float]
+# kind, importance, weight, values, scores, Philox key, keep, scale
+Patch = tuple[int, int, int, Bits | Lora, Bits | None, int, int, float]
+# base, start, columns, patches, acts, join, order
+Block = tuple[Bits, int, int, Sequence[Patch | None], int, int, int]
 
 # (count, lowest index)
 _Fault = tuple[int, int]

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -24,8 +24,16 @@ PathText = Annotated[
     BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path),
     Field(min_length=1),
 ]
-Where = dict[str, str | list[str]]  # column → the values of the rows that are taken
+Value = str | bool | int | float
+Where = dict[str, Value | list[Value]]  # column → the values of the rows that are taken
 Device = Annotated[str, Field(description="cpu, cuda, cuda:1, or auto: cuda where there is one. Default auto.")]
+Thinking = Annotated[
+    Literal["close", "leave"],
+    Field(
+        description="Where the chat template opens a block for thoughts: close it before each answer, or leave it. "
+        "Default close."
+    ),
+]
 Threads = Annotated[int | None, Field(ge=1, description="CPU threads of torch. Default torch's own choice.")]
 
 

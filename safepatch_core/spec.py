@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 SPEC_VERSION = 1
 
+
+class Acts(IntEnum):
+    """Who acts on an entry that is in the T of one or more patches."""
+
+    ALONE = 0  # a patch whose T alone holds it
+    ALL = 1  # every patch whose T holds it
+    ELECTED = 2  # those of them whose steps c·d have the sign of the sum of all their steps
+
+
+class Join(IntEnum):
+    """What the steps of those who act do to the base value w, in the order of the recipe."""
+
+    SUM = 0  # they are added to w one by one
+    MEAN = 1  # they are added up from +0 and divided by their number; that is added to w
+
+
+class Rule(NamedTuple):
+    """How patches combine. A new rule on these axes is a row of COMBINE; a new value of an axis, work per engine."""
+
+    acts: Acts
+    join: Join
+
+
+COMBINE: dict[str, Rule] = {
+    "difference": Rule(Acts.ALONE, Join.SUM),
+    "sum": Rule(Acts.ALL, Join.SUM),
+    "ties": Rule(Acts.ELECTED, Join.MEAN),
+}
+
+# Only the table says what is allowed; mypy can't read it.
+if TYPE_CHECKING:
+    Combine: TypeAlias = str
+else:
+    Combine = Literal[tuple(COMBINE)]
+
+# A name's place here is its number in csrc/include/safepatch.h.
 Dtype = Literal["F32", "F16", "BF16"]
 Kind = Literal["checkpoint", "delta", "lora"]
 Importance = Literal["magnitude", "scores", "gradients"]
 Weight = Literal["patched", "base", "delta"]
-Combine = Literal["difference", "sum", "ties"]
 Order = Literal["retain-first", "select-first"]
+
 NonFinite = Literal["error", "skip"]
 Missing = Literal["error", "skip"]
 Scope = Literal["tensor", "model"]
@@ -28,8 +65,13 @@ EVERY = (1 << 63) - 1
 KEEP_ALL = 1 << 32
 
 
+def numbers(names: Any) -> dict[str, int]:
+    """What the C interface calls the names of one of the Literals above."""
+    return {name: i for i, name in enumerate(get_args(names))}
+
+
 def random_key(seed: int, patch: str, tensor: str) -> int:
-    """The 64-bit Philox key of one tensor of one patch (SPEC section 2, "retained"); low word first."""
+    """The 64-bit Philox key of one tensor of one patch (SPEC.md, "retained"); low word first."""
     text = b"safepatch\0" + seed.to_bytes(8, "little") + patch.encode() + b"\0" + tensor.encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 

@@ -302,6 +302,9 @@ def load_patch(entry: Mapping[str, Any], root: Path) -> Patch:
 
 # The merge
 
+# Who acts where several patches hold an entry, and what becomes of their changes.
+RULES = {"difference": ("alone", "sum"), "sum": ("all", "sum"), "ties": ("elected", "mean")}
+
 
 def is_target(name: str, t: Tensor, rule: Any) -> bool:
     if t.dtype not in FLOATS:
@@ -349,7 +352,7 @@ def _merge(recipe_path: Path) -> Result:
     for name in targets:
         held = [chosen[p.name].T[name] for p in patches]
         cd = [p.c * chosen[p.name].d[name] for p in patches]
-        acc, acts = combine(recipe.get("combine", "difference"), to_f32(base[name]), held, cd)
+        acc, acts = combine(*RULES[recipe.get("combine", "difference")], to_f32(base[name]), held, cd)
         tensors[name] = write(name, base[name], acc, np.any(acts, axis=0))
         for p, T, acting in zip(patches, held, acts, strict=True):
             counts[p.name][name] = Counts(
@@ -394,29 +397,33 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
     return Selection(d, e, T)
 
 
-def combine(how: str, w: F32Array, held: list[BoolArray], cd: list[F32Array]) -> tuple[F32Array, list[BoolArray]]:
+def combine(
+    acts: str, join: str, w: F32Array, held: list[BoolArray], cd: list[F32Array]
+) -> tuple[F32Array, list[BoolArray]]:
     """What each entry becomes in float32, and where each patch acts on it."""
-    if how == "ties":
-        total = np.zeros_like(w)
-        for T, change in zip(held, cd, strict=True):
-            total = np.where(T, total + change, total)
-        acts = [
-            T & (((total > 0) & (change > 0)) | ((total < 0) & (change < 0)) | np.isnan(total))
-            for T, change in zip(held, cd, strict=True)
-        ]
-        agreeing, number = np.zeros_like(w), np.zeros_like(w)
-        for acting, change in zip(acts, cd, strict=True):
-            agreeing = np.where(acting, agreeing + change, agreeing)
-            number = number + acting.astype(np.float32)
-        return np.where(np.any(acts, axis=0), w + agreeing / number, w), acts
-    acts = held
-    if how == "difference":
-        holders = np.sum(held, axis=0)
-        acts = [T & (holders == 1) for T in held]
-    acc = w
-    for acting, change in zip(acts, cd, strict=True):
-        acc = np.where(acting, acc + change, acc)
-    return acc, acts
+    acting = {"alone": alone, "all": lambda held, cd: held, "elected": elected}[acts](held, cd)
+    total, number = w if join == "sum" else np.zeros_like(w), np.zeros_like(w)
+    for mine, change in zip(acting, cd, strict=True):
+        total = np.where(mine, total + change, total)
+        number = number + mine.astype(np.float32)
+    if join == "mean":
+        total = np.where(number > 0, w + total / number, w)
+    return total, acting
+
+
+def alone(held: list[BoolArray], cd: list[F32Array]) -> list[BoolArray]:
+    holders = np.sum(held, axis=0)
+    return [T & (holders == 1) for T in held]
+
+
+def elected(held: list[BoolArray], cd: list[F32Array]) -> list[BoolArray]:
+    total = np.zeros_like(cd[0])
+    for T, change in zip(held, cd, strict=True):
+        total = np.where(T, total + change, total)
+    return [
+        T & (((total > 0) & (change > 0)) | ((total < 0) & (change < 0)) | np.isnan(total))
+        for T, change in zip(held, cd, strict=True)
+    ]
 
 
 def write(name: str, base: Tensor, acc: F32Array, acting: BoolArray) -> Tensor:

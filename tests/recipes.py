@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from safepatch_core.spec import COMBINE, Acts
 from tests.oracle import FLOATS, WIDTH, F32Array, Tensor, from_f32, is_target, save_file, to_f32
 
 # Bytewise order is neither the order of files nor that of humans: "10" < "2", "Z" < "a" < "é".
@@ -324,10 +325,10 @@ class Generator:
         base = self.base()
         names = self.py.sample(("safety", "over-safety", "p_3", "0"), self.py.choice((1, 2, 2, 3, 3, 4)))
         patches = [self.patch(name, base) for name in names]
-        combines = ["difference", "difference", "sum", "ties"]
+        combines = ["difference", *COMBINE]
         if opposed:
             patches += self.opposed(base)
-            combines += ["ties"] * 4
+            combines += [name for name, rule in COMBINE.items() if rule.acts == Acts.ELECTED] * 4
         if skip:
             base = {n: self.poison(t, 0.05) if t.dtype in DTYPES else t for n, t in base.items()}
         recipe: dict[str, Any] = {"base": self.store("base", base), "patches": patches}

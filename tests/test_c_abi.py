@@ -12,6 +12,7 @@ import pytest
 
 from safepatch_core.backends.contract import Bits, Block, PatchData
 from safepatch_core.backends.reference import ReferenceBackend
+from safepatch_core.spec import COMBINE
 from safepatch_core.version import __version__
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -70,7 +71,8 @@ int main(void) {
     block.start = 3;
     block.patches = patches;
     block.patch_count = 3;
-    block.combine = SP_DIFFERENCE;
+    block.acts = SP_ALONE;
+    block.join = SP_SUM;
     block.order = SP_RETAIN_FIRST;
 
     const int64_t quotas[3] = {300, 400, 500};
@@ -102,6 +104,12 @@ int main(void) {
     refuse(sp_ties(NULL, &block, keys, ties), SP_BAD_ARGUMENT);
     window.patch = 3;
     refuse(sp_histogram(engine, &block, &window, 1, &report), SP_BAD_ARGUMENT);
+    block.acts = 3;
+    refuse(sp_apply(engine, &block, cuts, out, &report), SP_BAD_ARGUMENT);
+    block.acts = SP_ELECTED;
+    block.join = -1;
+    refuse(sp_apply(engine, &block, cuts, out, &report), SP_BAD_ARGUMENT);
+    block.join = SP_MEAN;
     patches[1].kind = 9;
     refuse(sp_apply(engine, &block, cuts, out, &report), SP_BAD_ARGUMENT);
     block.entries = -1;
@@ -193,7 +201,7 @@ def test_a_c_program_gets_the_reference_bits(program: list[str]) -> None:
         PatchData("delta", bits, "magnitude", None, "patched", 43, 1 << 32, 0.5),
         None,
     )
-    block = Block(Bits(base.view(np.uint32), "F32"), 3, 1, patches, "difference", "retain-first", "error")
+    block = Block(Bits(base.view(np.uint32), "F32"), 3, 1, patches, COMBINE["difference"], "retain-first")
     out = np.empty(5000, np.uint32)
     reference = ReferenceBackend()
     cuts, report = reference.merge(block, [300, 400, 500], out)
@@ -217,6 +225,8 @@ def test_a_c_program_is_told_what_is_wrong(program: list[str]) -> None:
         "refused: null array",
         "refused: null engine or block",
         "refused: window patch",
+        "refused: block acts",
+        "refused: block join",
         "refused: patch kind",
         "refused: block range",
         "out of memory",

@@ -34,7 +34,7 @@ from safepatch_core.backends.contract import (
 from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.errors import UsageError
-from safepatch_core.spec import EVERY, KEEP_ALL, Combine, Dtype, Importance, Kind, Order, Weight
+from safepatch_core.spec import COMBINE, EVERY, KEEP_ALL, Acts, Dtype, Importance, Join, Kind, Order, Rule, Weight
 
 _engine = pytest.importorskip("safepatch_core._engine", reason="the extension isn't built")
 
@@ -116,9 +116,9 @@ def random_block(rng: Rng, n: int) -> Block:
     start, cols = int(rng.choice(STARTS)), int(rng.choice([1, 3, 7, 64, 100, 1000]))
     absent = rng.random(int(rng.choice([0, 1, 2, 2, 2, 3, 5]))) < 0.1
     patches = tuple(None if none else random_patch(rng, n, start, cols, style) for none in absent)
-    combine: Combine = rng.choice(get_args(Combine))
+    rule = Rule(rng.choice(list(Acts)), rng.choice(list(Join)))
     order: Order = rng.choice(get_args(Order))
-    return Block(entries(rng, n, rng.choice(DTYPES), style), start, cols, patches, combine, order, "error")
+    return Block(entries(rng, n, rng.choice(DTYPES), style), start, cols, patches, rule, order)
 
 
 def random_quotas(rng: Rng, block: Block) -> list[int]:
@@ -189,7 +189,7 @@ def checkpoint_pair(rng: Rng, n: int, spread: float = 1.0) -> Block:
         values = as_bits(w + rng.standard_normal(n).astype(np.float32) * np.float32(spread / 64), "BF16")
         return PatchData("checkpoint", values, "magnitude", None, "patched", key, (1 << 32) * 3 // 10, 1.0)
 
-    return Block(base, 0, 100, (patch(12345), patch(1 << 63)), "difference", "retain-first", "error")
+    return Block(base, 0, 100, (patch(12345), patch(1 << 63)), COMBINE["difference"], "retain-first")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -202,8 +202,8 @@ def test_tensors_large_enough_for_a_guess(isa: str) -> None:
     for variant, quotas in [
         (block, [n * 3 // 100, n // 50]),
         (replace(block, start=(1 << 34) - 1001), [n // 10, 5]),
-        (replace(block, combine="sum"), [n // 50, n // 50]),
-        (replace(block, combine="ties", patches=everything), [n // 2, n // 3]),
+        (replace(block, rule=COMBINE["sum"]), [n // 50, n // 50]),
+        (replace(block, rule=COMBINE["ties"], patches=everything), [n // 2, n // 3]),
         (replace(block, order="select-first"), [n // 30, 1]),
         (replace(block, patches=everything), [n // 4, n - 1]),
         (
@@ -234,7 +234,7 @@ def test_a_misled_guess_costs_time_only(sample_is: float, share: float) -> None:
     d = rng.integers(1, 40, n).astype(np.float32)
     d[sampled(n)] *= np.float32(sample_is)
     patch = PatchData("delta", as_bits(d, "F32"), "magnitude", None, "patched", 1, KEEP_ALL, 1.0)
-    block = Block(as_bits(np.zeros(n), "F32"), 0, 1, (patch,), "difference", "retain-first", "error")
+    block = Block(as_bits(np.zeros(n), "F32"), 0, 1, (patch,), COMBINE["difference"], "retain-first")
     for isa in ISAS:
         assert_same_merge(block, [int(share * n)], engine(isa, 2))
 
@@ -252,9 +252,8 @@ def test_lora_rows_and_columns(isa: str) -> None:
         )
         patch = PatchData("lora", lora, "magnitude", None, "patched", 5, KEEP_ALL, 1.0)
         scored = replace(patch, importance="scores", scores=entries(rng, n, "BF16", "positive"))
-        block = Block(
-            entries(rng, n, "F16", "normal"), start, cols, (patch, scored), "difference", "retain-first", "error"
-        )
+        pair = (patch, scored)
+        block = Block(entries(rng, n, "F16", "normal"), start, cols, pair, COMBINE["difference"], "retain-first")
         assert_same_merge(block, [n // 3, n // 9], engine(isa, 2))
 
 
@@ -280,7 +279,7 @@ def test_results_do_not_depend_on_the_cut_into_blocks() -> None:
 def retained_at(backend: CpuBackend, index: int, key: int, keep: int) -> bool:
     one = as_bits(np.ones(1), "F32")
     patch = PatchData("delta", one, "magnitude", None, "patched", key, keep, 1.0)
-    block = Block(one, index, 1, (patch,), "sum", "retain-first", "error")
+    block = Block(one, index, 1, (patch,), COMBINE["sum"], "retain-first")
     return backend.histogram(block, [[]]).patches[0].eligible == 1
 
 
@@ -296,7 +295,7 @@ def test_faults_are_counted_with_their_first_index() -> None:
     d = as_bits(np.array([1, np.nan, 2, np.inf, 3, -np.inf, 4], np.float32), "F32")
     s = as_bits(np.array([1, 1, np.nan, np.nan, -1, -np.inf, -0.0], np.float32), "F32")
     patch = PatchData("delta", d, "scores", s, "patched", 0, KEEP_ALL, 3e38)
-    block = Block(as_bits(np.full(7, 3e38), "F32"), 100, 1, (patch,), "sum", "retain-first", "error")
+    block = Block(as_bits(np.full(7, 3e38), "F32"), 100, 1, (patch,), COMBINE["sum"], "retain-first")
     for isa in ISAS:
         out = np.empty(7, np.uint32)
         report = engine(isa, 1).apply(block, [SELECT_ALL], out)
@@ -312,7 +311,7 @@ def test_faults_are_counted_with_their_first_index() -> None:
 def test_more_patches_than_a_byte_counts() -> None:
     one = as_bits(np.ones(100), "BF16")
     patch = PatchData("delta", one, "magnitude", None, "patched", 0, KEEP_ALL, 1.0)
-    block = Block(one, 0, 1, (patch,) * 257, "difference", "retain-first", "error")
+    block = Block(one, 0, 1, (patch,) * 257, COMBINE["difference"], "retain-first")
     assert_same_merge(block, [99] * 257, engine(ISAS[-1], 1))
 
 
@@ -353,8 +352,9 @@ FORKED = """
 import os, numpy as np
 from safepatch_core.backends.contract import Bits, Block
 from safepatch_core.backends.cpu import CpuBackend
+from safepatch_core.spec import COMBINE
 base = np.arange(200000, dtype=np.uint32)
-block = Block(Bits(base, "F32"), 0, 1, (), "sum", "retain-first", "error")
+block = Block(Bits(base, "F32"), 0, 1, (), COMBINE["sum"], "retain-first")
 backend = CpuBackend(3)
 def same():
     out = np.zeros_like(base)
@@ -378,6 +378,7 @@ MEASURED = """
 import numpy as np
 from safepatch_core.backends.contract import Bits, Block, PatchData
 from safepatch_core.backends.cpu import CpuBackend
+from safepatch_core.spec import COMBINE
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 n = 4_000_000
@@ -386,7 +387,7 @@ base = np.zeros(n, np.uint16)
 def patch(keep):
     values = Bits(rng.integers(0x3000, 0x4000, n).astype(np.uint16), "BF16")
     return PatchData("delta", values, "magnitude", None, "patched", 9, keep, 1.0)
-block = Block(Bits(base, "BF16"), 0, 1, (patch(1 << 32), patch(1 << 31)), "sum", "retain-first", "error")
+block = Block(Bits(base, "BF16"), 0, 1, (patch(1 << 32), patch(1 << 31)), COMBINE["sum"], "retain-first")
 backend = CpuBackend(2)
 for quotas in ([n // 30, n // 50], [n // 3, n // 4]):
     before = resident()

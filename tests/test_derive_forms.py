@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,7 @@ def test_experts_that_transformers_fuses_are_saved_one_by_one_as_in_the_base(tmp
     layers = ({name: matrices[name] for name in group} for group in saving.by_layer(matrices))
     save_scores(model, tmp_path / "scores", base, entries, matrices, layers)
     assert same_bits(weights(tmp_path / "scores"), {e.name: expected[e.name] for e in entries})
-    with applied(tmp_path / "delta", base, entries, tmp_path / "again") as checkpoint:
+    with applied(tmp_path / "delta", "delta", base, entries, tmp_path / "again") as checkpoint:
         again: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert not (tmp_path / "again").exists()
     fused = "model.layers.1.mlp.experts.gate_up_proj"
@@ -214,20 +216,20 @@ def test_at_most_two_tensors_of_a_delta_or_a_checkpoint_are_in_memory_at_a_time(
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    def watched(entry: Any) -> torch.Tensor:
+    def watched(read: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         nonlocal most
         most = max(most, 1 + sum(ref() is not None for ref in alive))
-        tensor = read_tensor(entry)
+        tensor = read(*args)
         alive.append(weakref.ref(tensor))
         return tensor
 
-    read_tensor = saving.read_tensor
-    monkeypatch.setattr(saving, "read_tensor", watched)
+    for name in ("read_tensor", "read_patch"):
+        monkeypatch.setattr(saving, name, partial(watched, getattr(saving, name)))
     (tmp_path / "delta").mkdir()
     save_delta(model, tmp_path / "delta", base, entries, torch.float32)
     assert (len(alive), most) == (len(entries), 1)
-    changed_entries(patched_tensors(tmp_path / "delta", entries, delta=True))
-    with applied(tmp_path / "delta", base, entries, tmp_path / "again"):
+    changed_entries(patched_tensors(tmp_path / "delta", "delta", base, entries))
+    with applied(tmp_path / "delta", "delta", base, entries, tmp_path / "again"):
         assert len(alive) == 5 * len(entries) + len(base.tensors) - len(entries)
     assert most <= 4  # a pair, while the pair before it is let go
 
@@ -290,8 +292,8 @@ def test_the_record_tells_what_rounding_to_the_bases_dtype_leaves(tmp_path: Path
         assert 0 < patch["changed_share_in_base_dtype"] < patch["changed_share"] <= 1
         assert patch["changed_share_in_base_dtype"] < patch["kept_l1_in_base_dtype"] < 1
         assert 0 < patch["error_l2_in_base_dtype"] < 2
-    entries = list(open_checkpoint(tmp_path / "base").tensors.values())
-    pairs = patched_tensors(tmp_path / "checkpoint/over-safety", entries, delta=False)
+    base = open_checkpoint(tmp_path / "base")
+    pairs = patched_tensors(tmp_path / "checkpoint/over-safety", "checkpoint", base, base.tensors.values())
     whole = changed_entries(pairs)
     record = json.loads((tmp_path / "checkpoint/derive.json").read_text())["patches"]["over-safety"]
     assert record["kept_l1_in_base_dtype"] == pytest.approx(whole.kept_l1)

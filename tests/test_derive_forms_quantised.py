@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from safepatch_core.deriving import DeriveConfig, DeriveResult, derive
-from safepatch_core.deriving.model import add_adapter, load_frozen
+from safepatch_core.deriving.adapter import add_adapter
+from safepatch_core.deriving.model import load_frozen
 from safepatch_core.deriving.objective import answer_nll, mean_nll
 from safepatch_core.errors import UsageError
 from safepatch_core.language.chat import Format

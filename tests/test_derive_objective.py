@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from safepatch_core.deriving.objective import (
 from safepatch_core.errors import InputError
 from safepatch_core.language.chat import Example, Format
 from safepatch_core.progress import Progress
+from safepatch_core.settings import Thinking
 from tests.tiny_lm import CHATML, tiny_llama, tiny_tokenizer
 
 THINKING = CHATML.replace(
@@ -62,6 +64,60 @@ def test_what_a_template_puts_before_the_answer_is_prompt_but_a_space_is_answer(
     assert encode(THINKING)[0].endswith("assistant\n<think>\n\n</think>\n\n")
     assert encode(THINKING)[1] == "Because.<|im_end|>"
     assert encode(LLAMA2) == ("<|im_start|>[INST] Why? [/INST]", " Because.<|im_end|>")
+
+
+def thinking(template: str, choice: Thinking, answer: str = "Because.") -> tuple[str, str]:
+    tokenizer = tiny_tokenizer(template)
+    return parts(tokenizer, Format(tokenizer, thinking=choice).encode("Why? <think>", answer, 256))
+
+
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [
+        ("<think>\n", "<think>\n\n</think>\n\n"),
+        ("<think>", "<think></think>"),
+        ("[THINK]\n", "[THINK]\n\n[/THINK]\n\n"),
+        ("<|begin_of_thought|>\n\n", "<|begin_of_thought|>\n\n\n\n<|end_of_thought|>\n\n\n\n"),
+        ("<|START_THINKING|>", "<|START_THINKING|><|END_THINKING|>"),
+        ("◁think▷", "◁think▷◁/think▷"),
+        ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("<answer>", "<answer>"),
+    ],
+)
+def test_a_block_for_thoughts_that_the_prompt_opens_is_closed_before_the_answer(opened: str, closed: str) -> None:
+    """Reasoning models open it at generation and show an earlier answer without it."""
+    template = CHATML.replace("assistant\n{% endif", f"assistant\n{opened}{{% endif")
+    prompt = "<|im_start|>user\nWhy? <think><|im_end|>\n<|im_start|>assistant\n"
+    assert thinking(template, "close") == (prompt + closed, "Because.<|im_end|>")
+    assert thinking(template, "leave") == (prompt + opened, "Because.<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
+def test_templates_that_can_are_asked_for_an_answer_without_thoughts(name: str) -> None:
+    either = (
+        f"{{% if {name} | default(true) %}}<think>\n{{% else %}}<think>\n\n</think>\n\n{{% endif %}}{{% endif %}}"
+    )
+    template = CHATML.replace("assistant\n{% endif %}", f"assistant\n{either}")
+    assert thinking(template, "close")[0].endswith("assistant\n<think>\n\n</think>\n\n")
+    assert thinking(template, "leave")[0].endswith("assistant\n<think>\n")
+    assert not Format(tiny_tokenizer(template)).closed  # by the template itself
+
+
+def test_typed_contents_where_a_template_reads_nothing_else() -> None:
+    part = "{% for c in m['content'] if c is mapping %}{{ c['text'] }}{% endfor %}"
+    assert encode(CHATML.replace("{{ m['content'] }}", part), system="Be brief.") == encode(
+        CHATML, system="Be brief."
+    )
+
+
+def test_tokens_that_the_model_does_not_know_are_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    assert Format(tokenizer, vocabulary=258).encode("Why?", "So.", 99).ids[-1] == 257
+    for vocabulary, token in ((257, "257 '<|im_end|>'"), (256, "257 '<|im_end|>'")):
+        with pytest.raises(
+            InputError, match=rf"doesn't know: found {re.escape(token)}, expected less than {vocabulary}"
+        ):
+            Format(tokenizer, vocabulary=vocabulary).encode("Why?", "So.", 99)
 
 
 def test_plain_text_without_a_template_or_an_end_in_it() -> None:
@@ -108,8 +164,10 @@ def test_long_answers_are_cut_and_questions_that_leave_no_room_refused() -> None
 
 def test_a_template_that_refuses_the_conversation_is_an_input_error() -> None:
     assert encode(NO_SYSTEM) == encode(CHATML)
-    with pytest.raises(InputError, match="no system role"):
+    with pytest.raises(InputError, match="no system role: expected another system_prompt, or none"):
         encode(NO_SYSTEM, system="Be brief.")
+    with pytest.raises(InputError, match="chat template failed: can only concatenate"):
+        encode("{{ 'a' + 1 }}")  # not jinja's own error
 
 
 def test_the_day_is_not_in_the_prompt() -> None:

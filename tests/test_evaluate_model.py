@@ -15,8 +15,9 @@ from safepatch_core.errors import InputError, UsageError
 from safepatch_core.evaluating import EvalConfig, subject
 from safepatch_core.evaluating.spans import Span, windows
 from safepatch_core.evaluating.subject import Subject, locate, opened
+from safepatch_core.language.model import load_model
 from safepatch_core.progress import Progress
-from tests.tiny_lm import tiny_tokenizer, write_lm
+from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm
 
 PROMPTS = ["How do I kill a process?", "Hi", "Tell me about the sea, and please take your time. " * 2, "a b c"]
 
@@ -212,6 +213,21 @@ def test_windows_longer_than_the_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="max_length is more than the model takes: found 512, expected at most 256"):
         with opened(write_lm(tmp_path / "lm"), settings(max_length=512)):
             pass
+
+
+def test_an_adapter_beside_the_weights_is_not_added_to_them(tmp_path: Path) -> None:
+    """transformers would add it, or load the base that it names; a merge reads the weights alone."""
+    peft = pytest.importorskip("peft")
+    folder = write_lm(tmp_path / "lm")
+    plain = load_model(folder, "float32", "cpu").state_dict()
+    adapter = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    adapter.save_pretrained(folder)
+    assert (folder / "adapter_config.json").is_file()
+    with opened(folder, settings()) as found:
+        state = found.model.state_dict()
+        assert state.keys() == plain.keys() and all(torch.equal(state[name], plain[name]) for name in plain)
 
 
 def test_weights_are_float32_on_the_cpu_unless_asked_otherwise(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pydantic import ValidationError
+from transformers import AutoTokenizer
 
 from safepatch_core.commands.evaluate import command
 from safepatch_core.errors import InputError, UsageError
@@ -274,7 +276,7 @@ def test_an_existing_report_is_kept_without_force(models: tuple[Path, Path], tmp
 
 def test_a_failed_evaluation_leaves_nothing(models: tuple[Path, Path], tmp_path: Path) -> None:
     config = settings(models, tmp_path, max_length=12, stride=6)
-    with pytest.raises(InputError, match=r"harmful\.jsonl: row at line 1: "):
+    with pytest.raises(InputError, match=r"harmful\.jsonl: line 1: "):
         evaluate(config, quiet=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["harmful.jsonl", "harmless.csv", "text.txt"]
 
@@ -297,9 +299,31 @@ def test_bad_inputs_are_named(
     assert not (tmp_path / "report").exists()
 
 
+def test_tokens_that_a_model_does_not_know_are_named(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Tokens were added to the tokenizer, and no rows to the embeddings."""
+    grown = tmp_path / "grown"
+    shutil.copytree(models[0], grown)
+    tokenizer: Any = AutoTokenizer.from_pretrained(grown)
+    tokenizer.add_tokens([f"<x{i}>" for i in range(9)])
+    tokenizer.save_pretrained(grown)
+    config = settings(models, tmp_path, model=grown, baseline=None)
+    evaluate(config.model_copy(update={"out": str(tmp_path / "fine")}), quiet=True)
+    (tmp_path / "text.txt").write_text("Some text, and <x7>.\n")
+    with pytest.raises(InputError, match=r"text\.txt: a token that the model doesn't know: found 266 '<x7>'"):
+        evaluate(config, quiet=True)
+    (tmp_path / "harmful.jsonl").write_text(
+        json.dumps({"question": "Say <x8>", "answer": "Sure", "category": "a"}) + "\n"
+    )
+    with pytest.raises(
+        InputError, match=r"harmful\.jsonl: line 1: a token .* found 267 '<x8>', expected less than 264"
+    ):
+        evaluate(config, quiet=True)
+    assert not (tmp_path / "report").exists()
+
+
 def test_prompts_too_long_for_the_model_are_named(models: tuple[Path, Path], tmp_path: Path) -> None:
     config = settings(models, tmp_path, max_length=256, max_new_tokens=250)
-    with pytest.raises(InputError, match="row at line 1: prompt and generated answer don't fit the model: found"):
+    with pytest.raises(InputError, match="line 1: prompt and generated answer don't fit the model: found"):
         evaluate(config, quiet=True)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +60,121 @@ def test_text_lines(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("a.jsonl", '\n{"q": "x"}\n\n  \n{"q": "y"}\n\n', [2, 5]),
+        ("a.ndjson", '{"q": "x"}\r\n\r\n{"q": "y"}', [1, 3]),
+        ("a.csv", "q,a\nx,1\n\ny,2\n\n", [2, 4]),
+        ("a.tsv", "q\ta\nx\t1,5\ny\t2\n", [2, 3]),
+        ("a.txt", "x\n\n\ny\n", [1, 4]),
+    ],
+)
+def test_blank_lines_are_no_rows(tmp_path: Path, name: str, content: str, lines: list[int]) -> None:
+    rows = read_rows(write(tmp_path, name, content), {"q": "text" if name == "a.txt" else "q"})
+    assert rows == [Row(lines[0], {"q": "x"}), Row(lines[1], {"q": "y"})]
+
+
+def test_where_takes_numbers_and_booleans_however_the_file_spells_them(tmp_path: Path) -> None:
+    records = [{"q": "a", "n": 1, "ok": True}, {"q": "b", "n": 2.5, "ok": False}, {"q": "c", "n": 1, "ok": False}]
+    spelt = write(tmp_path, "a.csv", "q,n,ok\na,1,True\nb,2.50,no\nc,1.0,False\n")
+    for path in (jsonl(tmp_path, records), spelt):
+
+        def found(path: Path = path, **where: Any) -> str:
+            return "".join(row.values["q"] for row in read_rows(path, ["q"], where=where))
+
+        assert (found(n=1), found(n=2.5), found(ok=True), found(ok=False)) == ("ac", "b", "a", "bc")
+        assert (found(n=[1, 2.5]), found(n=1, ok=False)) == ("abc", "c")
+    assert [row.values["q"] for row in read_rows(jsonl(tmp_path, records), ["q"], where={"n": "1"})] == ["a", "c"]
+    with pytest.raises(InputError, match="no row matches: expected n = True"):
+        read_rows(jsonl(tmp_path, records), ["q"], where={"n": True})
+
+
+def chat(*turns: tuple[str, object], keys: tuple[str, str] = ("role", "content")) -> list[dict[str, object]]:
+    return [dict(zip(keys, turn, strict=True)) for turn in turns]
+
+
+BOTH = {"question": "question", "answer": "answer"}
+ASKED, SAID = ("user", "Why?"), ("assistant", "So.")
+SHARED = chat(("human", "Why?"), ("gpt", "So."), keys=("from", "value"))
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"question": "Why?", "answer": "So.", "output": "x"}, None),
+        ({"Question": "Why?", "answer": "So."}, "questions are in 'Question'"),
+        ({"goal": "Why?", "target": "So."}, "questions are in 'goal', answers are in 'target'"),
+        ({"messages": chat(ASKED, SAID)}, "questions are in 'messages', answers are in 'messages'"),
+        ({"conversations": SHARED}, "questions are in 'conversations', answers are in 'conversations'"),
+        ({"messages": chat(("user", [{"type": "text", "text": "Why?"}]), SAID)}, "questions are in 'messages', "),
+        ({"prompt": chat(ASKED), "completion": chat(SAID)}, "questions are in 'prompt', answers are in 'completion'"),
+        ({"instruction": "Why?", "input": "", "output": "So."}, "questions are in 'instruction' and 'input', "),
+    ],
+)
+def test_questions_and_answers_are_found_where_others_keep_them(
+    tmp_path: Path, record: dict[str, object], told: str | None
+) -> None:
+    lines: list[str] = []
+    path = jsonl(tmp_path, [record])
+    assert read_rows(path, BOTH, tell=lines.append) == [Row(1, {"question": "Why?", "answer": "So."})]
+    assert len(lines) == (told is not None)
+    assert told is None or lines[0].startswith(f"{path}: {told}")
+
+
+def test_an_input_belongs_to_its_instruction(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path,
+        [{"instruction": "Say it.", "input": "Boo", "output": "Boo!"}, {"instruction": "Go.", "output": "No."}],
+    )
+    assert [row.values["question"] for row in read_rows(path, BOTH)] == ["Say it.\n\nBoo", "Go."]
+    assert read_rows(path, {"question": "instruction"})[0].values == {"question": "Say it."}  # as it is named
+
+
+def test_a_named_column_may_hold_a_chat(tmp_path: Path) -> None:
+    pair = {"chosen": chat(ASKED, ("assistant", "No.")), "rejected": chat(ASKED, SAID)}
+    path = jsonl(tmp_path, [pair])
+    assert read_rows(path, {"question": "rejected", "answer": "rejected"})[0].values == {
+        "question": "Why?",
+        "answer": "So.",
+    }
+    assert read_rows(path, {"question": "chosen", "answer": "chosen"})[0].values["answer"] == "No."
+    assert read_rows(jsonl(tmp_path, [{"m": chat(ASKED)}]), {"question": "m"})[0].values == {"question": "Why?"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"prompt": "Why?", "chosen": "No.", "rejected": "So."},
+            "no column 'answer': found columns prompt, chosen, rejected, expected --answer-column to name one",
+        ),
+        (
+            {"messages": chat(("system", "Hi"), ASKED, SAID)},
+            "a system message: expected none; system_prompt gives one",
+        ),
+        (
+            {"messages": chat(ASKED, SAID, ASKED, SAID)},
+            "a conversation: found user, assistant, user, assistant, expected one question and one answer",
+        ),
+        ({"messages": chat(ASKED)}, "a conversation: found user, expected one question and one answer"),
+        ({"messages": chat(ASKED, ("assistant", None))}, "column 'messages': found null, expected text"),
+        ({"question": "Why?", "answer": [1]}, "column 'answer': found list, expected text"),
+    ],
+)
+def test_chats_that_are_no_question_with_an_answer_are_refused(
+    tmp_path: Path, record: dict[str, object], message: str
+) -> None:
+    options = {"answer": "--answer-column"}
+    with pytest.raises(InputError, match=rf"rows\.jsonl: line 1: {re.escape(message)}"):
+        read_rows(jsonl(tmp_path, [record]), BOTH, options=options)
+
+
+def test_records_under_a_key(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", json.dumps({"train": [{"question": "Why?"}], "test": [{"question": "How?"}]}))
+    assert [row.values["question"] for row in read_rows(path, ["question"], where={"category": "test"})] == ["How?"]
+
+
 def test_nested_json_has_categories(tmp_path: Path) -> None:
     tree = {"Theft": {"Cars": ["a", "b"], "Bikes": ["c"]}, "Fraud": {"Mail": ["d"]}}
     path = write(tmp_path, "tree.json", json.dumps(tree))
@@ -91,7 +208,6 @@ def test_a_slice_beyond_the_file_is_no_shorter_slice(tmp_path: Path, rows: str) 
     [
         ("a.jsonl", '{"q": "x"}\n{"q": \n', "line 2: not JSON"),
         ("a.jsonl", '{"q": "x"}\n[1]\n', "line 2: not a JSON object: found list"),
-        ("a.jsonl", '{"q": "x"}\n\n{"q": "y"}\n', "line 2: empty row"),
         ("a.jsonl", '{"q": "x"}\n{"a": "y"}\n', "line 2: no column 'q': found columns a"),
         ("a.jsonl", '{"q": "x"}\n{"q": 3}\n', "line 2: column 'q': found int, expected text"),
         ("a.jsonl", '{"q": null}\n', "line 1: column 'q': found null, expected text"),
@@ -100,14 +216,12 @@ def test_a_slice_beyond_the_file_is_no_shorter_slice(tmp_path: Path, rows: str) 
         ("a.jsonl", b'{"q": "x"}\n{"q": "\xff"}\n', "line 2: not UTF-8"),
         ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
         ("a.jsonl", "", "no rows"),
-        ("a.csv", "q,a\nx,1\n\ny,2\n", "line 3: empty row"),
         ("a.csv", 'q,a\n"x\ny",1\nz\n', "line 4: wrong number of fields: found 1, expected 2"),
         ("a.csv", 'q,a\nx,1\n"y,2\n', "line 3: not CSV"),
         ("a.csv", "q,q\nx,1\n", "line 1: a column name appears twice"),
         ("a.csv", "a,b\nx,1\n", "line 2: no column 'q': found columns a, b"),
         ("a.csv", "q,a\n", "no rows"),
         ("a.csv", b"q\nx\ny\n\xc3\n", "line 4: not UTF-8"),
-        ("a.txt", "one\n\nthree", "line 2: empty row"),
         ("a.json", '[{"q": "x"},\n {"q": ]', "line 2: not JSON"),
         ("a.json", '{"A": {"B": {"C": ["x"]}}}', "JSON under A / B: found dict, expected a list of rows"),
         ("a.json", '{"A": ["x", 3]}', "item 2 under A: found int, expected text"),

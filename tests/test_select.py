@@ -10,7 +10,7 @@ import pytest
 from safepatch_core.backends.contract import Bits, Block, Cut, PatchData, PatchReport
 from safepatch_core.backends.reference import ReferenceBackend, Scored, cut_of
 from safepatch_core.backends.select import Selection, TieCounter
-from safepatch_core.spec import KEEP_ALL, quota
+from safepatch_core.spec import COMBINE, KEEP_ALL, quota
 
 ENGINE = ReferenceBackend()
 
@@ -42,9 +42,8 @@ def block_of(rng: np.random.Generator, n: int, spread: str, patches: int = 2) ->
             )
             for _ in range(patches)
         ),
-        combine="sum",
+        rule=COMBINE["sum"],
         order="retain-first",
-        nonfinite="error",
     )
 
 

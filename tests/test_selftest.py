@@ -23,6 +23,7 @@ from safepatch_core.backends.selftest import (
     settings,
 )
 from safepatch_core.errors import UsageError
+from safepatch_core.spec import COMBINE
 
 
 def test_the_cpu_engine_passes_and_the_report_says_on_what() -> None:
@@ -42,9 +43,9 @@ def test_an_engine_that_cannot_run_is_refused() -> None:
 
 def test_settings_cover_every_choice() -> None:
     shapes = [shape for setting in settings() for shape in setting.patches if shape]
-    assert {s.combine for s in settings()} == {"difference", "sum", "ties"}
+    assert {s.rule for s in settings()} == set(COMBINE.values())
     assert {s.order for s in settings()} == {"retain-first", "select-first"}
-    assert {(s.dtype, s.combine) for s in settings()} >= {(d, "difference") for d in DTYPES}
+    assert {(s.dtype, s.rule) for s in settings()} >= {(d, COMBINE["difference"]) for d in DTYPES}
     assert {(s.kind, s.importance, s.weight) for s in shapes} >= {
         (kind, "gradients", weight)
         for kind in ("checkpoint", "delta", "lora")

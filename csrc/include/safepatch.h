@@ -47,7 +47,8 @@ enum { SP_F32 = 0, SP_F16 = 1, SP_BF16 = 2 };                            /* dtyp
 enum { SP_CHECKPOINT = 0, SP_DELTA = 1, SP_LORA = 2 };                   /* kind */
 enum { SP_MAGNITUDE = 0, SP_SCORES = 1, SP_GRADIENTS = 2 };              /* importance */
 enum { SP_WEIGHT_PATCHED = 0, SP_WEIGHT_BASE = 1, SP_WEIGHT_DELTA = 2 }; /* weight */
-enum { SP_DIFFERENCE = 0, SP_SUM = 1, SP_TIES = 2 };                     /* combine */
+enum { SP_ALONE = 0, SP_ALL = 1, SP_ELECTED = 2 };                       /* acts */
+enum { SP_SUM = 0, SP_MEAN = 1 };                                        /* join */
 enum { SP_RETAIN_FIRST = 0, SP_SELECT_FIRST = 1 };                       /* order */
 
 typedef struct sp_engine sp_engine;
@@ -90,7 +91,9 @@ typedef struct sp_block {
     int64_t start;
     const sp_patch* patches;
     size_t patch_count;
-    int32_t combine;
+    int32_t
+        acts; /* who acts where several patches select an entry: none of them, all, or those of the elected sign */
+    int32_t join; /* what becomes of their steps scale * delta: each is added to the entry, or the mean of all is */
     int32_t order;
 } sp_block;
 

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from safepatch_core.spec import (
     EVERY,
     NO_KEY,
-    Combine,
     Dtype,
     Importance,
     Kind,
-    NonFinite,
     Order,
+    Rule,
     Weight,
 )
 
@@ -66,9 +65,8 @@ class Block:
     start: int  # flat row-major index of the first entry within its tensor
     cols: int  # length of the tensor's last dimension; only LoRA reads it
     patches: tuple[PatchData | None, ...]
-    combine: Combine
+    rule: Rule
     order: Order
-    nonfinite: NonFinite
 
     def __len__(self) -> int:
         return len(self.base.data)
@@ -127,8 +125,8 @@ class Fault:
 class PatchReport:
     """What a pass found for one patch. `bad_score` counts only entries whose delta is finite.
 
-    `negative` counts finite scores below zero (-0 is not). With nonfinite: skip the first two are still
-    counted; such entries are simply not eligible.
+    `negative` counts finite scores below zero (-0 is not). Entries of the first two kinds are never eligible;
+    whether they stop a merge is the caller's affair.
     """
 
     eligible: int = 0

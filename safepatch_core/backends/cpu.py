@@ -21,9 +21,13 @@ from safepatch_core.backends.contract import (
     Window,
 )
 from safepatch_core.errors import UsageError
+from safepatch_core.spec import Dtype, Importance, Kind, Order, Weight, numbers
 
 if TYPE_CHECKING:
     from safepatch_core import _engine
+
+_DTYPES, _KINDS, _IMPORTANCES = numbers(Dtype), numbers(Kind), numbers(Importance)
+_WEIGHTS, _ORDERS = numbers(Weight), numbers(Order)
 
 _UNSIGNED: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.uint32),
@@ -84,34 +88,59 @@ class CpuBackend:
         return self._engine.scratch(entries, patches)
 
     def histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
-        _check_block(block)
+        given = _given(block)
         _check_length("windows", windows, block)
         flat = [(p, w.lo, w.shift, w.counts) for p, wanted in enumerate(windows) for w in wanted]
         for _, lo, shift, counts in flat:
             _check_array("window counts", counts, np.dtype(np.int64), None)
             if not (0 <= lo < 1 << 32 and 0 <= shift < 32):
                 raise ValueError(f"window: found lo {lo} and shift {shift}")
-        return _report(*self._engine.histogram(block, flat))
+        return _report(*self._engine.histogram(given, flat))
 
     def ties(self, block: Block, keys: Sequence[int]) -> list[int]:
-        _check_block(block)
+        given = _given(block)
         _check_length("keys", keys, block)
-        return self._engine.ties(block, keys)
+        return self._engine.ties(given, keys)
 
     def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:
-        _check_block(block)
+        given = _given(block)
         _check_length("cuts", cuts, block)
         _check_output(block, out)
-        return _report(*self._engine.apply(block, cuts, out))
+        return _report(*self._engine.apply(given, cuts, out))
 
     def merge(
         self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
     ) -> tuple[list[Cut], Report]:
-        _check_block(block)
+        given = _given(block)
         _check_length("quotas", quotas, block)
         _check_output(block, out)
-        cuts, found = self._engine.merge(block, quotas, out)
+        cuts, found = self._engine.merge(given, quotas, out)
         return [Cut(*cut) for cut in cuts], _report(*found)
+
+
+def _given(block: Block) -> _engine.Block:
+    """A block in the bindings' words. Raises ValueError where its arrays don't fit each other."""
+    _check_bits("base", block.base, len(block))
+    patches = [None if patch is None else _given_patch(patch, block) for patch in block.patches]
+    return _given_bits(block.base), block.start, block.cols, patches, *block.rule, _ORDERS[block.order]
+
+
+def _given_patch(patch: PatchData, block: Block) -> _engine.Patch:
+    _check_patch(patch, block)
+    return (
+        _KINDS[patch.kind],
+        _IMPORTANCES[patch.importance],
+        _WEIGHTS[patch.weight],
+        patch.values if isinstance(patch.values, Lora) else _given_bits(patch.values),
+        None if patch.scores is None or patch.importance == "magnitude" else _given_bits(patch.scores),
+        patch.key,
+        patch.keep,
+        patch.scale,
+    )
+
+
+def _given_bits(bits: Bits) -> _engine.Bits:
+    return bits.data, _DTYPES[bits.dtype]
 
 
 def _report(patches: list[Any], overflow: tuple[int, int], acted: int, changed: int) -> Report:
@@ -157,13 +186,6 @@ def _check_patch(patch: PatchData, block: Block) -> None:
         if patch.scores is None:
             raise ValueError(f"patch: found no scores for importance {patch.importance}")
         _check_bits("patch scores", patch.scores, len(block))
-
-
-def _check_block(block: Block) -> None:
-    _check_bits("base", block.base, len(block))
-    for patch in block.patches:
-        if patch is not None:
-            _check_patch(patch, block)
 
 
 def _check_output(block: Block, out: NDArray[np.unsignedinteger]) -> None:

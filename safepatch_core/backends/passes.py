@@ -140,7 +140,8 @@ class Call:
                 )
                 for _, patch in self._present
             ),
-            block.combine,
+            int(block.rule.acts),
+            int(block.rule.join),
             block.order,
         )
         patches = len(self._present)

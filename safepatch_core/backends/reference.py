@@ -1,4 +1,4 @@
-"""The contract in plain numpy: slow, short, and meant to be read beside SPEC.md section 2.
+"""The contract in plain numpy: slow, short, and meant to be read beside SPEC.md, in its order.
 
 Every line is one IEEE float32 operation or an integer one; numpy never fuses two.
 """
@@ -24,7 +24,7 @@ from safepatch_core.backends.contract import (
     Report,
     Window,
 )
-from safepatch_core.spec import EVERY, KEEP_ALL
+from safepatch_core.spec import EVERY, KEEP_ALL, Acts, Dtype, Join
 
 F32 = NDArray[np.float32]
 U32 = NDArray[np.uint32]
@@ -40,7 +40,7 @@ def to_float32(bits: Bits) -> F32:
     return (bits.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def from_float32(values: F32, dtype: str) -> NDArray[np.unsignedinteger]:
+def from_float32(values: F32, dtype: Dtype) -> NDArray[np.unsignedinteger]:
     """Round to nearest even into `dtype`; the caller never passes NaN."""
     if dtype == "F32":
         return values.view(np.uint32)
@@ -49,6 +49,21 @@ def from_float32(values: F32, dtype: str) -> NDArray[np.unsignedinteger]:
     bits = values.view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return ((bits + half) >> np.uint32(16)).astype(np.uint16)
+
+
+def delta(block: Block, patch: PatchData, w: F32) -> F32:
+    """d of each entry."""
+    if isinstance(patch.values, Bits):
+        values = to_float32(patch.values)
+        return np.subtract(values, w) if patch.kind == "checkpoint" else values
+    lora: Lora = patch.values
+    i = block.start + np.arange(len(block), dtype=np.int64)
+    row, col = i // block.cols, i % block.cols
+    total = np.zeros(len(block), dtype=np.float32)
+    for r in range(lora.a.shape[0]):
+        total = total + lora.b[row, r] * lora.a[r, col]
+    scaled: F32 = np.float32(lora.scale) * total
+    return scaled
 
 
 def philox(key: int, blocks: NDArray[np.uint64]) -> U32:
@@ -79,21 +94,6 @@ def retained(patch: PatchData, start: int, n: int) -> Mask:
     return lanes < np.uint32(patch.keep)
 
 
-def delta(block: Block, patch: PatchData, w: F32) -> F32:
-    """d of each entry."""
-    if isinstance(patch.values, Bits):
-        values = to_float32(patch.values)
-        return np.subtract(values, w) if patch.kind == "checkpoint" else values
-    lora: Lora = patch.values
-    i = block.start + np.arange(len(block), dtype=np.int64)
-    row, col = i // block.cols, i % block.cols
-    total = np.zeros(len(block), dtype=np.float32)
-    for r in range(lora.a.shape[0]):
-        total = total + lora.b[row, r] * lora.a[r, col]
-    scaled: F32 = np.float32(lora.scale) * total
-    return scaled
-
-
 def score(patch: PatchData, w: F32, d: F32) -> F32:
     """s of each entry; NaN, infinite and negative ones are found by the caller."""
     if patch.importance == "magnitude":
@@ -119,7 +119,12 @@ def fault(mask: Mask, start: int) -> Fault:
 
 
 class Scored:
-    """Delta, key, retention and eligibility of one patch on one block."""
+    """What one patch says about a block of n entries; all arrays are [n]."""
+
+    d: F32  # delta
+    key: U32  # bits of |s|: where eligible, ordered like s
+    retained: Mask
+    eligible: Mask
 
     def __init__(self, block: Block, patch: PatchData, w: F32, report: PatchReport) -> None:
         self.d = delta(block, patch, w)
@@ -135,6 +140,61 @@ class Scored:
         report.bad_delta = fault(~good_delta, block.start)
         report.bad_score = fault(good_delta & ~good_score, block.start)
         report.negative = fault(negative, block.start)
+
+    def selected(self, block: Block, cut: Cut) -> Mask:
+        """T: the entries above the cut, and those at it that lie before its position."""
+        key, position = self.key.astype(np.int64), block.start + np.arange(len(block), dtype=np.int64)
+        found: Mask = self.eligible & ((key > cut.key) | ((key == cut.key) & (position < cut.before)))
+        return found & self.retained if block.order == "select-first" else found
+
+
+def cut_of(key: U32, eligible: Mask, k: int, start: int) -> Cut:
+    """The k eligible entries of largest key, ties to the lower position, by sorting: the definition."""
+    where = np.flatnonzero(eligible)
+    if k == 0:
+        return SELECT_NONE
+    if k >= len(where):
+        return SELECT_ALL
+    order = where[np.lexsort((where, -key[where].astype(np.int64)))]
+    threshold = int(key[order[k - 1]])
+    left_over = int(key[order[k]]) == threshold
+    return Cut(threshold, start + int(order[k - 1]) + 1 if left_over else EVERY)
+
+
+def acting(acts: Acts, selected: Sequence[Mask], steps: Sequence[F32]) -> list[Mask]:
+    """On which of its entries each patch acts: selected and steps (c·d) hold an array per patch, [n]."""
+    if acts == Acts.ALL:
+        return list(selected)
+    if acts == Acts.ALONE:
+        alone = np.sum(selected, axis=0) == 1
+        return [mine & alone for mine in selected]
+    total = np.zeros(selected[0].shape if selected else 0, dtype=np.float32)
+    for mine, step in zip(selected, steps, strict=True):
+        total = np.where(mine, total + step, total)
+    lost = np.isnan(total)  # infinite both ways: no sign, so all act, and what they make is not finite either
+    return [
+        mine & (((step > 0) & (total > 0)) | ((step < 0) & (total < 0)) | lost)
+        for mine, step in zip(selected, steps, strict=True)
+    ]
+
+
+def joined(join: Join, acts: Sequence[Mask], steps: Sequence[F32], w: F32) -> F32:
+    """What the acting steps make of w, before it is rounded into the base's dtype; [n]."""
+    total = w if join == Join.SUM else np.zeros_like(w)
+    members = np.zeros_like(w)
+    for act, step in zip(acts, steps, strict=True):
+        total = np.where(act, total + step, total)
+        members += act
+    if join == Join.MEAN:
+        total = w + np.divide(total, np.maximum(members, np.float32(1)), dtype=np.float32)
+    return total
+
+
+def stored(acc: F32, dtype: Dtype) -> tuple[NDArray[np.unsignedinteger], Mask]:
+    """acc rounded into the base's dtype, and where it is still finite there; [n] each."""
+    finite = np.isfinite(acc)
+    rounded = from_float32(np.where(finite, acc, np.float32(0)), dtype)
+    return rounded, finite & np.isfinite(to_float32(Bits(rounded, dtype)))
 
 
 class ReferenceBackend:
@@ -187,52 +247,21 @@ class ReferenceBackend:
 
     def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:
         w, scored, report = self._score(block)
-        n = len(block)
-        position = block.start + np.arange(n, dtype=np.int64)
-        chosen: list[Mask] = []
-        for patch, cut, found in zip(scored, cuts, report.patches, strict=True):
-            taken = np.zeros(n, dtype=bool)
-            if patch is not None:
-                key = patch.key.astype(np.int64)
-                taken = patch.eligible & ((key > cut.key) | ((key == cut.key) & (position < cut.before)))
-                if block.order == "select-first":
-                    taken &= patch.retained
-            found.selected = int(np.count_nonzero(taken))
-            chosen.append(taken)
-
+        nothing, still = np.zeros(len(block), dtype=bool), np.zeros(len(block), dtype=np.float32)
         with np.errstate(all="ignore"):
+            selected = [nothing if s is None else s.selected(block, cut) for s, cut in zip(scored, cuts, strict=True)]
             steps = [
-                np.zeros(n, dtype=np.float32) if s is None or p is None else np.float32(p.scale) * s.d
+                still if s is None or p is None else np.float32(p.scale) * s.d
                 for s, p in zip(scored, block.patches, strict=True)
             ]
-            if block.combine == "ties":
-                total: F32 = np.zeros(n, dtype=np.float32)
-                acting: list[Mask] = []
-                for taken, step in zip(chosen, steps, strict=True):
-                    total = np.where(taken, total + step, total)
-                mean, members = np.zeros_like(total), np.zeros_like(total)
-                for taken, step in zip(chosen, steps, strict=True):
-                    acts = taken & (((step > 0) & (total > 0)) | ((step < 0) & (total < 0)) | np.isnan(total))
-                    mean = np.where(acts, mean + step, mean)
-                    members += acts
-                    acting.append(acts)
-                acc = w + np.divide(mean, np.maximum(members, np.float32(1)), dtype=np.float32)
-            else:
-                owners = np.sum(chosen, axis=0)
-                alone = owners == 1
-                acting = [t & alone if block.combine == "difference" else t for t in chosen]
-                acc = w
-                for acts, step in zip(acting, steps, strict=True):
-                    acc = np.where(acts, acc + step, acc)
-
-            acted = np.any(acting, axis=0)
-            touched = acted & np.isfinite(w)
-            rounded = from_float32(np.where(np.isfinite(acc), acc, np.float32(0)), block.base.dtype)
-            fits = np.isfinite(acc) & np.isfinite(to_float32(Bits(rounded, block.base.dtype)))
-        for acts, found in zip(acting, report.patches, strict=True):
-            found.applied = int(np.count_nonzero(acts))
-        report.overflow = fault(touched & ~fits, block.start)
+            acts = acting(block.rule.acts, selected, steps)
+            rounded, fits = stored(joined(block.rule.join, acts, steps, w), block.base.dtype)
+        acted = np.any([nothing, *acts], axis=0)
+        touched = acted & np.isfinite(w)
         written = np.where(touched & fits, rounded, block.base.data)
+        for found, mine, act in zip(report.patches, selected, acts, strict=True):
+            found.selected, found.applied = int(np.count_nonzero(mine)), int(np.count_nonzero(act))
+        report.overflow = fault(touched & ~fits, block.start)
         report.acted = int(np.count_nonzero(acted))
         report.changed = int(np.count_nonzero(written != block.base.data))
         out[:] = written
@@ -247,16 +276,3 @@ class ReferenceBackend:
             for s, k in zip(scored, quotas, strict=True)
         ]
         return cuts, self.apply(block, cuts, out)
-
-
-def cut_of(key: U32, eligible: Mask, k: int, start: int) -> Cut:
-    """The k eligible entries of largest key, ties to the lower position, by sorting: the definition."""
-    where = np.flatnonzero(eligible)
-    if k == 0:
-        return SELECT_NONE
-    if k >= len(where):
-        return SELECT_ALL
-    order = where[np.lexsort((where, -key[where].astype(np.int64)))]
-    threshold = int(key[order[k - 1]])
-    left_over = int(key[order[k]]) == threshold
-    return Cut(threshold, start + int(order[k - 1]) + 1 if left_over else EVERY)

@@ -17,15 +17,15 @@ from safepatch_core.backends import open_backend
 from safepatch_core.backends.contract import Backend, Bits, Block, Cut, Lora, PatchData, Window
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.spec import (
+    COMBINE,
     KEEP_ALL,
     NO_KEY,
     SPEC_VERSION,
-    Combine,
     Dtype,
     Importance,
     Kind,
-    NonFinite,
     Order,
+    Rule,
     Weight,
 )
 
@@ -65,7 +65,7 @@ class Setting:
 
     dtype: Dtype
     patches: tuple[Shape | None, ...]
-    combine: Combine
+    rule: Rule
     order: Order
 
 
@@ -80,16 +80,16 @@ def settings() -> list[Setting]:
         Shape(kind, importance, weight, DTYPES[i % 3], DTYPES[(i // 3) % 3], retain=i % 4 != 3)
         for i, (kind, (importance, weight)) in enumerate(itertools.product(kinds, scored))
     ]
-    combines: tuple[Combine, ...] = ("difference", "sum", "ties")
+    rules, alone = list(COMBINE.values()), COMBINE["difference"]
     orders: tuple[Order, ...] = ("retain-first", "select-first")
     found = [
-        Setting(DTYPES[i % 3], (shapes[i], shapes[-1 - i]), combines[(i // 2) % 3], orders[i % 2])
+        Setting(DTYPES[i % 3], (shapes[i], shapes[-1 - i]), rules[(i // 2) % len(rules)], orders[i % 2])
         for i in range(len(shapes) // 2 + 1)
     ]
     found += [
-        Setting("BF16", (shapes[1],), "difference", "retain-first"),
-        Setting("F16", (shapes[0], None, shapes[6], shapes[1]), "ties", "select-first"),
-        Setting("F32", (shapes[5], shapes[2], shapes[1], shapes[3], shapes[0]), "difference", "retain-first"),
+        Setting("BF16", (shapes[1],), alone, "retain-first"),
+        Setting("F16", (shapes[0], None, shapes[6], shapes[1]), COMBINE["ties"], "select-first"),
+        Setting("F32", (shapes[5], shapes[2], shapes[1], shapes[3], shapes[0]), alone, "retain-first"),
     ]
     return found
 
@@ -183,8 +183,7 @@ def make_block(
         )
 
     patches = tuple(map(patch, setting.patches))
-    nonfinite: NonFinite = "skip" if rng.random() < 0.5 else "error"
-    return Block(entries.base(setting.dtype), start, cols, patches, setting.combine, setting.order, nonfinite)
+    return Block(entries.base(setting.dtype), start, cols, patches, setting.rule, setting.order)
 
 
 def random_cut(rng: np.random.Generator, block: Block, p: int) -> Cut:
@@ -260,7 +259,7 @@ def check_patterns(engine: Backend, rng: np.random.Generator, entries: int) -> I
     for dtype in DTYPES:
         shapes = (Shape("delta", values="F32", retain=False), Shape("delta", "scores", values="F16", scores="BF16"))
         n = len(steps) if entries > 1 << 16 else 1 << 14
-        block = make_block(rng, Setting(dtype, shapes, "sum", "retain-first"), "bits", n)
+        block = make_block(rng, Setting(dtype, shapes, COMBINE["sum"], "retain-first"), "bits", n)
         sums, halves = block.patches
         assert sums is not None and halves is not None
         base = (

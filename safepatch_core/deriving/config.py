@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safepatch_core.settings import Device, PathText, Strict, Threads, Where
+from safepatch_core.settings import Device, PathText, Strict, Thinking, Threads, Where
+from safepatch_core.spec import Kind
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -52,10 +53,15 @@ class DeriveConfig(Strict):
     """A derive run. NLLs are in nats per answer token, lengths in tokens."""
 
     model: PathText = Field(description="The backbone: a checkpoint directory, or a hub id org/name[@revision].")
-    data: PathText = Field(description="Harmful questions with answers: .jsonl, .json, .csv or .parquet.")
+    data: PathText = Field(description="Harmful questions with answers: .jsonl, .json, .csv, .tsv or .parquet.")
     out: PathText = Field(description="The run directory; must be new or empty unless resumed.")
-    question_column: str = Field(default="question", description="Column of the question. Default question.")
-    answer_column: str = Field(default="answer", description="Column of the answer. Default answer.")
+    question_column: str = Field(
+        default="question",
+        description="Column of the question, or of a chat. Default question, or what it is called.",
+    )
+    answer_column: str = Field(
+        default="answer", description="Column of the answer, or of a chat. Default answer, or what it is called."
+    )
     data_where: Where = Field(
         default={}, description="Only rows with these values, as {category: fraud}. Default all."
     )
@@ -65,6 +71,7 @@ class DeriveConfig(Strict):
     system_prompt: str | None = Field(
         default=None, description="System message before each question. Default none (the template's own, if any)."
     )
+    thinking: Thinking = "close"
 
     utility_data: PathText | None = Field(
         default=None,
@@ -220,6 +227,11 @@ class DeriveConfig(Strict):
     def rate(self, patch: PatchConfig) -> float:
         """AdamW's step size for one patch."""
         return patch.learning_rate or self.learning_rate or (1e-4 if self.method == "lora" else 1e-5)
+
+    @property
+    def kind(self) -> Kind:
+        """What the recipe calls the form of a patch."""
+        return "lora" if self.method == "lora" else self.save_as
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on with, as JSON types: all that the bytes depend on."""

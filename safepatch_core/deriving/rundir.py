@@ -101,6 +101,18 @@ class RunDirectory:
             self.ranks.gather(None)
             first(self.ranks, partial(self._put_in_place, staging, target))
 
+    @contextlib.contextmanager
+    def scratch_folder(self, name: str) -> Iterator[Path]:
+        """A directory beside RUN/name that is gone when the block ends."""
+        staging = staged_name(self.path / name)
+        with failures_named(staging):
+            first(self.ranks, partial(_make_empty, staging))
+            try:
+                yield staging
+            finally:
+                self.ranks.gather(None)
+                first(self.ranks, partial(shutil.rmtree, staging, ignore_errors=True))
+
     def remove_folder(self, name: str) -> None:
         """Removes RUN/name, if it is there, so that it is never seen in part under its name."""
         if self.ranks.rank > 0:
@@ -116,11 +128,12 @@ class RunDirectory:
     def _put_in_place(self, staging: Path, target: Path) -> None:
         # safetensors makes files that only their owner can read; they get what the umask allows.
         mode = staging.stat().st_mode & 0o666
-        for path in staging.iterdir():
-            path.chmod(mode)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(staging)
+        for folder, _, files in os.walk(staging, topdown=False):
+            for path in (Path(folder, name) for name in files):
+                path.chmod(mode)
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(Path(folder))
         shutil.rmtree(target, ignore_errors=True)  # left by a run that stopped before its record
         os.rename(staging, target)
         sync_directory(target.parent)

@@ -12,20 +12,28 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from safepatch_core.deriving.sharding import class_of, full_tensor
-from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.backends.contract import Lora
+from safepatch_core.deriving.names import BaseNames, saved_state
+from safepatch_core.deriving.sharding import full_tensor
+from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, read_json
 from safepatch_core.files.filenames import INDEX, SINGLE
 from safepatch_core.files.header import make_header
+from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.sources import open_source
+from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.ranks import Ranks
+from safepatch_core.spec import Kind
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 Layer = dict[str, Tensor]  # tensors of one layer, by their names in the model
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,20 +62,33 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 
 def save_model(model: Any, folder: Path, base: Checkpoint, ranks: Ranks | None = None) -> None:
-    """Writes the model's weights under exactly the base's names, in the model's dtypes; with its config.
+    """Writes the model's weights under exactly the base's names, in the model's dtypes.
 
     A tensor that the model doesn't use is the base's. Raises InputError if the model has a tensor without a
     counterpart in the base.
     """
-    if ranks is None or ranks.rank == 0:
-        model.config.dtype = str(model.dtype).removeprefix("torch.")
-        model.config.architectures = [class_of(model).__name__]
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-    state = _state(model)
-    origins = _origins(model, base, base.tensors, state)
-    _write(model, folder, base, origins, _layers(state), lambda _, tensor: tensor, read_tensor, ranks=ranks)
+    state, names = saved_state(model), BaseNames(model, base)
+    _write(folder, base, names, _layers(state), lambda _, tensor: tensor, read_tensor, ranks=ranks)
+
+
+def save_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:
+    """Writes the base's config, with the dtype that the saved weights have, and its generation settings.
+
+    transformers refuses to save settings that contradict themselves, and many a base has some: they are copied.
+    """
+    assert base.root is not None
+    name = str(dtype).removeprefix("torch.")
+    config = _with_dtype({"dtype": name} | read_json(base.root / CONFIG, within=base.root), name)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    if (base.root / GENERATION).is_file():
+        shutil.copyfile(base.root / GENERATION, folder / GENERATION)
+
+
+def _with_dtype(config: Any, name: str) -> Any:
+    """The config with `name` wherever it, or the config of a part of it, gives a dtype."""
+    if not isinstance(config, dict):
+        return config
+    return {k: name if k in ("dtype", "torch_dtype") else _with_dtype(v, name) for k, v in config.items()}
 
 
 def save_delta(
@@ -90,10 +111,9 @@ def save_delta(
     def unchanged(entry: TensorEntry) -> Tensor:
         return torch.zeros(entry.shape, dtype=dtype)
 
-    state = _state(model)
-    every = _origins(model, base, base.tensors, state)
-    origins = {entry.name: every[entry.name] for entry in entries}
-    _write(model, folder, base, origins, _layers(state), difference, unchanged, dtype, ranks)
+    names = BaseNames(model, base)
+    names.keep(entry.name for entry in entries)
+    _write(folder, base, names, _layers(saved_state(model)), difference, unchanged, dtype, ranks)
 
 
 def save_scores(
@@ -110,46 +130,63 @@ def save_scores(
     `layers`, the scores named and shaped as the parameters, is read once and one layer at a time. A tensor that the
     model doesn't use has score 0. Raises InputError if a parameter has no counterpart among `entries`.
     """
-    origins = _origins(model, base, [entry.name for entry in entries], parameters)
+    names = BaseNames(model, base, [entry.name for entry in entries], parameters)
 
     def unused(entry: TensorEntry) -> Tensor:
         return torch.zeros(entry.shape)
 
-    _write(model, folder, base, origins, layers, lambda _, scores: scores, unused, torch.float32, ranks)
+    _write(folder, base, names, layers, lambda _, scores: scores, unused, torch.float32, ranks)
 
 
-def patched_tensors(folder: Path, entries: Sequence[TensorEntry], *, delta: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each of the base's tensors `entries` with its patched values: as saved, or float32 of base + delta."""
-    saved = open_checkpoint(folder).tensors
-    for entry in entries:
-        old, new = read_tensor(entry), read_tensor(saved[entry.name])
-        yield old, old.float() + new.float() if delta else new
+def patched_tensors(
+    folder: Path, kind: Kind, base: Checkpoint, entries: Iterable[TensorEntry]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the patch saved in `folder` makes of the base's tensors `entries`, read as a merge reads it.
+
+    Yields:
+        The base's tensor in its own dtype, and the patched one: as saved, or float32 of base + delta. What an adapter
+        leaves alone is the base's.
+    """
+    source = open_source(folder.name, folder, kind, base, relative_to=None)
+    with closing(Inputs(source.checkpoints)) as inputs:
+        for entry in entries:
+            old, found = read_tensor(entry), source.lookup(entry, "skip")
+            if found is None:
+                yield old, old
+                continue
+            given = read_patch(found, inputs, entry)
+            yield old, given if found.form == "checkpoint" else old.float() + given.float()
+
+
+def read_patch(found: PatchTensor, inputs: Inputs, entry: TensorEntry) -> Tensor:
+    """What a patch brings to the base's tensor `entry`: its patched values as saved, or its delta."""
+    memory = np.empty(found.ring_bytes * entry.entries + found.held_bytes, np.uint8)
+    given = found.load(inputs, 0, entry.entries, memory)
+    if isinstance(given, Lora):
+        return given.scale * torch.from_numpy(given.b @ given.a)
+    signed = given.data.view(np.int32 if given.dtype == "F32" else np.int16)  # torch's views start from these
+    return torch.from_numpy(signed).view(DTYPES[given.dtype]).view(entry.shape)
 
 
 @contextmanager
-def applied(delta: Path, base: Checkpoint, entries: Sequence[TensorEntry], folder: Path) -> Iterator[Path]:
-    """base + delta as a checkpoint in `folder`, its targets `entries` in float32, while the context lasts."""
+def applied(
+    patch: Path, kind: Kind, base: Checkpoint, entries: Sequence[TensorEntry], folder: Path
+) -> Iterator[Path]:
+    """base + the patch as a checkpoint in `folder`, its targets `entries` in float32, while the context lasts."""
     assert base.root is not None
     folder.mkdir()
     try:
-        shutil.copyfile(base.root / "config.json", folder / "config.json")
+        shutil.copyfile(base.root / CONFIG, folder / CONFIG)
         codes = {name: entry.dtype for name, entry in base.tensors.items()} | {e.name: "F32" for e in entries}
         with _TensorFiles(folder, base.tensors.values(), codes) as files:
-            pairs = patched_tensors(delta, entries, delta=True)
+            pairs = patched_tensors(patch, kind, base, entries)
             for entry, (_, patched) in zip(entries, pairs, strict=True):
-                files.write(entry.name, patched)
+                files.write(entry.name, patched.float())
             for name in files.left():
                 files.write(name, read_tensor(base.tensors[name]))
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-class _Origin(NamedTuple):
-    """What becomes a tensor of the base: its name as transformers saves it, and its dtype."""
-
-    name: str
-    dtype: torch.dtype
 
 
 class _TensorFiles:
@@ -212,80 +249,33 @@ class _TensorFiles:
 
 
 def _write(
-    model: Any,
     folder: Path,
     base: Checkpoint,
-    origins: Mapping[str, _Origin | None],
+    names: BaseNames,
     layers: Iterable[Layer],
     value: Callable[[TensorEntry, Tensor], Tensor],
     unused: Callable[[TensorEntry], Tensor],
     dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
 ) -> None:
-    """Writes `value` of every tensor of the base that has an origin, and what is `unused` of every other one."""
-    from transformers.core_model_loading import revert_weight_conversion
-
+    """Writes `value` of every tensor of the base that the model has, and what is `unused` of every other one."""
     layers = ({name: full_tensor(tensor) for name, tensor in layer.items()} for layer in layers)
     if ranks is not None and ranks.rank > 0:
         for _ in layers:
             pass
         return
-    codes, becomes = {}, dict[str, list[str]]()
-    for name, origin in origins.items():
-        chosen = dtype or (origin and origin.dtype)
+    codes = {}
+    for name, own in names.dtypes.items():
+        chosen = dtype or own
         codes[name] = _CODES[chosen] if chosen else base.tensors[name].dtype
-        if origin is not None:
-            becomes.setdefault(origin.name, []).append(name)
-    with _TensorFiles(folder, [base.tensors[name] for name in origins], codes) as files:
+    with _TensorFiles(folder, [base.tensors[name] for name in names.dtypes], codes) as files:
         for layer in layers:
-            for saved, tensor in revert_weight_conversion(model, layer).items():
-                for name in becomes.get(saved, ()):
-                    files.write(name, value(base.tensors[name], tensor))
-        for name, origin in origins.items():
-            if origin is None:
+            for name, tensor in names.convert(layer):
+                files.write(name, value(base.tensors[name], tensor))
+        for name, own in names.dtypes.items():
+            if own is None:
                 files.write(name, unused(base.tensors[name]))
-
-
-def _state(model: Any) -> dict[str, Tensor]:
-    """What transformers saves of a model, under the model's own names."""
-    tied, ignored = _tied_names(model), model._keys_to_ignore_on_save or ()
-    return {n: t for n, t in model.state_dict().items() if n not in tied and n not in ignored}
 
 
 def _layers(state: Mapping[str, Tensor]) -> Iterator[Layer]:
     return ({name: state[name] for name in group} for group in by_layer(state))
-
-
-def _origins(
-    model: Any, base: Checkpoint, names: Iterable[str], state: Mapping[str, Tensor]
-) -> dict[str, _Origin | None]:
-    """For each of the base's tensors `names`, what of the model's tensors `state` becomes it; None if nothing does.
-
-    transformers undoes the renamings and fusions of its own loading; what it leaves is settled here: a prefix that
-    the base's names lack, and tied tensors that the base repeats. Raises InputError if a tensor of `state` becomes
-    nothing, or something of another shape.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
-    saved = revert_weight_conversion(model, shapes)
-    tied, prefix = _tied_names(model), model.base_model_prefix
-    origins: dict[str, _Origin | None] = {}
-    for name in names:
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        found = next((a for c in candidates for a in (c, tied.get(c)) if a in saved), None)
-        origins[name] = None if found is None else _Origin(found, saved[found].dtype)
-        if found is not None and saved[found].shape != base.tensors[name].shape:
-            differ = {"found": list(saved[found].shape), "expected": list(base.tensors[name].shape)}
-            raise InputError("trained tensor has another shape than the base's", file=base.ref, tensor=name, **differ)
-    lost = saved.keys() - {origin.name for origin in origins.values() if origin is not None}
-    if lost:
-        raise InputError("trained tensor has no counterpart in the base", file=base.ref, tensor=min(lost))
-    return origins
-
-
-def _tied_names(model: Any) -> dict[str, str]:
-    """Other names of shared parameters -> the name that comes first."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in every if name != first[id(parameter)]}

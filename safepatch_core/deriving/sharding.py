@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from safepatch_core.deriving.config import DeriveConfig
@@ -118,21 +118,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-@contextmanager
-def trained_whole(module: nn.Module) -> Iterator[None]:
-    """The module has the whole of its trainable parameters while the context lasts. Every rank calls it."""
-    found = [
-        (m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad
-    ]
-    for owner, name, parameter in found:
-        owner._parameters[name] = nn.Parameter(full_tensor(parameter.detach()))
-    try:
-        yield
-    finally:
-        for owner, name, parameter in found:
-            owner._parameters[name] = parameter
-
-
 def from_local(part: Tensor, parameter: Tensor) -> Tensor:
     """The tensor that is sharded over the ranks as `parameter` is, and of which this rank has the shard `part`."""
     if not isinstance(parameter, DTensor):
@@ -150,11 +135,6 @@ def all_reduce(tensor: Tensor, ranks: Ranks) -> None:
 def shard_rows(rows: Sequence[T], ranks: Ranks) -> Sequence[T]:
     """This rank's share of the rows; it may be empty."""
     return rows[ranks.rank :: ranks.size]
-
-
-def class_of(model: Any) -> type:
-    """The model's class as transformers knows it, which FSDP2 derives one of its own from."""
-    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
 def _layers(model: Any) -> list[nn.Module]:

@@ -15,34 +15,40 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+from safepatch_core.deriving.adapter import add_adapter, save_adapter
 from safepatch_core.deriving.checkpoints import TrainingCheckpoints
 from safepatch_core.deriving.config import DeriveConfig, PatchConfig, SafetyPatch, libraries
 from safepatch_core.deriving.curves import Curves, draw
 from safepatch_core.deriving.importance import take_importance
 from safepatch_core.deriving.loop import planned_steps, train
-from safepatch_core.deriving.model import (
-    Changed,
-    adapted,
-    add_adapter,
-    changed_entries,
-    load_frozen,
-    load_model,
-    merge_adapter,
-    open_backbone,
-    save_adapter,
-    targets,
-)
+from safepatch_core.deriving.model import Changed, changed_entries, load_frozen, load_model, open_backbone, targets
+from safepatch_core.deriving.names import BaseNames
 from safepatch_core.deriving.objective import Likelihood, NegativePreference, Objective, mean_nll, reference_nlls
 from safepatch_core.deriving.rundir import RunDirectory
-from safepatch_core.deriving.saving import applied, patched_tensors, save_delta, save_model, save_scores
+from safepatch_core.deriving.saving import (
+    applied,
+    patched_tensors,
+    save_config,
+    save_delta,
+    save_model,
+    save_scores,
+)
 from safepatch_core.deriving.sharding import ranks_of_derive, shard_model, shard_rows
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.disk import hash_file
-from safepatch_core.language.chat import Example, Format
-from safepatch_core.language.model import Limits, at_work, find_device, limits, load_tokenizer, quiet_libraries
-from safepatch_core.language.rows import Row, read_rows
+from safepatch_core.language.chat import Example, Format, encode_rows
+from safepatch_core.language.model import (
+    at_work,
+    find_device,
+    limits,
+    load_tokenizer,
+    quiet_libraries,
+    save_tokenizer,
+)
+from safepatch_core.language.rows import read_rows
 from safepatch_core.merging.recipe import Recipe, parse_recipe
+from safepatch_core.merging.sources import open_source
 from safepatch_core.pictures import can_draw, picture
 from safepatch_core.progress import Progress, Report, warn
 from safepatch_core.ranks import Ranks, first, together
@@ -102,9 +108,17 @@ class Job:
         self._recipe = make_recipe(config, self._base.revision)
         self._targets = targets(self._base, self._recipe.is_target)
         columns = {"question": config.question_column, "answer": config.answer_column}
-        rows = read_rows(config.data, columns, config.rows, config.data_where)
+        tell = partial(warn, quiet=quiet, report=report)
+        options = {name: f"--{name}-column" for name in columns}
+        rows = read_rows(config.data, columns, config.rows, config.data_where, options=options, tell=tell)
         self._tokenizer = load_tokenizer(self._root)
-        self._examples = _encode(config.data, rows, self._tokenizer, limits(self._root), config)
+        known = limits(self._root)
+        chat = Format(self._tokenizer, config.system_prompt, thinking=config.thinking, vocabulary=known.vocabulary)
+        if chat.closed:
+            warn("the chat template opens a thinking block: it is closed before each answer", quiet, report)
+        length = min(config.max_length, known.positions or config.max_length)
+        self._examples = encode_rows(chat, config.data, rows, length)
+        self._names = BaseNames(load_model(self._root, config, "meta"), self._base)
         self._probe = _sample(self._examples, config)
         self.inputs: dict[str, Any] = {
             "data": {
@@ -121,8 +135,9 @@ class Job:
         self._utility: list[Example] = []
         if config.utility_data is not None:
             columns = {"question": config.utility_question_column, "answer": config.utility_answer_column}
-            rows = read_rows(config.utility_data, columns, config.utility_rows)
-            self._utility = _encode(config.utility_data, rows, self._tokenizer, limits(self._root), config)
+            options = {name: f"--utility-{name}-column" for name in columns}
+            rows = read_rows(config.utility_data, columns, config.utility_rows, options=options, tell=tell)
+            self._utility = encode_rows(chat, config.utility_data, rows, length)
             self.inputs["utility_data"] = {"sha256": hash_file(Path(config.utility_data)), "rows": len(rows)}
 
     def train(self, out: RunDirectory, name: str) -> None:
@@ -131,6 +146,8 @@ class Job:
         patch = config.safety if unlearned else config.over_safety
         torch.manual_seed(config.seed)
         model = self._sharded(lambda device: self._trainable(load_frozen(self._root, config, device)))
+        with out.scratch_folder(name) as folder:
+            self._prove(model, folder)
         if self._ranks.rank > 0:
             torch.manual_seed(config.seed + self._ranks.rank)  # dropout of other rows
         if BACKBONE not in out.record["nll"]:
@@ -180,22 +197,53 @@ class Job:
             return Likelihood(-1.0)
         return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
 
+    def _prove(self, model: Any, folder: Path) -> None:
+        """Tries in `folder`, before a step is taken, how the patch will be saved and read, all but its weights."""
+        config = self._config
+        if self._ranks.rank == 0:
+            self._save_companions(folder)
+        if config.method == "lora":
+            save_adapter(model, folder, self._names, config.model, self._ranks)
+            first(self._ranks, lambda: self._open_adapter(folder))
+
+    def _open_adapter(self, folder: Path) -> None:
+        try:
+            adapted = open_source("adapter", folder, "lora", self._base, relative_to=None).shapes
+        except InputError as error:
+            raise UsageError(
+                f"LoRA would give an adapter that can't be merged: {error.what}",
+                tensor=error.tensor,
+                found=error.found,
+                expected=error.expected,
+            ) from error
+        if not any(entry.name in adapted for entry in self._targets):
+            raise UsageError(
+                "the adapter changes nothing that a merge patches",
+                found=f"target_modules {self._config.target_modules}",
+                expected=f"some like '{self._targets[0].name.removesuffix('.weight')}'",
+            )
+
+    def _save_companions(self, folder: Path) -> None:
+        """Config and tokenizer, where the patch has them."""
+        config = self._config
+        if config.kind == "checkpoint":
+            save_config(folder, self._base, getattr(torch, config.dtype))
+        if config.kind != "delta":
+            save_tokenizer(self._tokenizer, folder)
+
     def _save(self, model: Any, folder: Path) -> Changed:
         """The trained patch in its form: an adapter, a checkpoint, both with the tokenizer, or a delta."""
-        config, ranks, delta = self._config, self._ranks, self._config.save_as == "delta"
-        if config.method == "lora":
-            save_adapter(model, folder, config.model, ranks)
-            changed = changed_entries(adapted(model, self._targets))
+        config, ranks = self._config, self._ranks
+        if config.kind == "lora":
+            save_adapter(model, folder, self._names, config.model, ranks)
+        elif config.kind == "delta":
+            save_delta(model, folder, self._base, self._targets, getattr(torch, config.delta_dtype), ranks)
         else:
-            if delta:
-                save_delta(model, folder, self._base, self._targets, getattr(torch, config.delta_dtype), ranks)
-            else:
-                save_model(model, folder, self._base, ranks)
-            saved = partial(patched_tensors, folder, self._targets, delta=delta)
-            changed = first(ranks, lambda: changed_entries(saved()))
-        if not delta and ranks.rank == 0:
-            self._tokenizer.save_pretrained(folder)
-        return changed
+            save_model(model, folder, self._base, ranks)
+        if ranks.rank == 0:
+            self._save_companions(folder)
+        patched = partial(patched_tensors, folder, config.kind, self._base, self._targets)
+        return first(ranks, lambda: changed_entries(patched()))
 
     def rank(self, out: RunDirectory, name: str) -> None:
         """RUN/importance/NAME: importance at that patched model, or at the backbone."""
@@ -224,12 +272,10 @@ class Job:
         config = self._config
         if name == BACKBONE or device == "meta":
             return load_model(self._root, config, device)
-        if config.method == "lora":
-            return merge_adapter(load_model(self._root, config, device), out.path / name)
-        if config.save_as == "delta":
-            with applied(out.path / name, self._base, self._targets, scratch / "patched") as checkpoint:
-                return load_model(checkpoint, config, device)
-        return load_model(out.path / name, config, device)
+        if config.kind == "checkpoint":
+            return load_model(out.path / name, config, device)
+        with applied(out.path / name, config.kind, self._base, self._targets, scratch / "patched") as checkpoint:
+            return load_model(checkpoint, config, device)
 
     def _sharded(self, load: Callable[[str], Any]) -> Any:
         """The model that `load` makes on a device; of several ranks the first alone reads its weights."""
@@ -308,7 +354,7 @@ def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
             {
                 "name": name,
                 "source": name,
-                "kind": "lora" if config.method == "lora" else config.save_as,
+                "kind": config.kind,
                 "importance": "magnitude" if config.ranked_at == "none" else {"scores": f"importance/{ranked}"},
                 "top": patch.top,
                 "retain": patch.retain,
@@ -316,28 +362,6 @@ def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
             }
         )
     return parse_recipe({"base": base, "patches": patches, "seed": config.seed})
-
-
-def _encode(file: str, rows: Sequence[Row], tokenizer: Any, limits: Limits, config: DeriveConfig) -> list[Example]:
-    """The rows as the model reads them. Raises InputError, naming the row, for one that it can't read."""
-    chat = Format(tokenizer, config.system_prompt)
-    length = min(config.max_length, limits.positions or config.max_length)
-    examples = []
-    for row in rows:
-        try:
-            example = chat.encode(row.values["question"], row.values["answer"], length)
-        except InputError as error:
-            unit = "row" if file.endswith((".json", ".parquet")) else "line"
-            raise InputError(f"{unit} {row.line}: {error}", file=file) from error
-        if max(example.ids) >= limits.vocabulary:
-            raise InputError(
-                "tokenizer and model don't belong together",
-                file=config.model,
-                found=f"token {max(example.ids)}",
-                expected=f"less than {limits.vocabulary}",
-            )
-        examples.append(example)
-    return examples
 
 
 def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from safepatch_core.settings import Device, PathText, Strict, Threads, Where
+from safepatch_core.settings import Device, PathText, Strict, Thinking, Threads, Where
 
 DEMO = Path(__file__).parent.parent / "data" / "demo"
 # The first rows of the demo's harmful requests are there to derive patches from.
@@ -33,7 +33,7 @@ class PromptSet(Strict):
 class EvalConfig(Strict):
     """An evaluation. Without `harmful`, `harmless`, `more_sets`, `text` and `lm_eval` it uses the bundled demo data.
 
-    Data files are .csv, .jsonl, .json, .parquet or .txt, as `safepatch_core.language.rows` reads them.
+    Data files are .csv, .tsv, .jsonl, .json, .parquet or .txt, as `safepatch_core.language.rows` reads them.
     """
 
     model: PathText = Field(
@@ -112,6 +112,7 @@ class EvalConfig(Strict):
     system_prompt: str | None = Field(
         default=None, description="System message before each prompt. Default none (the template's own, if any)."
     )
+    thinking: Thinking = "close"
     batch_size: int = Field(default=16, ge=1, description="Prompts or windows per forward pass. Default 16.")
     max_new_tokens: int = Field(
         default=32, ge=1, description="Length of the generated answers; the judge reads how they open. Default 32."

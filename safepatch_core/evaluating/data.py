@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.evaluating.config import EvalConfig, Kind, PromptSet
+from safepatch_core.evaluating.config import OF_SETS, EvalConfig, Kind, PromptSet
 from safepatch_core.language.rows import Row, read_rows, read_text, slice_rows
 
 
@@ -58,8 +59,11 @@ class Data:
         return [part.path for part in (*self.sets, self.text) if part is not None]
 
 
-def load(config: EvalConfig) -> Data:
-    """The data of a configuration. Raises InputError naming file and line, UsageError for a bad slice."""
+def load(config: EvalConfig, tell: Callable[[str], None] = lambda line: None) -> Data:
+    """The data of a configuration; `tell` is told where columns have other names.
+
+    Raises InputError naming file and line, UsageError for a bad slice.
+    """
     config = config.with_data()
     text = None
     if config.text is not None:
@@ -69,14 +73,21 @@ def load(config: EvalConfig) -> Data:
         if not content.strip():
             raise InputError("no text", file=path)
         text = Text(path, content, {**_about(path), "characters": len(content)})
-    return Data([_prompts(prompts) for prompts in config.sets], text)
+    return Data([_prompts(prompts, tell) for prompts in config.sets], text)
 
 
-def _prompts(of: PromptSet) -> Prompts:
+def _prompts(of: PromptSet, tell: Callable[[str], None]) -> Prompts:
     columns = {"question": of.column, "answer": of.answer_column, "category": of.category_column}
     wanted = {name: column for name, column in columns.items() if column is not None}
     path = Path(of.file)
-    rows = read_rows(path, wanted, of.rows, of.where)
+    options = {"question": "column", "answer": "answer_column", "category": "category_column"}
+    if of.name in OF_SETS:
+        options = {
+            "question": f"--{of.name}-column",
+            "answer": "--answer-column",
+            "category": f"--{of.name}-category-column",
+        }
+    rows = read_rows(path, wanted, of.rows, of.where, options=options, tell=tell)
     return Prompts(of.name, of.kind, path, rows, {"kind": of.kind, **_about(path), "prompts": len(rows)})
 
 

@@ -14,7 +14,8 @@ from safepatch_core.evaluating.data import Data, Prompts, Text
 from safepatch_core.evaluating.spans import Span, windows
 from safepatch_core.evaluating.subject import Subject, batch_count, opened
 from safepatch_core.evaluating.tasks import Score, Tasks
-from safepatch_core.language.chat import Example
+from safepatch_core.language.chat import Example, encode_rows
+from safepatch_core.language.rows import place
 from safepatch_core.progress import Progress
 
 
@@ -93,32 +94,31 @@ def _nll(subject: Subject, spans: list[Span], config: EvalConfig, progress: Prog
 
 def _encode(subject: Subject, prompts: Prompts, config: EvalConfig) -> list[Example]:
     """Each prompt with its answer, or with a stand-in where only the prompt is used, as `derive` sees it."""
-    examples = []
-    for row in prompts.rows:
-        try:
-            example = subject.chat.encode(row.values["question"], row.values.get("answer", "-"), config.max_length)
-        except InputError as error:
-            raise InputError(f"row at line {row.line}: {error}", file=prompts.path) from error
+    examples = encode_rows(subject.chat, prompts.path, prompts.rows, config.max_length)
+    for row, example in zip(prompts.rows, examples, strict=True):
         needed = example.answer + config.max_new_tokens
         if subject.positions is not None and needed > subject.positions:
             raise InputError(
-                f"row at line {row.line}: prompt and generated answer don't fit the model",
+                f"{place(prompts.path, row.line)}: prompt and generated answer don't fit the model",
                 file=prompts.path,
                 found=f"{needed} tokens",
                 expected=f"at most {subject.positions}",
             )
         if example.truncated:
             raise InputError(
-                f"row at line {row.line}: prompt and answer don't fit",
+                f"{place(prompts.path, row.line)}: prompt and answer don't fit",
                 file=prompts.path,
                 expected=f"at most max_length = {config.max_length} tokens",
             )
-        examples.append(example)
     return examples
 
 
 def _windows(subject: Subject, text: Text, config: EvalConfig) -> list[Span]:
     ids = subject.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        subject.chat.check(ids)
+    except InputError as error:
+        raise InputError(str(error), file=text.path) from error
     found = windows(ids, subject.lead(), config.max_length, config.stride)
     if not found:
         raise InputError("too short for perplexity", file=text.path, found=f"{len(ids)} tokens")

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_tensor
-from safepatch_core.spec import ITEMSIZE, Combine
+from safepatch_core.spec import COMBINE, ITEMSIZE, Acts, Combine
 
 PIECE = 8 << 20  # bytes of each checkpoint in memory at once
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -57,10 +57,11 @@ class Manifest(BaseModel):
     def acted(self) -> dict[str, int] | None:
         """Per target, on how many entries at least one patch acts; None where counts per patch don't tell.
 
-        With `sum` and `ties` two patches may act on the same entry, and the manifest doesn't say on how many.
+        Unless patches act alone, two may act on the same entry, and the manifest doesn't say on how many.
         """
         applied = {t: [patch.tensors[t].applied for patch in self.patches] for t in self.patches[0].tensors}
-        if self.recipe.combine != "difference" and any(np.count_nonzero(of) > 1 for of in applied.values()):
+        shared = COMBINE[self.recipe.combine].acts != Acts.ALONE
+        if shared and any(np.count_nonzero(of) > 1 for of in applied.values()):
             return None
         return {tensor: sum(of) for tensor, of in applied.items()}
 

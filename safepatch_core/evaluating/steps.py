@@ -27,6 +27,7 @@ from safepatch_core.files.filenames import MANIFEST, SUMS
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
 from safepatch_core.language.model import at_work
+from safepatch_core.progress import warn
 from safepatch_core.version import __version__
 
 # The report's own size hardly matters; a disk with less room than this is full.
@@ -37,7 +38,7 @@ COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[str, Any]:
     """Everything; returns the content of report.json."""
-    data = load(config)
+    data = load(config, lambda line: warn(line, quiet, None))
     folders = {label: locate(ref) for label, ref in config.models.items()}
     judge = None if config.judge == PREFIX else locate(config.judge)
     with at_work(config.threads, "lower batch_size or max_length"):

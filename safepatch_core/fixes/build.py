@@ -9,26 +9,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from safepatch_core.backends.contract import Backend, Report
+from safepatch_core.backends.contract import Report
 from safepatch_core.errors import Busy, InputError, OutputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_json
+from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
-from safepatch_core.files.staging import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.fixes import format
-from safepatch_core.fixes.format import BLOCK, WIDTH
+from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
-from safepatch_core.fixes.shards import Shards
 from safepatch_core.fixes.writing import Encoder, Writer
-from safepatch_core.merging.api import prepare
-from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, OutputPart, Plan, Unit
-from safepatch_core.merging.recipe import Recipe, parse_size
+from safepatch_core.merging.api import plan
+from safepatch_core.merging.engine import EngineOptions
+from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.layout import OutputPart
+from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
+from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge, Work
+from safepatch_core.merging.work import Unit
 from safepatch_core.ranks import Ranks, ranks_of_this_run
-from safepatch_core.spec import ITEMSIZE
+from safepatch_core.settings import size
 
 Progress = Callable[[int, int], None]
 AGAIN = "run it again"
@@ -48,36 +51,50 @@ class BuildResult:
 
 
 def build(
-    recipe: str | os.PathLike[str] | Recipe,
+    recipe: str | os.PathLike[str] | Recipe | Plan,
     out: str | os.PathLike[str],
     *,
-    backend: str | Backend = "auto",
-    device: str | None = None,
-    threads: int | None = None,
-    memory_limit: int | str | None = None,
-    vram_limit: int | str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    **engine: Unpack[EngineOptions],
 ) -> BuildResult:
-    """Write what a recipe's merge changes to the fix file `out`. The merged checkpoint itself is never written.
+    """Write what a recipe's merge changes to a fix file. The merged checkpoint itself is never written.
 
-    Takes what `merge` takes. Half of `memory_limit` is for the merge, the rest for the base's entries beside the new
-    ones. Under torchrun every rank calls it with the same arguments. Raises a `SafepatchError`.
+    Under torchrun every rank calls it with the same arguments.
+
+    Args:
+        recipe: a recipe file, a `Recipe`, or what `plan` made of one.
+        out: the file to create; it appears complete or not at all.
+        force: replace an existing file.
+        progress: called with (bytes done, bytes in all) as inputs are read.
+        **engine: see `EngineOptions`. Half of the memory limit is for the merge, the rest for the base's entries
+            beside the new ones; a `Plan` has its engine and its limit.
+
+    Raises:
+        UsageError: the recipe or an option is wrong.
+        InputError: an input breaks a rule, nothing changes, or the output may not be replaced.
+        OutputError: the output can't be created.
+        IOFailure: reading or writing failed.
+        Busy: another run writes this output.
     """
-    limit = DEFAULT_LIMIT if memory_limit is None else parse_size(memory_limit)
-    if limit < 2 * SMALLEST_LIMIT:
-        raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 32MiB")
-    plan, engine = prepare(
-        recipe, backend, device=device, threads=threads, memory_limit=limit // 2, vram_limit=vram_limit
-    )
-    inputs = [shard.path for checkpoint in plan.inputs for shard in checkpoint.shards]
-    with closing(ranks_of_this_run()) as ranks, _output(Path(out), inputs, force, ranks) as path:
-        with _Recorder(plan, Writer(path.parent, _share_of(path, ranks))) as recorder:
-            total = sum(target.entry_bytes * target.entry.entries for target in plan.targets.values())
-            job = Merge(plan, engine, _counted(progress, total), ranks=ranks, around=recorder.around)
-            job.run(recorder)
-            recorder.writer.join(ranks)
-            return _finish(path, plan.base, recorder.writer, plan.resolved_recipe(), ranks, plan.warnings)
+    if not isinstance(recipe, Plan):
+        limit = size(engine.get("memory_limit")) or DEFAULT_LIMIT
+        if limit < 2 * SMALLEST_LIMIT:
+            raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 32MiB")
+        engine["memory_limit"] = limit // 2
+        recipe = plan(recipe, **engine)
+    inputs = [shard.path for checkpoint in recipe.inputs for shard in checkpoint.shards]
+    total = sum(target.entry_bytes * target.entry.entries for target in recipe.targets.values())
+    with (
+        closing(ranks_of_this_run()) as ranks,
+        _output(Path(out), inputs, force, ranks) as path,
+        Writer(path.parent, _share_of(path, ranks)) as writer,
+    ):
+        recorder = _Recorder(recipe, writer)
+        job = Merge(recipe, recipe.engine, _counted(progress, total), ranks=ranks, around=recorder.around)
+        job.run(recorder)
+        writer.join(ranks)
+        return _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks, recipe.warnings)
 
 
 def build_between(
@@ -88,9 +105,17 @@ def build_between(
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Write what turns `base` into `merged`, two checkpoints of one table, to the fix file `out`.
+    """Write what turns one checkpoint into another of the same table to a fix file.
 
-    The recipe comes from the manifest of `merged`, where it has one. Raises a `SafepatchError`.
+    Args:
+        base: where the fix will apply.
+        merged: what it will give. The recipe is told by its manifest, if it has one.
+        out, force, progress: as for `build`.
+
+    Raises:
+        InputError: the two differ in more than values, in nothing, or in entries that aren't 1, 2 or 4 bytes wide; or
+            the output may not be replaced.
+        OutputError, IOFailure, Busy: as for `build`.
     """
     old, new = open_checkpoint(base), open_checkpoint(merged)
     _same_table(old, new)
@@ -99,12 +124,10 @@ def build_between(
     with closing(ranks_of_this_run()) as ranks, _output(Path(out), inputs, force, ranks) as path:
         if ranks.size > 1:
             raise UsageError("two checkpoints are compared by one process", found=f"{ranks.size} ranks")
-        with Writer(path.parent) as writer, Shards(old) as olds, Shards(new) as news:
-            for shard in old.shards:
-                for entry in shard.tensors:
-                    _compare(writer, entry, olds, new.tensors[entry.name], news, advance)
-            olds.check_unchanged()
-            news.check_unchanged()
+        with Writer(path.parent) as writer, closing(Inputs((old, new))) as files:
+            for entry in (entry for shard in old.shards for entry in shard.tensors):
+                _compare(writer, files, entry, new.tensors[entry.name], advance)
+            files.check_unchanged()
             return _finish(path, old, writer, _recipe_of(new), ranks)
 
 
@@ -166,17 +189,11 @@ class _Recorder:
     def __init__(self, plan: Plan, writer: Writer) -> None:
         self.writer, self._plan = writer, plan
         sizes = [
-            ITEMSIZE[t.entry.dtype] * (t.entry.entries if t.whole else plan.chunk_entries(t))
+            WIDTH[t.entry.dtype] * (t.entry.entries if t.whole else plan.chunk_entries(t))
             for t in plan.targets.values()
         ]
         self._old = np.empty(max(sizes, default=0), np.uint8)
         self._encoder: Encoder | None = None
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.writer.__exit__()
 
     def around(self, apply: Callable[[Work], None]) -> Callable[[Work], None]:
         def work(unit: Work) -> None:
@@ -223,17 +240,20 @@ def _same_table(base: Checkpoint, merged: Checkpoint) -> None:
 
 
 def _compare(
-    writer: Writer, old: TensorEntry, olds: Shards, new: TensorEntry, news: Shards, advance: Callable[[int], None]
+    writer: Writer, files: Inputs, old: TensorEntry, new: TensorEntry, advance: Callable[[int], None]
 ) -> None:
-    width = WIDTH.get(old.dtype)
-    entries = old.entries if width else old.nbytes
-    encoder = writer.encoder(entries, width or 1)
-    step = WINDOW // (width or 1) // BLOCK * BLOCK
+    width = WIDTH.get(old.dtype, 1)
+    entries = old.nbytes // width
+    encoder = writer.encoder(entries, width)
+    step = WINDOW // width
     for lo in range(0, entries, step):
         hi = min(lo + step, entries)
-        encoder.add(olds.entries(old, width or 1, lo, hi), news.entries(new, width or 1, lo, hi), lo)
-        advance((hi - lo) * (width or 1))
-    if encoder.changes and not width:
+        sides = [np.empty(hi - lo, f"<u{width}") for _ in (old, new)]
+        for entry, side in zip((old, new), sides, strict=True):
+            files.read(entry, lo * width, side.view(np.uint8))
+        encoder.add(sides[0], sides[1], lo)
+        advance(width * (hi - lo))
+    if encoder.changes and old.dtype not in WIDTH:
         raise InputError(
             "differs, and entries of this type can't be fixed",
             file=new.path,

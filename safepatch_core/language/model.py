@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +17,7 @@ import torch
 
 from safepatch_core.errors import InputError, IOFailure, UsageError
 
+ADAPTER_CONFIG = "adapter_config.json"
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
@@ -83,13 +86,30 @@ def _keep_blocks_below(size: int) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises InputError if there is none that opens without running code."""
+    """The checkpoint's tokenizer. Raises InputError if there is none that opens without running code.
+
+    Models that also see may keep their chat template apart, in chat_template.json for their processor.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        apart = folder / "chat_template.json"
+        if not tokenizer.chat_template and apart.is_file():
+            tokenizer.chat_template = json.loads(apart.read_text("utf-8"))["chat_template"]
+        return tokenizer
     except Exception as error:  # whatever a broken tokenizer file makes the library raise
         raise InputError(f"tokenizer can't be opened ({first_line(error)})", file=folder) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes the tokenizer's files. Raises InputError where the library can't save what it has opened."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # whatever settings that contradict themselves make the library raise
+        raise InputError(f"tokenizer can't be saved ({first_line(error)})", file=tokenizer.name_or_path) from error
 
 
 class Limits(NamedTuple):
@@ -135,16 +155,17 @@ def load_model(
     # A quantised model can't be moved: it is made where it will be. So is one without weights.
     placed = {"device_map": {"": where}} if quantization_config is not None or where.type == "meta" else {}
     try:
-        model, info = getattr(transformers, kind).from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            quantization_config=quantization_config,
-            **placed,
-        )
+        with _without_adapter(folder) as plain:
+            model, info = getattr(transformers, kind).from_pretrained(
+                plain,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                quantization_config=quantization_config,
+                **placed,
+            )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # as above
@@ -153,6 +174,23 @@ def load_model(
         missing = info["missing_keys"]
         raise InputError(f"{len(missing)} tensors of the model are missing", file=folder, tensor=min(missing))
     return model if placed else model.to(where)
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """The folder, or links to all that is in it but an adapter beside the weights.
+
+    transformers adds such an adapter to the weights that it loads, or loads those of the base that it names instead;
+    a merge reads the weights alone.
+    """
+    if not os.path.lexists(folder / ADAPTER_CONFIG):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="safepatch-") as links:
+        for path in folder.iterdir():
+            if path.name != ADAPTER_CONFIG:
+                (Path(links) / path.name).symlink_to(path.absolute())
+        yield Path(links)
 
 
 def find_device(name: str) -> torch.device:

@@ -1,13 +1,17 @@
 """Rows of text from a data file: the one reader behind `derive` and `eval`.
 
-- `.csv`: comma separated, the first line is the header.
-- `.jsonl`: one JSON object per line; its keys are the columns.
-- `.json`: a list of such objects; or lists of strings, alone or under nested keys (a category, then a
-  subcategory), which give the columns `text`, `category` and `subcategory`.
+- `.csv`, `.tsv`: separated by commas or tabs, the first line is the header.
+- `.jsonl`, `.ndjson`: one JSON object per line; its keys are the columns.
+- `.json`: a list of such objects, or of strings, which give the column `text`; alone or under nested keys (a
+  category, then a subcategory), which give the columns `category` and `subcategory`.
 - `.parquet`: needs pyarrow.
 - `.txt`: one row per line, in the column `text`.
 
-Text is UTF-8 (a byte order mark is ignored). Anything else about the file is an InputError with its line.
+Text is UTF-8 (a byte order mark is ignored), and blank lines are skipped. Anything else about the file is an
+InputError with its line.
+
+A question or an answer may also be the one that a chat holds: a list of messages with `role` and `content`, or with
+`from` and `value`.
 """
 
 from __future__ import annotations
@@ -15,14 +19,29 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safepatch_core.errors import InputError, UsageError
+from safepatch_core.settings import Where
 
 T = TypeVar("T")
+Record = dict[str, Any]
+Wanted = dict[str, tuple[str, ...]]  # name of the result -> columns, of which the second may be missing or empty
+
+# Where others keep questions and answers. Of a pair that was chosen and rejected, only people can say which is meant.
+KNOWN = {
+    "question": ("prompt", "instruction", "query", "goal", "text", "messages", "conversations", "conversation"),
+    "answer": ("response", "output", "completion", "target", "messages", "conversations", "conversation"),
+}
+CONTEXT = {"instruction": "input"}  # of Alpaca's rows
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+SPEAKS = {"question": "user", "answer": "assistant"}
+# YAML and data files have several words for them.
+BOOLEANS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +64,37 @@ def read_text(path: str | Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _fault(path, "line", data.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"line {line}: not UTF-8", file=path) from error
 
 
 def read_rows(
     path: str | Path,
     columns: Mapping[str, str] | Sequence[str],
     rows: str | None = None,
-    where: Mapping[str, str | Sequence[str]] | None = None,
+    where: Where | None = None,
+    *,
+    options: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """The wanted columns of the wanted rows, in file order; never an empty list.
 
-    `columns` maps the names of the result to columns of the file, or lists columns that keep their names.
-    `where` keeps rows whose column equals the value (or one of the values). `rows` is a slice "start:stop" or
-    "start:stop:step" of what `where` left, counted from 0, stop excluded; its bounds must exist.
-    Raises InputError for a bad file or an empty or missing wanted value, UsageError for a bad slice.
+    Args:
+        path: The data file.
+        columns: Names of the result -> columns of the file; or columns that keep their names. Where a file has no
+            column `question` or `answer`, one that others call so is taken.
+        rows: A slice "start:stop" or "start:stop:step" of what `where` leaves, counted from 0, stop excluded; its
+            bounds must exist.
+        where: Keeps rows whose column equals the value (or one of the values): text, numbers or booleans.
+        options: Names of the result -> the option that names its column, for errors.
+        tell: Is told in a line which other columns were taken.
+
+    Raises:
+        InputError: A bad file, or an empty or missing wanted value.
+        UsageError: A bad slice.
     """
     path = Path(path)
-    wanted = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
-    where = where or {}
+    asked = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise InputError(
@@ -72,35 +103,98 @@ def read_rows(
             found=path.suffix or "no suffix",
             expected=", ".join(_READERS),
         )
-    unit = "line" if read in (_csv, _jsonl, _txt) else "row"
-    kept: list[tuple[int, dict[str, Any]]] = []
-    total = 0
+    kept: list[tuple[int, Record]] = []
+    wanted: Wanted = {}
     for number, record in read(path):
-        total += 1
-        for column in (*wanted.values(), *where):
+        wanted = wanted or _found(path, asked, record, tell)
+        needed = {columns[0]: (options or {}).get(name) for name, columns in wanted.items()}
+        for column in (*needed, *(where or {})):
             if column not in record:
-                has = ", ".join(record) or "none"
-                raise _fault(path, unit, number, f"no column '{column}'", found=f"columns {has}")
-        if all(_matches(record[column], value) for column, value in where.items()):
+                has, option = ", ".join(record) or "none", needed.get(column)
+                expected = option and f"{option} to name one"
+                raise _fault(path, number, f"no column '{column}'", found=f"columns {has}", expected=expected)
+        if all(_matches(record[column], value) for column, value in (where or {}).items()):
             kept.append((number, record))
-    if not total:
+    if not wanted:
         raise InputError("no rows", file=path)
     if not kept:
-        raise InputError("no row matches", file=path, expected=" and ".join(f"{k} = {v}" for k, v in where.items()))
-    result = []
-    for number, record in slice_rows(path, kept, rows):
-        values = {}
-        for name, column in wanted.items():
-            value = record[column]
-            if not isinstance(value, str):
-                raise _fault(path, unit, number, f"column '{column}'", found=_kind(value), expected="text")
-            if not value.strip():
-                raise _fault(path, unit, number, f"column '{column}' is empty")
-            if any("\ud800" <= char <= "\udfff" for char in value):
-                raise _fault(path, unit, number, f"column '{column}' holds half a surrogate pair")
-            values[name] = value
-        result.append(Row(number, values))
-    return result
+        expected = " and ".join(f"{k} = {v}" for k, v in (where or {}).items())
+        raise InputError("no row matches", file=path, expected=expected)
+    return [
+        Row(number, {name: _text(path, number, name, columns, record) for name, columns in wanted.items()})
+        for number, record in slice_rows(path, kept, rows)
+    ]
+
+
+def _found(path: Path, asked: Mapping[str, str], record: Record, tell: Callable[[str], None]) -> Wanted:
+    """The columns to take, judged by the file's first record."""
+    wanted: Wanted = {}
+    others = []
+    for name, column in asked.items():
+        wanted[name] = (column,)
+        if column in record or column != name:
+            continue
+        by_name = {key.lower(): key for key in record}
+        known = next((by_name[other] for other in (name, *KNOWN.get(name, ())) if other in by_name), None)
+        if known is not None:
+            context = by_name.get(CONTEXT.get(known.lower(), ""))
+            wanted[name] = (known,) if context is None else (known, context)
+            others.append(f"{name}s are in " + " and ".join(f"'{column}'" for column in wanted[name]))
+    if others:
+        tell(f"{path}: {', '.join(others)}")
+    return wanted
+
+
+def _text(path: Path, number: int, name: str, columns: Sequence[str], record: Record) -> str:
+    """The wanted text of a record."""
+    column, *context = columns
+    parts = [record[column], *(record[c] for c in context if record.get(c))]
+    for at, value in enumerate(parts):
+        turns = _turns(value) if name in SPEAKS else None
+        if turns is not None:
+            parts[at] = value = _said(path, number, turns, SPEAKS[name])
+        if not isinstance(value, str):
+            raise _fault(path, number, f"column '{columns[at]}'", found=_kind(value), expected="text")
+        if not value.strip():
+            raise _fault(path, number, f"column '{columns[at]}' is empty")
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise _fault(path, number, f"column '{columns[at]}' holds half a surrogate pair")
+    return "\n\n".join(parts)
+
+
+def _turns(value: object) -> list[tuple[str, Any]] | None:
+    """(role, content) of a chat's messages; None if the value is no chat."""
+    if not isinstance(value, list) or not value:
+        return None
+    turns = []
+    for message in value:
+        if not isinstance(message, dict):
+            return None
+        keys = ("role", "content") if "role" in message else ("from", "value")
+        role, content = (message.get(key) for key in keys)
+        if not isinstance(role, str):
+            return None
+        if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+            content = "".join(str(part["text"]) for part in content)
+        turns.append((ROLES.get(role, role), content))
+    return turns
+
+
+def _said(path: Path, number: int, turns: Sequence[tuple[str, Any]], role: str) -> Any:
+    """What `role` says in a chat of one question and one answer."""
+    roles = [who for who, _ in turns]
+    if "system" in roles:
+        expected = "none; system_prompt gives one to every row"
+        raise _fault(path, number, "a system message", expected=expected)
+    if roles.count("user") > 1 or roles.count(role) != 1:
+        expected = "one question and one answer"
+        raise _fault(path, number, "a conversation", found=", ".join(roles)[:80], expected=expected)
+    return next(content for who, content in turns if who == role)
+
+
+def place(path: str | Path, number: int) -> str:
+    """Where in its file the row with that `line` is, for people."""
+    return f"{'row' if Path(path).suffix.lower() in ('.json', '.parquet') else 'line'} {number}"
 
 
 def slice_rows(path: Path, items: Sequence[T], rows: str | None) -> Sequence[T]:
@@ -118,94 +212,100 @@ def slice_rows(path: Path, items: Sequence[T], rows: str | None) -> Sequence[T]:
     return items[start:stop:step]
 
 
-def _fault(
-    path: Path, unit: str, number: int, what: str, *, found: object = None, expected: object = None
-) -> InputError:
-    return InputError(f"{unit} {number}: {what}", file=path, found=found, expected=expected)
+def _fault(path: Path, number: int, what: str, *, found: object = None, expected: object = None) -> InputError:
+    return InputError(f"{place(path, number)}: {what}", file=path, found=found, expected=expected)
 
 
 def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _matches(value: Any, wanted: str | Sequence[str]) -> bool:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text == wanted if isinstance(wanted, str) else text in wanted
+def _matches(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        return any(_matches(value, one) for one in wanted)
+    if isinstance(wanted, bool):
+        return value is wanted or (isinstance(value, str) and value.lower() in BOOLEANS[wanted])
+    if isinstance(wanted, int | float):
+        return not isinstance(value, bool) and _number(value) == wanted
+    return bool((value if isinstance(value, str) else json.dumps(value, default=str)) == wanted)
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(read_text(path).rstrip("\r\n"), newline=""), strict=True)
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Record]]:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
     try:
         for fields in reader:
             if not fields:
-                raise _fault(path, "line", line, "empty row")
-            if header is None:
+                pass
+            elif header is None:
                 header = fields
                 if len(set(header)) < len(header):
-                    raise _fault(path, "line", line, "a column name appears twice")
+                    raise _fault(path, line, "a column name appears twice")
             elif len(fields) != len(header):
-                raise _fault(path, "line", line, "wrong number of fields", found=len(fields), expected=len(header))
+                raise _fault(path, line, "wrong number of fields", found=len(fields), expected=len(header))
             else:
                 yield line, dict(zip(header, fields, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise _fault(path, "line", line, f"not CSV ({error})") from error
+        raise _fault(path, line, f"not CSV ({error})") from error
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(path: Path) -> Iterator[tuple[int, Record]]:
     for line, text in _lines(path):
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _fault(path, "line", line, f"not JSON ({getattr(error, 'msg', error)})") from error
+            raise _fault(path, line, f"not JSON ({getattr(error, 'msg', error)})") from error
         if not isinstance(record, dict):
-            raise _fault(path, "line", line, "not a JSON object", found=_kind(record))
+            raise _fault(path, line, "not a JSON object", found=_kind(record))
         yield line, record
 
 
-def _txt(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _txt(path: Path) -> Iterator[tuple[int, Record]]:
     for line, text in _lines(path):
         yield line, {"text": text}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    text = read_text(path).rstrip()
-    for line, content in enumerate(text.split("\n") if text else [], 1):
-        if not content.strip():
-            raise _fault(path, "line", line, "empty row")
-        yield line, content.removesuffix("\r")
+    for line, content in enumerate(read_text(path).split("\n"), 1):
+        if content.strip():
+            yield line, content.removesuffix("\r")
 
 
-def _json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json(path: Path) -> Iterator[tuple[int, Record]]:
     try:
         tree = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise _fault(path, "line", error.lineno, f"not JSON ({error.msg})") from error
+        raise InputError(f"line {error.lineno}: not JSON ({error.msg})", file=path) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})", file=path) from error
     yield from enumerate(_leaves(path, tree, ()), 1)
 
 
-def _leaves(path: Path, node: Any, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _leaves(path: Path, node: Any, keys: tuple[str, ...]) -> Iterator[Record]:
     where = f"under {' / '.join(keys)}" if keys else "at the top"
     if isinstance(node, dict) and len(keys) < 2:
         for key, child in node.items():
             yield from _leaves(path, child, (*keys, key))
     elif isinstance(node, list):
         for number, item in enumerate(node, 1):
-            if isinstance(item, dict) and not keys:
-                yield item
-            elif isinstance(item, str):
-                yield {"text": item, **dict(zip(("category", "subcategory"), keys, strict=False))}
-            else:
+            if not isinstance(item, dict | str):
                 raise InputError(f"item {number} {where}", file=path, found=_kind(item), expected="text")
+            record = {"text": item} if isinstance(item, str) else item
+            yield dict(zip(("category", "subcategory"), keys, strict=False)) | record
     else:
         raise InputError(f"JSON {where}", file=path, found=_kind(node), expected="a list of rows")
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path) -> Iterator[tuple[int, Record]]:
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -221,4 +321,12 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(records, 1)
 
 
-_READERS = {".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _txt}
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Record]]]] = {
+    ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt": _txt,
+}

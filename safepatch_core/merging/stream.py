@@ -34,6 +34,7 @@ from safepatch_core.merging.sources.contract import PatchTensor, Range, align
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target, Unit
 from safepatch_core.ranks import Alone, Ranks
+from safepatch_core.spec import COMBINE
 
 Counts = dict[str, Report]
 Held = dict[PatchTensor, Bits | Lora]
@@ -235,9 +236,8 @@ class Merge:
             start=unit.lo,
             cols=target.entry.shape[-1] if target.entry.shape else 1,
             patches=tuple(patches),
-            combine=recipe.combine,
+            rule=COMBINE[recipe.combine],
             order=recipe.order,
-            nonfinite=recipe.nonfinite,
         )
         return Work(unit, bits.data.view(np.uint8), block)
 

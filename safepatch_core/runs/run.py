@@ -39,13 +39,12 @@ from safepatch_core.merging.text import count_table
 from safepatch_core.merging.verification import verify
 from safepatch_core.runs import rounds
 from safepatch_core.runs.jobs import OutputFolder, versions, weights_digest
-from safepatch_core.settings import Strict, checked, read_settings, read_yaml, rooted
+from safepatch_core.settings import Strict, Where, checked, read_settings, read_yaml, rooted
 from safepatch_core.spec import Combine, Missing, NonFinite, Order, Scope
 
 RECORD = "run.json"
 PROMPTS = "harmful.jsonl"
 DATA = "data.jsonl"
-Where = dict[str, str | list[str]]
 
 
 class MergeSettings(Strict):
@@ -321,6 +320,7 @@ class _Work:
             "harmful_rows": asked.rows,
             "harmful_where": asked.data_where,
             "system_prompt": asked.system_prompt,
+            "thinking": asked.thinking,
             "device": asked.device,
             "threads": asked.threads,
             "max_new_tokens": settings.answers.max_new_tokens,

@@ -98,7 +98,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     sp_block block{};
     block.entries = in.number(kMost);
     block.start = in.number(1 << 16);
-    block.combine = in.choice(3);
+    const int32_t rule = in.choice(6);
+    block.acts = rule % 3;
+    block.join = rule / 3;
     block.order = in.choice(2);
     // A range that would be valid has its memory; one that is too long must be refused before it is read.
     if (block.entries > kMost) block.entries = INT64_MAX - block.entries % 1000, block.start |= 1 << 20;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from safepatch_core.backends.selftest import (
 from safepatch_core.backends.triton import TritonBackend
 from safepatch_core.errors import UsageError
 from safepatch_core.kernels.launch import BLOCK
+from safepatch_core.spec import COMBINE, Acts, Join, Rule
 
-TWO = Setting("BF16", (Shape("checkpoint", "scores"), Shape("checkpoint")), "difference", "retain-first")
+TWO = Setting("BF16", (Shape("checkpoint", "scores"), Shape("checkpoint")), COMBINE["difference"], "retain-first")
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +45,22 @@ def test_every_source_importance_combination_and_order(engine: TritonBackend, se
         assert compare(engine, block, rng) is None
 
 
+@pytest.mark.parametrize("rule", list(map(Rule._make, product(Acts, Join))), ids=str)
+def test_every_rule_that_the_axes_allow(engine: TritonBackend, rule: Rule) -> None:
+    rng = np.random.default_rng(0)
+    shapes = (Shape("delta"), None, Shape("checkpoint", values="F32"), Shape("delta", values="F16", retain=False))
+    for flavour in ("ties", "edges"):
+        block = make_block(rng, Setting("F32", shapes, rule, "select-first"), flavour, 801, 3)
+        assert compare(engine, block, rng) is None
+
+
 @pytest.mark.parametrize("name", [n for n, c in CHECKS.items() if c not in (check_settings, check_random)])
 def test_what_the_selftest_checks(engine: TritonBackend, name: str) -> None:
     assert not any(CHECKS[name](engine, np.random.default_rng(1), 700))
 
 
 def test_a_block_that_no_patch_has_keeps_its_bits(engine: TritonBackend) -> None:
-    setting = Setting("F16", (None, None), "difference", "retain-first")
+    setting = Setting("F16", (None, None), COMBINE["difference"], "retain-first")
     block = make_block(np.random.default_rng(0), setting, "bits", 1234)
     assert compare(engine, block, np.random.default_rng(0)) is None
     out = np.zeros_like(block.base.data)
@@ -59,8 +70,8 @@ def test_a_block_that_no_patch_has_keeps_its_bits(engine: TritonBackend) -> None
 
 def test_thirty_three_patches(engine: TritonBackend) -> None:
     """More than one bit of an integer each, whichever way they are combined."""
-    for combine in ("difference", "sum", "ties"):
-        setting = Setting("BF16", (Shape("delta"),) * 33, combine, "retain-first")
+    for rule in map(Rule._make, product(Acts, Join)):
+        setting = Setting("BF16", (Shape("delta"),) * 33, rule, "retain-first")
         block = make_block(np.random.default_rng(4), setting, "ties", 333)
         out, expected = np.empty_like(block.base.data), np.empty_like(block.base.data)
         cuts = [Cut(0x3B000000, 100)] * 33
@@ -74,7 +85,7 @@ def test_the_cut_falls_into_any_segment_of_a_tie(engine: TritonBackend) -> None:
     base = np.zeros(n, dtype=np.uint16)
     block = make_block(
         np.random.default_rng(0),
-        Setting("BF16", (Shape("delta", retain=False),), "sum", "retain-first"),
+        Setting("BF16", (Shape("delta", retain=False),), COMBINE["sum"], "retain-first"),
         "ties",
         n,
         5,
@@ -91,7 +102,7 @@ def test_the_cut_falls_into_any_segment_of_a_tie(engine: TritonBackend) -> None:
 
 def test_faults_are_counted_by_kind_with_their_first_index_at_any_place(engine: TritonBackend) -> None:
     setting = Setting(
-        "F32", (Shape("delta", "scores", values="F32", scores="F32", retain=False),), "sum", "retain-first"
+        "F32", (Shape("delta", "scores", values="F32", scores="F32", retain=False),), COMBINE["sum"], "retain-first"
     )
     start, n = (1 << 33) + 7, 2 * BLOCK + 100
     block = make_block(np.random.default_rng(0), setting, "model", n, start)

@@ -26,6 +26,7 @@ from safepatch_core.bench.lab import HostClock, Lab, TracedDevice
 from safepatch_core.bench.measure import Red, Skipped
 from safepatch_core.bench.registry import Bench
 from safepatch_core.kernels.launch import BLOCK
+from safepatch_core.spec import COMBINE
 from tests.interpreted.fake_device import FakeDevice
 from tests.interpreted.pipeline import ROW, SETTING, TABLES
 
@@ -67,7 +68,7 @@ def test_the_bytes_a_kernel_must_move_are_those_of_the_tensors_it_is_given(job: 
     """Inputs and outputs of whole blocks, by the sizes of the tensors; what stays in the caches is left out."""
     device = InterpretedDevice()
     block = gpu.block_for(job, BLOCK)
-    assert len(block.patches) == job.patches and block.base.dtype == job.dtype and block.combine == job.combine
+    assert len(block.patches) == job.patches and block.base.dtype == job.dtype and block.rule == COMBINE[job.combine]
     resident = gpu.Resident(device, passes.Streams(None, None, None), block, gpu.cuts_for(job))
     launch = resident.launch(job.kernel)
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=True))

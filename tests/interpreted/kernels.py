@@ -17,7 +17,7 @@ from safepatch_core.backends.reference import ReferenceBackend, Scored, philox, 
 from safepatch_core.backends.selftest import DTYPES, FLAVOURS, Setting, Shape, make_block, settings, to_bits
 from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, INTERPRETED
-from safepatch_core.spec import KEEP_ALL
+from safepatch_core.spec import COMBINE, KEEP_ALL
 
 SIZES = (0, 1, 7, 1001, BLOCK, 2 * BLOCK + 5)
 STARTS = (0, 1, 13, (1 << 32) - 3, (1 << 45) + 11)
@@ -96,7 +96,7 @@ def test_every_pattern_survives_and_every_sum_is_rounded_to_nearest_even(dtype: 
     if dtype == "F32":
         base = rng.integers(0, 1 << 32, len(delta), dtype=np.uint32)
     base[::2] = 0
-    setting = Setting(dtype, (Shape("delta", values="F32", retain=False),), "sum", "retain-first")
+    setting = Setting(dtype, (Shape("delta", values="F32", retain=False),), COMBINE["sum"], "retain-first")
     block = make_block(rng, setting, "bits", len(delta))
     patch = block.patches[0]
     assert patch is not None and patch.keep == KEEP_ALL
@@ -114,7 +114,7 @@ def test_random_numbers_are_those_of_the_contract() -> None:
     """Random123's known answer, by way of retention: an entry with u < keep is the only kind that is eligible."""
     answer = philox(0, np.zeros(1, dtype=np.uint64))[0]
     assert [hex(u) for u in answer] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
-    setting = Setting("F32", (Shape("delta", values="F32"),), "sum", "retain-first")
+    setting = Setting("F32", (Shape("delta", values="F32"),), COMBINE["sum"], "retain-first")
     block = make_block(np.random.default_rng(0), setting, "model", 4)
     for lane, u in enumerate(answer):
         for keep, eligible in ((int(u), False), (int(u) + 1, True)):

@@ -16,9 +16,10 @@ from safepatch_core.backends.selftest import Setting, Shape, compare, make_block
 from safepatch_core.backends.triton import TritonBackend
 from safepatch_core.errors import UsageError
 from safepatch_core.kernels.launch import ALIGN, BLOCK, HISTOGRAMS, padded
+from safepatch_core.spec import COMBINE
 from tests.interpreted.fake_device import FakeDevice, Race
 
-SETTING = Setting("BF16", (Shape("checkpoint", "scores"), Shape("checkpoint")), "difference", "retain-first")
+SETTING = Setting("BF16", (Shape("checkpoint", "scores"), Shape("checkpoint")), COMBINE["difference"], "retain-first")
 ROW = 5 * 2  # bytes per entry of SETTING: base, two patches, one's scores, output
 PARTS = 5
 TABLES = 16 << 10

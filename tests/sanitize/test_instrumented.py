@@ -32,12 +32,13 @@ class Bits(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
 class Block(ctypes.Structure):
     _fields_ = [("base", Bits), ("entries", ctypes.c_int64), ("start", ctypes.c_int64), ("patches", ctypes.c_void_p),
-                ("count", ctypes.c_size_t), ("combine", ctypes.c_int32), ("order", ctypes.c_int32)]
+                ("count", ctypes.c_size_t), ("acts", ctypes.c_int32), ("join", ctypes.c_int32),
+                ("order", ctypes.c_int32)]
 lib, libc = ctypes.CDLL(_engine.__file__), ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 base, out, engine = libc.malloc(4096), libc.malloc(4096), ctypes.c_void_p()
 assert lib.sp_engine_open(1, b"scalar", ctypes.byref(engine)) == 0
-block = Block(Bits(base, 0), 1025, 0, None, 0, 0, 0)
+block = Block(Bits(base, 0), 1025, 0, None, 0, 0, 0, 0)
 report = (ctypes.c_int64 * 8)()
 lib.sp_apply(engine, ctypes.byref(block), None, ctypes.c_void_p(out), ctypes.byref(report))
 """

@@ -60,7 +60,8 @@ struct Job {
         patch.key = 42;
         patch.keep = SP_KEEP_ALL / 2;
         patch.scale = 0.5f;
-        block = {{base.data(), SP_BF16}, static_cast<int64_t>(entries), 0, &patch, 1, SP_DIFFERENCE, SP_RETAIN_FIRST};
+        block = {{base.data(), SP_BF16}, static_cast<int64_t>(entries), 0, &patch, 1, SP_ALONE, SP_SUM,
+                 SP_RETAIN_FIRST};
         report.patches = &found;
     }
 
