@@ -18,7 +18,8 @@ $(VENV)/.packages: requirements/dev.txt requirements/torch.txt
 	$(PIP) -r requirements/torch.txt
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/include/*.h)
+$(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml \
+		$(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.map csrc/*.in csrc/cmake/* csrc/include/*.h)
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -58,5 +59,5 @@ bench: develop
 include tests/faults.mk
 
 clean:
-	rm -rf build dist *.egg-info demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info safepatch_core/lib demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.so' \) -exec rm -rf {} +

@@ -264,7 +264,9 @@ PYBIND11_MODULE(_engine, m) {
     m.def("fix_find", &fix_find);
     m.def("fix_gaps", &fix_gaps);
     m.def("fix_settle", &fix_settle);
-    m.def("version", &sp_version);
+    m.def("version", &sp_version_string);
+    m.def("abi_version", &sp_abi_version);
+    m.def("spec_version", &sp_spec_version);
     m.def("isa_usable", [](const std::string& isa) { return sp_isa_usable(isa.c_str()) != 0; }, py::arg("isa"));
     py::class_<Engine>(m, "Engine")
         .def(py::init<int32_t, const std::optional<std::string>&>(), py::arg("threads"), py::arg("isa") = py::none())

@@ -131,7 +131,16 @@ sp_status guarded(const Body& body) {
 
 }  // namespace
 
-uint32_t sp_version(void) { return SP_VERSION; }
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+
+const char* sp_version_string(void) {
+    return TEXT(SP_VERSION_MAJOR) "." TEXT(SP_VERSION_MINOR) "." TEXT(SP_VERSION_PATCH);
+}
+
+uint32_t sp_abi_version(void) { return SP_ABI_VERSION; }
+
+uint32_t sp_spec_version(void) { return SP_SPEC_VERSION; }
 
 const char* sp_strerror(sp_status status) {
     switch (status) {

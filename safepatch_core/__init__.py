@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from safepatch_core.evaluating import evaluate as evaluate
     from safepatch_core.files.checkpoint import Checkpoint as Checkpoint
     from safepatch_core.files.checkpoint import open_checkpoint as open_checkpoint
+    from safepatch_core.library import get_cmake_dir as get_cmake_dir
+    from safepatch_core.library import get_include as get_include
+    from safepatch_core.library import get_library_dir as get_library_dir
     from safepatch_core.merging.api import MergeResult as MergeResult
     from safepatch_core.merging.api import describe as describe
     from safepatch_core.merging.api import merge as merge
@@ -53,6 +56,7 @@ _HOMES = {
     "errors": ("Busy", "IOFailure", "InputError", "OutputError", "SafepatchError", "UsageError"),
     "evaluating": ("EvalConfig", "EvalResult", "evaluate"),
     "files.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "library": ("get_cmake_dir", "get_include", "get_library_dir"),
     "merging.api": ("MergeResult", "describe", "merge", "plan", "prepare"),
     "merging.engine": ("EngineOptions",),
     "merging.plan": ("Plan",),

@@ -13,6 +13,7 @@ import pytest
 from safepatch_core.backends.contract import Bits, Block, PatchData
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.spec import COMBINE
+from safepatch_core.version import __version__
 
 CSRC = Path(__file__).parents[1] / "csrc"
 CC, CXX = shutil.which("gcc"), shutil.which("g++")
@@ -46,7 +47,8 @@ int main(void) {
     refuse(sp_engine_open(0, NULL, &engine), SP_BAD_ARGUMENT);
     refuse(sp_engine_open(1, "sse9", &engine), SP_BAD_ARGUMENT);
     if (engine != NULL || sp_engine_open(2, NULL, &engine) != SP_OK) return 1;
-    printf("version %d, %d threads, %s\n", (int)(sp_version() - SP_VERSION), (int)sp_engine_threads(engine),
+    printf("version %s %d %d, %d threads, %s\n", sp_version_string(), (int)(sp_abi_version() - SP_ABI_VERSION),
+           (int)(sp_spec_version() - SP_SPEC_VERSION), (int)sp_engine_threads(engine),
            sp_isa_usable(sp_engine_isa(engine)) && !sp_isa_usable("sse9") ? "usable" : "WRONG");
 
     sp_patch patches[3];
@@ -217,7 +219,7 @@ def test_a_c_program_is_told_what_is_wrong(program: list[str]) -> None:
     assert program[:3] == [
         "refused: threads: expected at least 1",
         "refused: instruction set: found 'sse9', expected avx512, avx2 or scalar",
-        "version 0, 2 threads, usable",
+        f"version {__version__} 0 0, 2 threads, usable",
     ]
     assert program[9:] == [
         "refused: null array",

@@ -12,8 +12,9 @@ import safepatch_core
 from safepatch_core import SafepatchError
 
 FUNCTIONS = (
-    "describe derive evaluate load_recipe merge open_backend open_checkpoint plan prepare run sweep verify".split()
-)
+    "describe derive evaluate get_cmake_dir get_include get_library_dir load_recipe merge open_backend "
+    "open_checkpoint plan prepare run sweep verify"
+).split()
 TYPES = (
     "Backend Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig EvalResult IOFailure InputError "
     "MergeResult OutputError Plan Recipe RunConfig RunResult SafepatchError SweepConfig SweepResult UsageError "

@@ -20,8 +20,13 @@
 extern "C" {
 #endif
 
-/* Counts up with every change of this file that a caller can notice. */
-#define SP_VERSION 3
+/* The library's version; its ABI, which the name libsafepatch.so.N carries: within one, calls and fields are only
+ * added; and the numeric contract, which changes when the same call gives other bits. */
+#define SP_VERSION_MAJOR 0
+#define SP_VERSION_MINOR 1
+#define SP_VERSION_PATCH 0
+#define SP_ABI_VERSION 3
+#define SP_SPEC_VERSION 1
 
 /* A cut's `before` beyond every position, a cut's `key` above every score, a `keep` that retains all. */
 #define SP_EVERY INT64_MAX
@@ -132,8 +137,10 @@ typedef struct sp_report {
     int64_t changed;   /* those of them whose bits in the output are not the base's: what survives rounding */
 } sp_report;
 
-/* @return SP_VERSION of the library that is loaded. */
-SP_API uint32_t sp_version(void);
+/* @return of the library that is loaded: its version, like "0.1.0" (static text), SP_ABI_VERSION, SP_SPEC_VERSION. */
+SP_API const char* sp_version_string(void);
+SP_API uint32_t sp_abi_version(void);
+SP_API uint32_t sp_spec_version(void);
 
 /* @return what a status means; static text. */
 SP_API const char* sp_strerror(sp_status status);
