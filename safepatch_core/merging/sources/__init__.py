@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safepatch_core.files.checkpoint import Checkpoint, locate
 from safepatch_core.files.filenames import ADAPTER_CONFIG
+from safepatch_core.merging.sources.adapter import open_adapter
 from safepatch_core.merging.sources.contract import Origin, Source
 from safepatch_core.merging.sources.dense import open_checkpoints, open_deltas
-from safepatch_core.merging.sources.lora import open_adapter
 from safepatch_core.spec import Kind
 
 KINDS: dict[Kind, Callable[[Origin, Checkpoint], Source]] = {

@@ -48,6 +48,9 @@ class Dense:
     def ranges(self, lo: int, hi: int) -> list[Range]:
         return [(self.entry, lo * self.entry_bytes, hi * self.entry_bytes)]
 
+    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Dense:
+        return self
+
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
         buffer = memory[: (hi - lo) * self.entry_bytes]
         inputs.read(self.entry, lo * self.entry_bytes, buffer)
