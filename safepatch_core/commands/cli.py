@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from safepatch_core.backends import ENGINES, find_engine
 from safepatch_core.errors import IOFailure, SafepatchError, Stopped, UsageError, printable
 from safepatch_core.version import __version__
 
@@ -27,14 +28,18 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+def _backend_option(help: str) -> Callable[[F], F]:
+    def known(context: click.Context, parameter: click.Parameter, name: str) -> str:
+        if name != "auto":
+            find_engine(name)
+        return name
+
+    names = "|".join(["auto", *ENGINES, "…"])
+    return click.option("--backend", metavar=names, callback=known, default="auto", show_default=True, help=help)
+
+
 engine_options = _options(
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "cpu", "triton", "reference"]),
-        default="auto",
-        show_default=True,
-        help="The engine: triton where a GPU is there, else cpu.",
-    ),
+    _backend_option("The engine: triton where a GPU is there, else cpu."),
     click.option("--device", metavar="DEV", help="GPU of the triton engine, like cuda:0."),
     click.option("--threads", type=click.IntRange(min=1), help="Threads of the cpu engine [default: all cores]."),
     click.option("--memory-limit", metavar="SIZE", help="Host memory for buffers, like 2GiB [default: 2GiB]."),
@@ -319,13 +324,7 @@ def verify(
 
 
 @cli.command()
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "cpu", "triton", "reference"]),
-    default="auto",
-    show_default=True,
-    help="The engine to test.",
-)
+@_backend_option("The engine to test.")
 @click.option("--device", metavar="DEV", help="GPU of the triton engine, like cuda:0.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=60, show_default=True, help="About how long.")
 def selftest(backend: str, device: str | None, seconds: float) -> None:
