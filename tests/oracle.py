@@ -212,16 +212,16 @@ class Patch:
     def ranks(self, name: str) -> bool:
         return self.weight == "magnitude" or name in self.importance
 
-    def touched(self) -> list[str]:
-        """The base's names of all float tensors that this patch would change."""
+    def touched(self) -> dict[str, Tensor]:
+        """All float tensors that this patch would change by the base's names; of an adapter, one of both factors."""
         if self.kind != "lora":
-            return [n for n, t in self.tensors.items() if t.dtype in FLOATS]
+            return {n: t for n, t in self.tensors.items() if t.dtype in FLOATS}
         ending = ".lora_A.weight"
-        return [
-            n.removesuffix(ending).removeprefix("base_model.model.") + ".weight"
-            for n in self.tensors
+        return {
+            n.removesuffix(ending).removeprefix("base_model.model.") + ".weight": t
+            for n, t in self.tensors.items()
             if n.endswith(ending)
-        ]
+        }
 
     def delta(self, name: str, base: Tensor) -> F32Array:
         if self.kind == "lora":
@@ -341,7 +341,10 @@ def _merge(recipe_path: Path) -> Result:
             raise BadInput(f"{name}: a target of dtype {base[name].dtype}")
     skip_missing = recipe.get("missing", "error") == "skip"
     for p in patches:
-        extra = [n for n in p.touched() if n not in base]
+        rule = recipe.get("targets", "linear")
+        extra = [n for n, t in p.touched().items() if n not in base and is_target(n, t, rule)]
+        if not any(p.touches(n) and p.ranks(n) for n in targets):
+            raise BadInput(f"{p.name}: nothing of it is a target")
         missing = [n for n in targets if p.kind != "lora" and not p.touches(n)]
         if (extra or missing) and not skip_missing:
             raise BadInput(f"{p.name}: extra {extra}, missing {missing}")
@@ -383,6 +386,10 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
         if retain_first:
             e[name] &= r[name]
 
+    if not any(np.any(np.isfinite(x) & (x != 0)) for x in d.values()):
+        raise BadInput(f"{p.name}: every delta is zero")
+    if p.top > 0 and p.retain > 0 and p.c != 0 and not any(np.any(x) for x in e.values()):
+        raise BadInput(f"{p.name}: nothing is eligible")
     if recipe.get("scope", "tensor") == "tensor":
         T = {n: top_k(s[n], e[n], count_of_top(p.top, len(s[n]))) for n in targets}
     else:
