@@ -50,14 +50,16 @@ def held(root: Path) -> Iterator[Ledger]:
     """
     if not root.is_dir():
         raise InputError("only a checkpoint's directory can be changed in place", file=root)
-    lock = hold(root, "checkpoint")
+    lock = -1
     try:
+        lock = hold(root, "checkpoint")
         with failures_named(root, go_on=GO_ON):
             yield Ledger(root)
     except Stopped:
         raise Stopped(f"stopped; {GO_ON}") from None
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def carry(
