@@ -15,6 +15,18 @@ from safepatch_core.settings import Strict, explain, parse_size, read_yaml
 from safepatch_core.spec import Combine, Importance, Kind, Missing, NonFinite, Order, Scope, Weight
 
 NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "shared.weight")
+# What models that see or hear have beside the language model: towers, and what leads from them to it.
+NOT_LANGUAGE = (
+    *("visual.", "vision_tower.", "vision_model.", "vision_encoder.", "vqmodel.", "vpm.", "qformer."),
+    *("audio_tower.", "audio_model.", "audio_encoder.", "talker.", "token2wav."),
+    *("multi_modal_projector.", "mm_projector.", "language_projection.", "connector.", "aligner.", "resampler."),
+    *("vision_projector.", "audio_projector.", "image_newline"),
+)
+
+
+def of_language(name: str) -> bool:
+    """Whether a tensor of that name is the language model's, and not a tower's or a projector's."""
+    return not any(part in name for part in NOT_LANGUAGE)
 
 
 class Scores(Strict):
@@ -88,7 +100,7 @@ class Recipe(Strict):
     combine: Combine = "difference"
     scope: Scope = "tensor"
     order: Order = "retain-first"
-    targets: Literal["linear", "all"] | Globs = "linear"
+    targets: Literal["linear", "language", "all"] | Globs = "linear"
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     nonfinite: NonFinite = "error"
     missing: Missing = "error"
@@ -115,8 +127,9 @@ class Recipe(Strict):
         """Whether a float tensor of that name and rank is patched."""
         if self.targets == "all":
             return True
-        if self.targets == "linear":
-            return dimensions >= 2 and not any(part in name for part in NOT_LINEAR)
+        if self.targets in ("linear", "language"):
+            linear = dimensions >= 2 and not any(part in name for part in NOT_LINEAR)
+            return linear and (self.targets == "linear" or of_language(name))
         assert isinstance(self.targets, Globs)
         return any(fnmatch.fnmatchcase(name, g) for g in self.targets.include) and not any(
             fnmatch.fnmatchcase(name, g) for g in self.targets.exclude
