@@ -200,6 +200,7 @@ class Patch:
     top: float
     retain: float
     c: np.float32
+    minus: dict[str, Tensor] | None
 
     def module(self, name: str) -> str:
         return "base_model.model." + name.removesuffix(".weight")
@@ -207,7 +208,7 @@ class Patch:
     def touches(self, name: str) -> bool:
         if self.kind == "lora":
             return name.endswith(".weight") and self.module(name) + ".lora_A.weight" in self.tensors
-        return name in self.tensors
+        return name in self.tensors and (self.minus is None or name in self.minus)
 
     def ranks(self, name: str) -> bool:
         return self.weight == "magnitude" or name in self.importance
@@ -229,7 +230,12 @@ class Patch:
         t = self.tensors[name]
         if t.shape != base.shape:
             raise BadInput(f"{name}: shape {t.shape}, the base has {base.shape}")
-        return to_f32(t) - to_f32(base) if self.kind == "checkpoint" else to_f32(t)
+        if self.kind == "delta":
+            return to_f32(t)
+        before = base if self.minus is None else self.minus[name]
+        if before.shape != base.shape:
+            raise BadInput(f"{name}: measured from shape {before.shape}, the base has {base.shape}")
+        return to_f32(t) - to_f32(before)
 
     def lora(self, name: str, base: Tensor) -> F32Array:
         module = self.module(name)
@@ -265,7 +271,8 @@ class Patch:
         w = to_f32(base)
         factor = {"base": w, "delta": d}.get(self.weight)
         if factor is None:
-            factor = to_f32(self.tensors[name]) if self.kind == "checkpoint" else w + d
+            stored = self.kind == "checkpoint" and self.minus is None
+            factor = to_f32(self.tensors[name]) if stored else w + d
         product: F32Array = factor * x
         return np.abs(product)
 
@@ -297,7 +304,9 @@ def load_patch(entry: Mapping[str, Any], root: Path) -> Patch:
         scores = load_checkpoint(root / importance[given])
     retain, scale = float(entry.get("retain", 1.0)), float(entry.get("scale", 1.0))
     c = np.float32(scale / retain) if entry.get("rescale", False) else np.float32(scale)
-    return Patch(entry["name"], kind, tensors, adapter, weight, scores, float(entry.get("top", 1.0)), retain, c)
+    minus = load_checkpoint(root / entry["minus"]) if entry.get("minus") else None
+    top = float(entry.get("top", 1.0))
+    return Patch(entry["name"], kind, tensors, adapter, weight, scores, top, retain, c, minus)
 
 
 # The merge

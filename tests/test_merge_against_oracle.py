@@ -247,6 +247,33 @@ def test_patched_gradients_weigh_the_checkpoint_itself(engine: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_change_may_be_measured_from_another_checkpoint(engine: str, chunk: int | None, tmp_path: Path) -> None:
+    """The step is that of the fine-tune, wherever the base went since; it is rounded once, and to float32."""
+    big = 2.0**24
+    save = {"w": f32(big, 1, 0.5), "v": Tensor("BF16", (3,), oracle.from_f32(np.array([1, 2, 3], np.float32), "BF16"))}
+    oracle.save_file(tmp_path / "before.safetensors", save)
+    patch = ({"w": f32(big + 2, 2, 0.25), "v": f32(1, 2.125, 3)}, {"minus": "before.safetensors"})
+    base = {"w": f32(10, 20, 30), "v": f32(-1, -2, -3)}
+    recipe = write_plain(tmp_path, base, {"p": patch}, targets="all")
+    if engine == "oracle":
+        out = run(engine, recipe)
+    else:
+        safepatch_merge(recipe, tmp_path / "out", backend=engine, chunk_entries=chunk)
+        out = load_checkpoint(tmp_path / "out")
+    assert floats(out["w"]) == [12, 21, 29.75] and floats(out["v"]) == [-1, -1.875, -3]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_at_a_patch_measured_from_elsewhere(engine: str, tmp_path: Path) -> None:
+    """The patched model is then w + d, not what the fine-tune's file says."""
+    oracle.save_file(tmp_path / "before.safetensors", {"w": f32(100, 1)})
+    keys = {"top": 0.5, "gradients": {"w": f32(1, 1)}, "weight": "patched", "minus": "before.safetensors"}
+    recipe = write_plain(tmp_path, {"w": f32(0, 5)}, {"p": ({"w": f32(101, 2)}, keys)}, targets="all")
+    assert floats(run(engine, recipe)["w"]) == [0, 6]  # |1 * 1| < |6 * 1|
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_globs_are_case_sensitive_and_exclusion_wins(engine: str, tmp_path: Path) -> None:
     names = ("model.q.weight", "model.Q.weight", "model.q.bias", "x[0].weight", "x0.weight", "lm_head.weight")
     base: dict[str, Tensor] = {name: f32(0) for name in names}

@@ -292,7 +292,8 @@ def model_card(plan: Plan) -> str:
         "tags": ["safepatch", "merge", "safety", "post-safety-alignment"],
     }
     patches = "\n".join(
-        f"- `{p['name']}` ({p['kind']} `{p['source']}`): top {p['top']}, retain {p['retain']}, scale {p['scale']}"
+        f"- `{p['name']}` ({p['kind']} `{p['source']}`{f' minus `{m}`' if (m := p['minus']) else ''}): "
+        f"top {p['top']}, retain {p['retain']}, scale {p['scale']}"
         for p in recipe["patches"]
     )
     return (

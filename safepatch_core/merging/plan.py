@@ -216,7 +216,9 @@ def make_plan(
     if limit < SMALLEST_LIMIT:
         raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 16MiB")
     base = open_checkpoint(recipe.base, relative_to=recipe.origin)
-    sources = [open_source(p.name, p.source, p.kind, base, relative_to=recipe.origin) for p in recipe.patches]
+    sources = [
+        open_source(p.name, p.source, p.kind, base, relative_to=recipe.origin, minus=p.minus) for p in recipe.patches
+    ]
     importance = [
         None if p.importance_path is None else ImportanceFile.open(p.importance_path, relative_to=recipe.origin)
         for p in recipe.patches
@@ -334,12 +336,12 @@ def _weights(recipe: Recipe, base: Checkpoint, sources: Sequence[Source]) -> lis
         if not names:
             raise refuse_base(base, held)
     for source in sources:
-        of = quantised(source.checkpoints[0])
-        for name in names:
-            if of is not None and name in of:
-                raise refuse_patch(
-                    f"the patch '{source.name}'", source.checkpoints[0], of.codes[module_of(name)].name, of
-                )
+        for checkpoint in source.checkpoints:
+            of = quantised(checkpoint)
+            for name in names:
+                if of is not None and name in of:
+                    what = f"the patch '{source.name}'"
+                    raise refuse_patch(what, checkpoint, of.codes[module_of(name)].name, of)
     return names
 
 

@@ -53,6 +53,13 @@ class PatchSpec(Strict):
     retain: Annotated[float, Field(ge=0, le=1)] = 1.0
     rescale: bool = False
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    minus: Annotated[str, Field(min_length=1)] | None = None  # what the change is measured from, if not the base
+
+    @model_validator(mode="after")
+    def _minus_is_of_a_checkpoint(self) -> PatchSpec:
+        if self.minus is not None and self.kind not in (None, "checkpoint"):
+            raise ValueError("minus goes with kind: checkpoint")
+        return self
 
     @model_validator(mode="after")
     def _factor_is_finite(self) -> PatchSpec:
@@ -145,6 +152,7 @@ class Recipe(Strict):
         data["base"] = shown(data["base"])
         for patch in data["patches"]:
             patch["source"] = shown(patch["source"])
+            patch["minus"] = patch["minus"] and shown(patch["minus"])
             for key in ("scores", "gradients"):
                 if isinstance(patch["importance"], dict) and key in patch["importance"]:
                     patch["importance"][key] = shown(patch["importance"][key])
