@@ -59,7 +59,7 @@ class Foreign:
         self.array = array
 
     def __dlpack__(self, **options: Any) -> Any:
-        return self.array.__dlpack__(**options)  # type: ignore[no-untyped-call, unused-ignore]
+        return self.array.__dlpack__(**options)
 
     def __dlpack_device__(self) -> Any:
         return self.array.__dlpack_device__()
@@ -73,7 +73,7 @@ def data(tensors: Any) -> dict[str, bytes]:
     return {name: raw(t) for name, t in tensors.items()}
 
 
-FORMS = {
+FORMS: dict[str, Any] = {
     "torch": as_torch,
     "numpy": as_numpy,
     "dlpack": lambda tensors: {name: Foreign(array) for name, array in as_numpy(tensors).items()},
