@@ -12,13 +12,13 @@ import safepatch_core
 from safepatch_core import SafepatchError
 
 FUNCTIONS = (
-    "apply build build_between derive describe evaluate get_cmake_dir get_include get_library_dir load_recipe log "
-    "merge open_backend open_checkpoint open_fix plan prepare revert run sweep verify"
+    "apply apply_ build build_between derive describe evaluate get_cmake_dir get_include get_library_dir load_recipe "
+    "log merge open_backend open_checkpoint open_fix plan prepare revert revert_ run sweep verify"
 ).split()
 TYPES = (
-    "ApplyResult Backend BuildResult Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig EvalResult "
-    "Fix IOFailure InputError LogResult MergeResult OutputError Plan Recipe RunConfig RunResult SafepatchError "
-    "SweepConfig SweepResult UsageError VerifyResult"
+    "Applied ApplyResult Backend BuildResult Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig "
+    "EvalResult Fix IOFailure InputError LogResult MergeResult OutputError Plan Recipe RunConfig RunResult "
+    "SafepatchError SweepConfig SweepResult UsageError VerifyResult"
 ).split()
 
 

@@ -31,6 +31,7 @@ from safepatch_core.fixes.checking import (
     check_table,
     overlap,
     require,
+    settling,
     teller_of,
     width_of,
 )
@@ -239,7 +240,7 @@ def _rewrite_shard(fd: int, shard: Shard, fix: Fix, goal: int, summed: bool, adv
                 entries, at = np.zeros(run.entries, f"<u{teller.width}"), entry.start + lo * teller.width
                 if run.changes or summed:
                     read_exact(fd, entries, at, entry)
-                teller.settle(run, entries, goal)
+                teller.settle(run, settling(entries, goal))
                 data = entries.view(np.uint8).data
                 if run.changes:
                     _write(fd, data, at)
