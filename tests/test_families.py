@@ -38,6 +38,8 @@ GEMMA3: dict[str, Any] = {"text_config": WINDOW, "vision_config": SIGLIP, "mm_to
 GEMMA3 |= {"image_token_index": 260, "boi_token_index": 261, "eoi_token_index": 262}
 QWEN2VL: dict[str, Any] = {"depth": 1, "embed_dim": 8, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2}
 QWEN2VL |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+LLAMA4: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 32, "patch_size": 8, "vision_output_dim": 8}
+LLAMA4 |= {"projector_input_dim": 8, "projector_output_dim": 8}
 DEEPSEEK: dict[str, Any] = {**DECODER, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK |= {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "kv_lora_rank": 4}
 DEEPSEEK |= {"q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
@@ -67,6 +69,10 @@ FAMILIES: dict[str, Any] = {
     "DeepseekV3ForCausalLM": DEEPSEEK,
     "GptOssForCausalLM": WINDOW | {"num_local_experts": 3, "num_experts_per_tok": 2},
     "Gemma3ForConditionalGeneration": GEMMA3,
+    "Llama4ForConditionalGeneration": {
+        "text_config": DECODER | {"intermediate_size_mlp": 24, "num_local_experts": 2, "head_dim": 8},
+        "vision_config": LLAMA4 | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16},
+    },
     "Qwen2VLForConditionalGeneration": {
         "text_config": DECODER | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
         "vision_config": QWEN2VL,
@@ -92,8 +98,8 @@ RENAMED: dict[str, Callable[[str], str]] = {
     "OPTForCausalLM": lambda name: name.removeprefix("model."),
     "Gemma3ForConditionalGeneration": gemma3_of_the_hub,
 }
-# PEFT refuses to adapt what Mamba's kernels read by themselves.
-MODULES = {"MambaForCausalLM": ["in_proj", "x_proj"]}
+# PEFT refuses to adapt what Mamba's kernels read by themselves, and breaks Llama 4's routers.
+MODULES = {"MambaForCausalLM": ["in_proj", "x_proj"], "Llama4ForConditionalGeneration": ["q_proj", "o_proj"]}
 
 
 def write(folder: Path, family: str, names: Callable[[str], str] | None = None) -> Path:
@@ -116,34 +122,21 @@ def settings(where: Path, **changes: Any) -> DeriveConfig:
     return DeriveConfig.model_validate(given | changes)
 
 
-def look(where: Path, merged: Path) -> None:
+def look(where: Path, merged: Path, family: str) -> None:
     """The merged model opens as the base did, has other weights in the language model alone, and answers."""
     before, after = load_file(where / "base/model.safetensors"), load_file(merged / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(map(of_language, moved))
-    kind: Any = transformers.AutoModelForCausalLM
-    auto = transformers.AutoConfig.from_pretrained(merged)
-    if type(auto) not in kind._model_mapping:
-        kind = transformers.AutoModelForImageTextToText
-    _, found = kind.from_pretrained(merged, output_loading_info=True)
+    _, found = getattr(transformers, family).from_pretrained(merged, output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
-    report = evaluate(
-        EvalConfig.model_validate(
-            {
-                "model": merged,
-                "out": where / f"report-{merged.name}",
-                "harmful": where / "rows.jsonl",
-                "answer_column": "answer",
-                "max_new_tokens": 2,
-                "max_length": 96,
-                "stride": 48,
-                "threads": 1,
-            }
-        ),
-        quiet=True,
-    )
-    assert any(metric["set"] == "harmful" for metric in report.data["metrics"])
+    assert any(metric["set"] == "harmful" for metric in measure(where, merged))
+
+
+def measure(where: Path, model: Path) -> Any:
+    given: dict[str, Any] = {"model": model, "out": where / f"report-{model.name}", "threads": 1}
+    given |= {"harmful": where / "rows.jsonl", "answer_column": "answer", "max_new_tokens": 2}
+    return evaluate(EvalConfig.model_validate(given | {"max_length": 96, "stride": 48}), quiet=True).data["metrics"]
 
 
 EVERY = [*((family, None) for family in FAMILIES), *RENAMED.items()]
@@ -161,7 +154,7 @@ def test_a_family_end_to_end(tmp_path: Path, family: str, names: Callable[[str],
         merged = tmp_path / f"{method}-merged"
         merge(recipe, merged, backend="reference")
         assert verify(merged, recipe=recipe).ok
-        look(tmp_path, merged)
+        look(tmp_path, merged, family)
 
 
 def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
@@ -176,11 +169,28 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
         load_model(tmp_path / "base", "auto", "cpu")
 
 
-def test_modules_that_lora_may_not_adapt_are_named_before_a_step(tmp_path: Path) -> None:
-    write(tmp_path / "base", "MambaForCausalLM")
-    with pytest.raises(UsageError, match="out_proj"):
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("MambaForCausalLM", "out_proj"), ("Llama4ForConditionalGeneration", "can't be run.*other target_modules")],
+)
+def test_modules_that_lora_can_not_adapt_are_refused_before_a_step(tmp_path: Path, family: str, message: str) -> None:
+    write(tmp_path / "base", family)
+    with pytest.raises((InputError, UsageError), match=message):
         derive(settings(tmp_path, method="lora"), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_can_not_be_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise AttributeError("'dict' object has no attribute 'ndim'")
+
+    write(tmp_path / "base", "LlamaForCausalLM")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", broken)
+    with pytest.raises(InputError, match=r"base: model can't be run \('dict' object has no attribute 'ndim'\)$"):
+        derive(settings(tmp_path), quiet=True)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="model can't be run"):
+        measure(tmp_path, tmp_path / "base")
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.endswith("ConditionalGeneration")])

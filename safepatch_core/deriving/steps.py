@@ -45,6 +45,7 @@ from safepatch_core.language.model import (
     load_tokenizer,
     quiet_libraries,
     save_tokenizer,
+    try_out,
 )
 from safepatch_core.language.rows import read_rows
 from safepatch_core.merging.recipe import Recipe, of_language, parse_recipe
@@ -198,8 +199,9 @@ class Job:
         return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
 
     def _prove(self, model: Any, folder: Path) -> None:
-        """Tries in `folder`, before a step is taken, how the patch will be saved and read, all but its weights."""
+        """Tries before a step is taken, in `folder`, how the patch will be saved and read, all but its weights."""
         config = self._config
+        try_out(model, self._root, None if config.method == "full" else "other target_modules")
         if self._ranks.rank == 0:
             self._save_companions(folder)
         if config.method == "lora":

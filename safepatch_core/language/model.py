@@ -204,6 +204,19 @@ def load_model(
     return model if placed else model.to(where)
 
 
+@torch.no_grad()
+def try_out(model: Any, folder: Path, hint: str | None = None) -> None:
+    """Lets a model that was loaded from `folder` read one token, in eval mode.
+
+    Raises InputError, which expects `hint`, for what transformers (or an adapter) can't do with it after all.
+    """
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        model.eval()(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(f"model can't be run ({first_line(error)})", file=folder, expected=hint) from error
+
+
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
     """The folder, or links to all that is in it but an adapter beside the weights.
