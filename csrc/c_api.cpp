@@ -177,12 +177,12 @@ void sp_engine_close(sp_engine* engine) {
     if (engine != nullptr && !engine->engine.forked()) delete engine;
 }
 
-const char* sp_engine_isa(const sp_engine* engine) { return engine->engine.isa().name; }
+const char* sp_engine_isa(const sp_engine* engine) { return engine != nullptr ? engine->engine.isa().name : "none"; }
 
-int32_t sp_engine_threads(const sp_engine* engine) { return engine->engine.threads(); }
+int32_t sp_engine_threads(const sp_engine* engine) { return engine != nullptr ? engine->engine.threads() : 0; }
 
 size_t sp_scratch(const sp_engine* engine, int64_t entries, size_t patches) {
-    return engine->engine.scratch(entries, patches);
+    return engine != nullptr ? engine->engine.scratch(entries, patches) : 0;
 }
 
 sp_status sp_histogram(sp_engine* engine, const sp_block* block, const sp_window* windows, size_t count,

@@ -162,14 +162,14 @@ SP_API sp_status sp_engine_open(int32_t threads, const char* isa, sp_engine** en
  * child, where an engine of the parent goes on with one thread, this does nothing. */
 SP_API void sp_engine_close(sp_engine* engine);
 
-/* @return the instruction set in use; static text. */
+/* @return the instruction set in use, "none" of NULL; static text. */
 SP_API const char* sp_engine_isa(const sp_engine* engine);
 
-/* @return the number of threads, the caller's own included. */
+/* @return the number of threads, the caller's own included; 0 of NULL. */
 SP_API int32_t sp_engine_threads(const sp_engine* engine);
 
 /* @return upper bound, in bytes, of what the engine holds after an sp_merge of this many entries and patches.
- * The memory is reused by later calls and freed by sp_engine_close. */
+ * The memory is reused by later calls and freed by sp_engine_close. 0 of NULL. */
 SP_API size_t sp_scratch(const sp_engine* engine, int64_t entries, size_t patches);
 
 /* Count eligible keys into `windows` (`count` of them; a patch may have several or none; counts are added
