@@ -3,7 +3,13 @@
  * Arrays and numbers in, bits and counts out: the engine never sees a file or a recipe. Every call but
  * sp_engine_close may be made from several threads at once on the same engine; they take turns.
  * The caller owns every buffer it passes in, and the engine keeps no pointer to one after the call.
- * Buffers need the natural alignment of their entries. No call throws or aborts on bad data. */
+ * Buffers need the natural alignment of their entries. No call throws or aborts on bad data or a bad argument; where
+ * a pointer may be NULL, its call says so, and elsewhere NULL is a bad argument.
+ *
+ * A struct that a caller allocates begins with its size, so that fields can be added to its end: set `size` to sizeof
+ * the struct and the rest to zero. In an array the first element's size counts for all. A program and a library of
+ * one ABI understand each other, whichever is newer: a field that the caller does not know is taken as 0, and one
+ * that only the caller knows must be 0. sp_bits, sp_lora and sp_fault are parts of others, and never change. */
 #ifndef SAFEPATCH_H
 #define SAFEPATCH_H
 
@@ -39,7 +45,8 @@ typedef enum sp_status {
     SP_UNSUPPORTED = 2,  /* this machine lacks the instruction set that was asked for */
     SP_NO_MEMORY = 3,    /* or no thread can be started */
     SP_INTERNAL = 4,     /* a bug in the engine */
-    SP_BAD_DATA = 5      /* what lies in a fix breaks a rule of its encoding */
+    SP_BAD_DATA = 5,     /* what lies in a fix breaks a rule of its encoding */
+    SP_STOPPED = 6       /* by the caller's own sp_progress */
 } sp_status;
 
 /* Values of the int32_t fields below. */
@@ -52,6 +59,11 @@ enum { SP_SUM = 0, SP_MEAN = 1 };                                        /* join
 enum { SP_RETAIN_FIRST = 0, SP_SELECT_FIRST = 1 };                       /* order */
 
 typedef struct sp_engine sp_engine;
+
+/* What a call tells between steps, on the calling thread: `done` of `total` entries of the block in the pass that is
+ * under way; a call makes one to four, each from 0. Not 0 ends the call with SP_STOPPED, and the output is undefined.
+ * It must return, and may not call the same engine. */
+typedef int (*sp_progress)(void* user, int64_t done, int64_t total);
 
 /* Entries of a tensor as they lie in a file: 4 bytes each for F32, 2 for F16 and BF16. */
 typedef struct sp_bits {
@@ -72,6 +84,7 @@ typedef struct sp_lora {
 
 /* One patch's share of a block. */
 typedef struct sp_patch {
+    size_t size;        /* sizeof(sp_patch) */
     int32_t present;    /* 0: the patch has nothing for this tensor, and no other field is read */
     int32_t kind;       /* which of `values` (checkpoint, delta) and `lora` is read */
     int32_t importance; /* `scores` holds scores or gradients; it isn't read for magnitude */
@@ -82,24 +95,28 @@ typedef struct sp_patch {
     uint64_t key;  /* Philox key */
     uint64_t keep; /* an entry is retained iff its 32-bit random number is smaller */
     float scale;
+    int32_t reserved; /* 0 */
 } sp_patch;
 
 /* Entries [start, start + entries) of one tensor, in row-major order. */
 typedef struct sp_block {
+    size_t size; /* sizeof(sp_block) */
     sp_bits base;
     int64_t entries;
     int64_t start;
     const sp_patch* patches;
     size_t patch_count;
-    int32_t
-        acts; /* who acts where several patches select an entry: none of them, all, or those of the elected sign */
+    int32_t acts; /* where several patches select an entry: none of them acts, all, those of the elected sign */
     int32_t join; /* what becomes of their steps scale * delta: each is added to the entry, or the mean of all is */
     int32_t order;
+    sp_progress progress; /* NULL: none */
+    void* user;           /* handed to `progress` */
 } sp_block;
 
 /* Selected are the eligible entries with key > `key`, or key == `key` and index in the tensor < `before`.
  * A key is the bit pattern of a float32 score. */
 typedef struct sp_cut {
+    size_t size; /* sizeof(sp_cut) */
     uint32_t key;
     int64_t before;
 } sp_cut;
@@ -107,6 +124,7 @@ typedef struct sp_cut {
 /* Histogram request for one patch: counts[(key - lo) >> shift] += 1 for keys in [lo, lo + (bins << shift)).
  */
 typedef struct sp_window {
+    size_t size; /* sizeof(sp_window) */
     size_t patch;
     uint32_t lo;
     uint32_t shift; /* at most 31 */
@@ -121,6 +139,7 @@ typedef struct sp_fault {
 } sp_fault;
 
 typedef struct sp_patch_report {
+    size_t size; /* sizeof(sp_patch_report) */
     int64_t eligible;
     int64_t selected;
     int64_t applied;
@@ -129,9 +148,9 @@ typedef struct sp_patch_report {
     sp_fault negative;  /* finite negative score where the delta is finite */
 } sp_patch_report;
 
-/* `patches` is the caller's array of block->patch_count; a call overwrites all of it. */
 typedef struct sp_report {
-    sp_patch_report* patches;
+    size_t size;              /* sizeof(sp_report) */
+    sp_patch_report* patches; /* the caller's array of block->patch_count; a call overwrites all of it */
     sp_fault overflow; /* acted on, finite before, not finite after rounding; such an entry keeps its bits */
     int64_t acted;     /* entries on which any patch acts */
     int64_t changed;   /* those of them whose bits in the output are not the base's: what survives rounding */
@@ -162,14 +181,14 @@ SP_API sp_status sp_engine_open(int32_t threads, const char* isa, sp_engine** en
  * child, where an engine of the parent goes on with one thread, this does nothing. */
 SP_API void sp_engine_close(sp_engine* engine);
 
-/* @return the instruction set in use; static text. */
+/* @return the instruction set in use, "" for NULL; static text. */
 SP_API const char* sp_engine_isa(const sp_engine* engine);
 
-/* @return the number of threads, the caller's own included. */
+/* @return the number of threads, the caller's own included; 0 for NULL. */
 SP_API int32_t sp_engine_threads(const sp_engine* engine);
 
-/* @return upper bound, in bytes, of what the engine holds after an sp_merge of this many entries and patches.
- * The memory is reused by later calls and freed by sp_engine_close. */
+/* @return upper bound, in bytes, of what the engine holds after an sp_merge of this many entries and patches;
+ * 0 for NULL or fewer than 0 entries. The memory is reused by later calls and freed by sp_engine_close. */
 SP_API size_t sp_scratch(const sp_engine* engine, int64_t entries, size_t patches);
 
 /* Count eligible keys into `windows` (`count` of them; a patch may have several or none; counts are added
@@ -231,6 +250,7 @@ typedef struct sp_fix_run {
 } sp_fix_run;
 
 typedef struct sp_fix_tally {
+    size_t size;       /* sizeof(sp_fix_tally) */
     int64_t old_count; /* touched entries that were on the old side */
     int64_t new_count;
     int64_t other_codes; /* codes that the changes would take with the other gap width */
