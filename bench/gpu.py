@@ -37,7 +37,7 @@ from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, HISTOGRAMS, INTERPRETED, VECTOR, Launch, padded
 from safepatch_core.kernels.score import Piece, score_keys
-from safepatch_core.kernels.select import fold, histogram, ties
+from safepatch_core.kernels.select import count_equal, fold, histogram
 from safepatch_core.merging.api import merge
 from safepatch_core.settings import parse_size
 from safepatch_core.spec import COMBINE, EVERY, Combine, Dtype
@@ -100,7 +100,7 @@ class Job:
 JOBS = (
     Job("apply"),
     Job("histogram"),
-    Job("ties"),
+    Job("count_equal"),
     Job("apply", "lora"),
     Job("apply", dtype="F16"),
     Job("apply", dtype="F32"),
@@ -118,7 +118,7 @@ JOBS = (
     Job("score", "lora"),
     Job("faults"),
     Job("no faults"),
-    Job("ties", dtype="F32"),
+    Job("count_equal", dtype="F32"),
 )
 
 
@@ -127,11 +127,11 @@ def moved_bytes(kernel: str, block: Block) -> int:
 
     Every entry of base, values and scores comes in once, however often the code loads it (again from the cache), and
     what the kernel is for goes out once: the new entries of `apply`, 4 bytes per entry and patch of `score`, 4 per
-    BLOCK entries and patch of `ties`. Tables, tallies, histograms and LoRA factors stay in the caches and count
-    nothing. `no faults` reads one flag: what a merge without faults pays for its last kernel.
+    BLOCK entries and patch of `count_equal`. Tables, tallies, histograms and LoRA factors stay in the caches and
+    count nothing. `no faults` reads one flag: what a merge without faults pays for its last kernel.
     """
     inputs = block_bytes(block, "histogram")
-    per_patch = {"score": 4 * len(block), "ties": 4 * -(-len(block) // int(BLOCK))}.get(kernel, 0)
+    per_patch = {"score": 4 * len(block), "count_equal": 4 * -(-len(block) // int(BLOCK))}.get(kernel, 0)
     if kernel == "no faults":
         return 0
     return inputs + (block.base.data.nbytes if kernel == "apply" else 0) + len(block.patches) * per_patch
@@ -221,8 +221,8 @@ class Resident:
             self._device.clear(self._streams.work, copies)
             self._device.synchronize()
             return histogram(piece, windows, tuple(p for p in range(self._patches) for _ in bins), copies)
-        if kernel == "ties":
-            return ties(piece, self._room(torch.int32, self._patches, piece.programs))
+        if kernel == "count_equal":
+            return count_equal(piece, self._room(torch.int32, self._patches, piece.programs))
         if kernel == "score":
             return score_keys(piece, self._room(torch.uint32, self._patches, padded(piece.count)))
         piece.tally[0, -1] = int(kernel == "faults")  # whether a pass before has met one

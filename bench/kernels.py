@@ -23,7 +23,7 @@ from .registry import Bench, Case, Measured
 
 Source = Literal["checkpoint", "delta", "lora", "gradients"]
 SOURCES: tuple[Source, ...] = ("checkpoint", "delta", "lora", "gradients")
-PASSES = ("histogram", "ties", "apply", "merge")
+PASSES = ("histogram", "count_equal", "apply", "merge")
 ENGINES = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "triton", "reference")
 COLS = 2048
 ENTRIES = 4096 * COLS  # 48 MB of inputs and output: larger than most caches
@@ -66,7 +66,7 @@ def make_block(source: Source, entries: int, start: int = 0) -> Block:
                 importance="gradients" if source == "gradients" else "magnitude",
                 scores=stretch(f"{name}/delta", 5) if source == "gradients" else None,
                 weight="patched",
-                key=random_key(0, name, "kernels"),
+                random_key=random_key(0, name, "kernels"),
                 keep=keep_threshold(models.RETAIN),
                 scale=1.0,
             )
@@ -107,8 +107,8 @@ def make_pass(engine: Backend, pass_: str, block: Block, cuts: Sequence[Cut]) ->
     def histogram() -> object:
         return engine.histogram(block, counts), [w.counts for of in counts for w in of]
 
-    def ties() -> object:
-        return engine.ties(block, keys)
+    def count_equal() -> object:
+        return engine.count_equal(block, keys)
 
     def apply() -> object:
         return engine.apply(block, cuts, out), [out]
@@ -116,7 +116,7 @@ def make_pass(engine: Backend, pass_: str, block: Block, cuts: Sequence[Cut]) ->
     def merge() -> object:
         return engine.merge(block, wanted, out), [out]
 
-    return {"histogram": histogram, "ties": ties, "apply": apply, "merge": merge}[pass_]
+    return {"histogram": histogram, "count_equal": count_equal, "apply": apply, "merge": merge}[pass_]
 
 
 def _gate(name: str, pass_: str, source: Source, bench: Bench) -> None:

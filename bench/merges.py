@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.settings import parse_size
+from safepatch_core.spec import Kind
 
 from . import models
 from .measure import ISOLATED, Cache, Red, alternate, prepared, remove, run, safepatch
-from .models import SHAPES, Kind
+from .models import SHAPES
 from .registry import Bench, Case, Measured
 
 SIZES = ("0.1B", "0.3B", "1.1B", "3B")
@@ -24,7 +25,7 @@ LIMITS = ("128MiB", "256MiB", "1GiB")
 SPARSE = 2 << 20  # bytes of real values per tensor of a sparse model
 COPY = Path(__file__).resolve().parent / "plain_io.py"
 
-Job = tuple[Kind, str]  # source and scope
+MergeCase = tuple[Kind, str]  # source and scope
 
 
 def inputs(folder: Path, kind: Kind) -> list[Path]:
@@ -48,7 +49,7 @@ def same_bytes(a: Path, b: Path) -> None:
             raise Red(f"{name} of {b.name} differs from {a.name}'s")
 
 
-def equals_reference(bench: Bench, jobs: Sequence[Job]) -> None:
+def equals_reference(bench: Bench, jobs: Sequence[MergeCase]) -> None:
     """The gate of everything that merges: on a small model the engine and the reference write the same bytes."""
     from safepatch_core.merging.api import merge
 
@@ -130,7 +131,7 @@ def predicted(bench: Bench, recipe: Path, cache: Cache) -> float | None:
     return predict(describe(made), rates, cached=1.0 if cache == "warm" else 0.0)
 
 
-def _measure(size: str, jobs: Sequence[Job], cache: Cache, bench: Bench) -> Measured:
+def _measure(size: str, jobs: Sequence[MergeCase], cache: Cache, bench: Bench) -> Measured:
     shape = SHAPES[size]
     kinds = list(dict.fromkeys(kind for kind, _ in jobs))
     folder = bench.models(shape, kinds)
@@ -171,7 +172,7 @@ def cases() -> list[Case]:
     """Cases of the groups `merge` and `memory`."""
     found = []
     for size in SIZES:
-        variants: dict[str, list[Job]] = {f"{k}-{s}": [(k, s)] for k in KINDS for s in SCOPES}
+        variants: dict[str, list[MergeCase]] = {f"{k}-{s}": [(k, s)] for k in KINDS for s in SCOPES}
         variants["scopes"] = [("checkpoint", "tensor"), ("checkpoint", "model")]
         variants["sources"] = [("checkpoint", "tensor"), ("delta", "tensor"), ("lora", "tensor")]
         for variant, jobs in variants.items():

@@ -15,15 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import UsageError
 from safepatch_core.files.header import make_header
+from safepatch_core.spec import Kind
 
-Kind = Literal["checkpoint", "delta", "lora"]
 PATCHES = ("safety", "over-safety")
 TOP = {"safety": 0.03, "over-safety": 0.02}
 RETAIN = 0.3
@@ -37,7 +36,7 @@ Bits = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A decoder's dimensions; `experts` > 0 makes its feed-forward layers a mixture (Mixtral's names)."""
 
     name: str
@@ -114,22 +113,22 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", 64, 2, 4, 2, 176, 320),
-        Shape("0.1B", 768, 12, 12, 4, 2048, 16384),
-        Shape("SmolLM2-135M", 576, 30, 9, 3, 1536, 49152, tied=True),
-        Shape("0.3B", 1024, 20, 16, 4, 3072, 24576),
-        Shape("1.1B", 2048, 22, 32, 4, 5632, 32000),
-        Shape("3B", 3072, 28, 24, 8, 8192, 32000),
-        Shape("6B", 4096, 32, 32, 4, 11008, 64000),
-        Shape("Llama-3-8B", 4096, 32, 32, 8, 14336, 128256),
-        Shape("Mixtral-8x7B", 4096, 32, 32, 8, 14336, 32000, experts=8),
-        Shape("Llama-3-70B", 8192, 80, 64, 8, 28672, 128256),
-        Shape("Llama-3.1-405B", 16384, 126, 128, 8, 53248, 128256),
+        ModelShape("tiny", 64, 2, 4, 2, 176, 320),
+        ModelShape("0.1B", 768, 12, 12, 4, 2048, 16384),
+        ModelShape("SmolLM2-135M", 576, 30, 9, 3, 1536, 49152, tied=True),
+        ModelShape("0.3B", 1024, 20, 16, 4, 3072, 24576),
+        ModelShape("1.1B", 2048, 22, 32, 4, 5632, 32000),
+        ModelShape("3B", 3072, 28, 24, 8, 8192, 32000),
+        ModelShape("6B", 4096, 32, 32, 4, 11008, 64000),
+        ModelShape("Llama-3-8B", 4096, 32, 32, 8, 14336, 128256),
+        ModelShape("Mixtral-8x7B", 4096, 32, 32, 8, 14336, 32000, experts=8),
+        ModelShape("Llama-3-70B", 8192, 80, 64, 8, 28672, 128256),
+        ModelShape("Llama-3.1-405B", 16384, 126, 128, 8, 53248, 128256),
     )
 }
 
 
-def shape_named(name: str) -> Shape:
+def shape_named(name: str) -> ModelShape:
     """The shape called `name`, in any case. Raises UsageError."""
     for shape in SHAPES.values():
         if shape.name.lower() == name.lower():
@@ -232,7 +231,7 @@ def _write_file(
 
 def write_checkpoint(
     folder: Path,
-    shape: Shape,
+    shape: ModelShape,
     part: str = "base",
     *,
     seed: int = 0,
@@ -269,7 +268,7 @@ def write_checkpoint(
     return folder
 
 
-def write_adapter(folder: Path, shape: Shape, part: str, *, rank: int = RANK, seed: int = 0) -> Path:
+def write_adapter(folder: Path, shape: ModelShape, part: str, *, rank: int = RANK, seed: int = 0) -> Path:
     """A PEFT LoRA adapter of every linear layer of `shape`, in bfloat16; `part` is the patch's name."""
     folder.mkdir(parents=True)
     linear = [(name, dims) for name, dims in shape.tensors() if is_target(name, dims)]
@@ -295,7 +294,7 @@ def write_adapter(folder: Path, shape: Shape, part: str, *, rank: int = RANK, se
 
 
 def write_patch(
-    folder: Path, shape: Shape, name: str, kind: Kind, *, seed: int = 0, sparse: int | None = None
+    folder: Path, shape: ModelShape, name: str, kind: Kind, *, seed: int = 0, sparse: int | None = None
 ) -> Path:
     """One patch of `shape` as a source of the given kind."""
     if kind == "lora":
@@ -323,7 +322,12 @@ def source_name(patch: str, kind: Kind) -> str:
 
 
 def write_set(
-    folder: Path, shape: Shape, kinds: Sequence[Kind] = ("checkpoint",), *, seed: int = 0, sparse: int | None = None
+    folder: Path,
+    shape: ModelShape,
+    kinds: Sequence[Kind] = ("checkpoint",),
+    *,
+    seed: int = 0,
+    sparse: int | None = None,
 ) -> Path:
     """`base`, both patches in each of `kinds`, and a recipe per kind and scope: recipe-KIND-SCOPE.yaml."""
     write_checkpoint(folder / "base", shape, seed=seed, sparse=sparse)

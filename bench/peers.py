@@ -13,11 +13,12 @@ from typing import Any
 
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.spec import Kind
 
 from . import models
 from .measure import Failed, Red, Skipped, alternate, prepared, remove, run
 from .merges import SIZES, equals_reference, inputs, merge_subject, output_bytes
-from .models import SHAPES, Kind
+from .models import SHAPES
 from .registry import Bench, Case, Measured
 
 HERE = Path(__file__).resolve().parent

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import SafepatchError, UsageError
+from safepatch_core.spec import Kind
 
 from . import models
 from .measure import Failed, Red, Series, Skipped, remove
-from .models import Kind, Shape
+from .models import ModelShape
 
 MODULES = ("kernels", "merges", "floor", "peers", "derive", "shape", "tracing")
 
@@ -65,7 +66,9 @@ class Bench:
     device: str | None = None  # of the triton engine
     vram_limit: str | None = None
 
-    def models(self, shape: Shape, kinds: Sequence[Kind] = ("checkpoint",), *, sparse: int | None = None) -> Path:
+    def models(
+        self, shape: ModelShape, kinds: Sequence[Kind] = ("checkpoint",), *, sparse: int | None = None
+    ) -> Path:
         """A set of models of `shape` in the working directory, made once; what other cases left makes room for it.
 
         Raises Skipped where it and one output don't fit.

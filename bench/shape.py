@@ -18,7 +18,7 @@ from safepatch_core.settings import parse_size
 from . import models
 from .measure import Red, alternate, remove, run, safepatch
 from .merges import SPARSE, equals_reference, merge_subject
-from .models import SHAPES, Shape, is_target
+from .models import SHAPES, ModelShape, is_target
 from .registry import Bench, Case, Measured
 
 NAMES = ("SmolLM2-135M", "6B", "Llama-3-8B", "Mixtral-8x7B", "Llama-3-70B", "Llama-3.1-405B")
@@ -27,7 +27,7 @@ SAMPLE_ENTRIES = 200_000_000  # at most so many, in all, are recomputed by the r
 PIECE = 16 << 20
 
 
-def sample(shape: Shape) -> list[str]:
+def sample(shape: ModelShape) -> list[str]:
     """Tensors to recompute with the reference engine: one of each kind of target, from different layers, the
     smallest first as long as they are not too many entries."""
     kinds: dict[str, list[str]] = {}

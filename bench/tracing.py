@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from safepatch_core.merging.api import merge
+from safepatch_core.spec import Kind
 
 from . import models
 from .measure import Cache, alternate, prepared, remove
 from .merges import CACHES, SIZES, equals_reference, inputs, output_bytes
-from .models import SHAPES, Kind
+from .models import SHAPES
 from .registry import Bench, Case, Measured
 
 JOBS: tuple[tuple[Kind, str], ...] = (("checkpoint", "tensor"), ("checkpoint", "model"), ("lora", "tensor"))

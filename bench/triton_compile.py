@@ -25,7 +25,7 @@ from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, COPIES, HISTOGRAMS, INTERPRETED, VECTOR, Launch, options
 from safepatch_core.kernels.score import COUNTS, ENDING, FIELDS, Form, Piece, Plan, score_keys
-from safepatch_core.kernels.select import WINDOW_FIELDS, fold, histogram, ties
+from safepatch_core.kernels.select import WINDOW_FIELDS, count_equal, fold, histogram
 from safepatch_core.spec import COMBINE
 
 TARGETS = {
@@ -218,7 +218,7 @@ def launches() -> dict[str, Launch]:
     found["score, two patches"] = score_keys(piece, long)
     found["score, two patches, LoRA"] = score_keys(make_piece(plans()["two patches, LoRA"]), long)
     found["histogram, two patches"] = histogram(piece, window, (0, 1), counts)
-    found["ties, two patches"] = ties(piece, torch.empty(2, 1, dtype=torch.int32))
+    found["count_equal, two patches"] = count_equal(piece, torch.empty(2, 1, dtype=torch.int32))
     found["faults, two patches"] = faults(piece)
     found["fold"] = fold(counts, torch.empty(2 << 16, dtype=torch.int64))
     total, half = torch.empty(BLOCK), torch.empty(BLOCK, dtype=torch.bfloat16)

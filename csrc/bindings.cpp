@@ -43,7 +43,7 @@ sp_lora lora(const Lora& given, int64_t cols) {
 sp_patch patch(const std::optional<Patch>& given, int64_t cols) {
     sp_patch p{};
     if (!given) return p;
-    const auto& [kind, importance, weight, values, scores, key, keep, scale] = *given;
+    const auto& [kind, importance, weight, values, scores, random_key, keep, scale] = *given;
     p.present = 1;
     p.kind = kind;
     p.importance = importance;
@@ -51,7 +51,7 @@ sp_patch patch(const std::optional<Patch>& given, int64_t cols) {
     if (const auto* entries = std::get_if<Bits>(&values)) p.values = bits(*entries);
     if (const auto* factors = std::get_if<Lora>(&values)) p.lora = lora(*factors, cols);
     if (scores) p.scores = bits(*scores);
-    p.key = key;
+    p.random_key = random_key;
     p.keep = keep;
     p.scale = scale;
     return p;
@@ -154,11 +154,11 @@ class Engine {
         return report(found);
     }
 
-    std::vector<int64_t> ties(const Given& given, const std::vector<uint32_t>& keys) {
+    std::vector<int64_t> count_equal(const Given& given, const std::vector<uint32_t>& keys) {
         const Block block(given);
         same_length(block, keys.size());
         std::vector<int64_t> counts(keys.size());
-        released([&] { return sp_ties(engine_.get(), &block.block, keys.data(), counts.data()); });
+        released([&] { return sp_count_equal(engine_.get(), &block.block, keys.data(), counts.data()); });
         return counts;
     }
 
@@ -274,7 +274,7 @@ PYBIND11_MODULE(_engine, m) {
         .def_property_readonly("threads", &Engine::threads)
         .def("scratch", &Engine::scratch, py::arg("entries"), py::arg("patches"))
         .def("histogram", &Engine::histogram, py::arg("block"), py::arg("windows"))
-        .def("ties", &Engine::ties, py::arg("block"), py::arg("keys"))
+        .def("count_equal", &Engine::count_equal, py::arg("block"), py::arg("keys"))
         .def("apply", &Engine::apply, py::arg("block"), py::arg("cuts"), py::arg("out"))
         .def("merge", &Engine::merge, py::arg("block"), py::arg("quotas"), py::arg("out"));
 }

@@ -144,12 +144,12 @@ sp_status sp_histogram(sp_engine* engine, const sp_block* block, const sp_window
     });
 }
 
-sp_status sp_ties(sp_engine* engine, const sp_block* block, const uint32_t* keys, int64_t* counts) {
+sp_status sp_count_equal(sp_engine* engine, const sp_block* block, const uint32_t* keys, int64_t* counts) {
     return guarded([&] {
         need(engine != nullptr, "null engine");
         const OwnBlock own(block);
         need(own.patch_count == 0 || (keys != nullptr && counts != nullptr), "null array");
-        engine->engine.ties(own, keys, counts);
+        engine->engine.count_equal(own, keys, counts);
     });
 }
 

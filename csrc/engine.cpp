@@ -11,7 +11,7 @@ namespace {
 
 Random random_of(const sp_patch& patch) {
     Random random{};
-    auto k0 = static_cast<uint32_t>(patch.key), k1 = static_cast<uint32_t>(patch.key >> 32);
+    auto k0 = static_cast<uint32_t>(patch.random_key), k1 = static_cast<uint32_t>(patch.random_key >> 32);
     for (auto& round : random.rounds) {
         round[0] = k0;
         round[1] = k1;
@@ -32,7 +32,7 @@ bool from_lists(const Pass& pass) {
            std::all_of(tasks.begin(), tasks.end(), [](const Task& task) {
                if (task.patch == nullptr) return true;
                const bool delta_at_hand = task.patch->importance == SP_MAGNITUDE || task.patch->kind != SP_LORA;
-               return task.list != nullptr && delta_at_hand && (task.random.all || !task.retain_chosen);
+               return task.list != nullptr && delta_at_hand && (task.random.all || !task.retain_selected);
            });
 }
 
@@ -85,7 +85,7 @@ std::vector<Task> Engine::fresh_tasks(const sp_block& block) const {
         tasks[p].patch = &block.patches[p];
         tasks[p].random = random_of(block.patches[p]);
         tasks[p].retain_eligible = block.order == SP_RETAIN_FIRST;
-        tasks[p].retain_chosen = block.order == SP_SELECT_FIRST;
+        tasks[p].retain_selected = block.order == SP_SELECT_FIRST;
     }
     return tasks;
 }
@@ -210,7 +210,7 @@ void Engine::histogram(const sp_block& block, const sp_window* windows, size_t c
     report_all(report, block.patch_count);
 }
 
-void Engine::ties(const sp_block& block, const uint32_t* keys, int64_t* counts) {
+void Engine::count_equal(const sp_block& block, const uint32_t* keys, int64_t* counts) {
     const std::lock_guard lock(turn_);
     std::vector<Task> tasks = fresh_tasks(block);
     for (size_t p = 0; p < tasks.size(); ++p) {

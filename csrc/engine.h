@@ -75,7 +75,7 @@ class Engine {
     size_t scratch(int64_t entries, size_t patches) const;
 
     void histogram(const sp_block& block, const sp_window* windows, size_t count, sp_report& report);
-    void ties(const sp_block& block, const uint32_t* keys, int64_t* counts);
+    void count_equal(const sp_block& block, const uint32_t* keys, int64_t* counts);
     void apply(const sp_block& block, const sp_cut* cuts, void* out, sp_report& report);
     void merge(const sp_block& block, const int64_t* quotas, void* out, sp_cut* cuts, sp_report& report);
 

@@ -261,7 +261,7 @@ void Engine::narrow(const sp_block& block, std::deque<Search>& searches) {
     }
 }
 
-// Find the last entry that is taken among those whose key is the cut's.
+// Find the last entry that is selected among those whose key is the cut's.
 void Engine::place_cuts(const sp_block& block, std::deque<Search>& searches) {
     const Chunks chunks(block);
     std::vector<Task> tasks(block.patch_count);

@@ -71,7 +71,7 @@ struct Task {
     const sp_patch* patch = nullptr;  // null: nothing is eligible
     Random random{};
     bool retain_eligible = false;  // only retained entries are eligible
-    bool retain_chosen = false;    // only retained entries of T are chosen
+    bool retain_selected = false;  // only retained entries of T are selected
 
     const uint64_t* stored = nullptr;  // eligible bits that an earlier pass saved
     // Or the list of them that it made: keys and places within their chunks, in order, and where each chunk's
@@ -128,7 +128,7 @@ struct alignas(64) Lane {
     float delta[kTile];
     uint32_t key[kTile];
     uint64_t eligible[kWords];
-    uint64_t chosen[kWords];
+    uint64_t selected[kWords];
     uint64_t acts[kWords];
     const float* d;  // where the deltas are: `delta`, or the input itself
     const void* k;   // where the keys are, sign bits to be ignored: `key`, or the deltas
@@ -139,13 +139,13 @@ struct alignas(64) Lane {
 // One thread's working memory.
 struct alignas(64) Workspace {
     float base[kTile];
-    float factor[kTile];
+    float weight[kTile];
     uint32_t index[kTile + kSlack];
     // Inputs and output of a tile that isn't a multiple of 64 entries, padded with zeros.
     uint32_t base_bits[kTile];
     uint32_t bits[kTile];
     uint32_t out_bits[kTile];
-    uint8_t holders[kChunk];  // how many patches have chosen an entry: 0, 1, or 2 for several
+    uint8_t holders[kChunk];  // how many patches select an entry: 0, 1, or 2 for several
     std::vector<Lane> lanes;
     std::vector<float*> lora;  // per patch, kChunk + kSlack deltas; null unless the patch is a LoRA
 };

@@ -363,15 +363,15 @@ static void count(const uint32_t* keys, int64_t n, Workspace& space, Window& win
 }
 
 // The places of the set bits, `first` being that of bit 0. Writes up to 16 places beyond the last. Eight bits
-// a word are taken without asking how many there are: a branch per bit would be mispredicted.
+// a word are written without asking how many there are: a branch per bit would be mispredicted.
 static int64_t places_of(const Bits* marks, int words, int first, uint16_t* places) {
     uint16_t* next = places;
     for (int w = 0; w < words; ++w) {
         Bits left = marks[w];
         const int n = count_bits(left);
         const int word = first + 64 * w;
-        for (int taken = 0; taken < n || taken == 0; taken += 8) {
-            for (int i = taken; i < taken + 8; ++i) {
+        for (int done = 0; done < n || done == 0; done += 8) {
+            for (int i = done; i < done + 8; ++i) {
                 next[i] = static_cast<uint16_t>(word + lowest_bit(left));
                 left &= left - 1;
             }
@@ -391,20 +391,20 @@ static void list_marked(const void* keys, const Bits* marks, int words, int64_t 
 }
 
 // T: eligible keys above the cut, and those at the cut whose index lies before `cut.before`.
-static void choose(Lane& lane, const sp_cut& cut, int64_t index, int words) {
+static void cut_tile(Lane& lane, const sp_cut& cut, int64_t index, int words) {
     uint32_t limit = cut.key < kMagnitude ? cut.key : kMagnitude;
     const int64_t ties = cut.before - index;       // how many of the tile's entries come before
     if (ties >= 64 * words && limit > 0) --limit;  // all: then a tie is as good as a greater key
-    mark_above(lane.k, limit, lane.chosen, words);
+    mark_above(lane.k, limit, lane.selected, words);
     if (ties > 0 && ties < 64 * words) {
         Bits equals[kWords];
         mark_equal(lane.k, limit, equals, words);
         for (int w = 0; w < words; ++w) {
             const int64_t left = ties - 64 * w;
-            lane.chosen[w] |= left >= 64 ? equals[w] : left > 0 ? equals[w] & ((Bits{1} << left) - 1) : 0;
+            lane.selected[w] |= left >= 64 ? equals[w] : left > 0 ? equals[w] & ((Bits{1} << left) - 1) : 0;
         }
     }
-    for (int w = 0; w < words; ++w) lane.chosen[w] &= lane.eligible[w];
+    for (int w = 0; w < words; ++w) lane.selected[w] &= lane.eligible[w];
 }
 
 // ---- writing ----
@@ -422,25 +422,25 @@ SP_OP F joined(const std::vector<Lane>& lanes, int w, int i, F base) {
     return kJoin == SP_SUM ? sum : add(base, div(sum, members));
 }
 
-// Round and write the acting entries; the others keep their bits. `kept` counts, lane by lane, the bits that are
+// Round and write the acting entries; the others keep their bits. `same` counts, lane by lane, the bits that are
 // written as they were: a mask of those that change would cost twice as much.
 template <int D>
 static void write_vector(const void* base_bits, int j, F base, F sum, uint32_t acting, void* out, uint32_t& overflow,
-                         U& kept) {
+                         U& same) {
     const U old = raw<D>(base_bits, j);
     const U fresh = rounded<D>(sum);
     const uint32_t finite = bits(less(magnitude(base), set_u(kInfinity)));
     const uint32_t fits = bits(less(and_u(fresh, set_u(magnitude_bits<D>())), set_u(infinity<D>())));
     const U written = select(mask(acting & finite & fits), fresh, old);
     overflow = acting & finite & ~fits;
-    kept = count_up(kept, equal(written, old));
+    same = count_up(same, equal(written, old));
     store_raw<D>(out, j, written);
 }
 
 // How many of the entries of so many words have changed.
-SP_OP int64_t changed(U kept, int words) {
+SP_OP int64_t changed(U same, int words) {
     uint32_t lanes[SP_LANES];
-    store_u(lanes, kept);
+    store_u(lanes, same);
     int64_t n = 64 * words;
     for (const uint32_t lane : lanes) n -= lane;
     return n;
@@ -449,7 +449,7 @@ SP_OP int64_t changed(U kept, int words) {
 template <int D, int kJoin>
 static void write_joined(const std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out,
                          int64_t index, int words, Written& written) {
-    U kept = set_u(0);
+    U same = set_u(0);
     for (int w = 0; w < words; ++w) {
         Bits acting = 0, over = 0;
         for (const Lane& lane : lanes) acting |= lane.acts[w];
@@ -457,13 +457,13 @@ static void write_joined(const std::vector<Lane>& lanes, const float* base, cons
             const F old = load_f(base + 64 * w + i);
             uint32_t failed = 0;
             write_vector<D>(base_bits, 64 * w + i, old, joined<kJoin>(lanes, w, i, old),
-                            static_cast<uint32_t>(acting >> i), out, failed, kept);
+                            static_cast<uint32_t>(acting >> i), out, failed, same);
             over |= static_cast<Bits>(failed) << i;
         }
         note(written.overflow, over, index + 64 * w);
         written.acted += count_bits(acting);
     }
-    written.changed += changed(kept, words);
+    written.changed += changed(same, words);
 }
 
 template <int D>
@@ -476,14 +476,14 @@ static void write(int32_t join, const std::vector<Lane>& lanes, const float* bas
     }
 }
 
-// Who acts on a word of 64 entries that several patches may have chosen: one that is alone.
+// Who acts on a word of 64 entries that several patches may have selected: one that is alone.
 static void let_alone(std::vector<Lane>& lanes, int w) {
     Bits one = 0, several = 0;
     for (const Lane& lane : lanes) {
-        several |= one & lane.chosen[w];
-        one |= lane.chosen[w];
+        several |= one & lane.selected[w];
+        one |= lane.selected[w];
     }
-    for (Lane& lane : lanes) lane.acts[w] = lane.chosen[w] & ~several;
+    for (Lane& lane : lanes) lane.acts[w] = lane.selected[w] & ~several;
 }
 
 // Or those whose steps have the sign of the sum of all. Steps that are infinite both ways have no sum and elect no
@@ -495,7 +495,7 @@ static void elect(std::vector<Lane>& lanes, int w) {
         const auto step = [w, i](const Lane& lane) { return mul(set_f(lane.scale), load_f(lane.d + 64 * w + i)); };
         F total = zero;
         for (const Lane& lane : lanes) {
-            total = select(mask(static_cast<uint32_t>(lane.chosen[w] >> i)), add(total, step(lane)), total);
+            total = select(mask(static_cast<uint32_t>(lane.selected[w] >> i)), add(total, step(lane)), total);
         }
         const M up = less(zero, total), down = less(total, zero), lost = less(set_u(kInfinity), magnitude(total));
         for (Lane& lane : lanes) {
@@ -503,7 +503,7 @@ static void elect(std::vector<Lane>& lanes, int w) {
             lane.acts[w] |= static_cast<Bits>(bits(agrees)) << i;
         }
     }
-    for (Lane& lane : lanes) lane.acts[w] &= lane.chosen[w];
+    for (Lane& lane : lanes) lane.acts[w] &= lane.selected[w];
 }
 
 static void settle(std::vector<Lane>& lanes, int32_t acts, int words) {
@@ -511,7 +511,7 @@ static void settle(std::vector<Lane>& lanes, int32_t acts, int words) {
         if (acts == SP_ALONE) let_alone(lanes, w);
         if (acts == SP_ELECTED) elect(lanes, w);
         if (acts != SP_ALL) continue;
-        for (Lane& lane : lanes) lane.acts[w] = lane.chosen[w];
+        for (Lane& lane : lanes) lane.acts[w] = lane.selected[w];
     }
 }
 
@@ -567,19 +567,19 @@ static void find_deltas(const sp_patch& patch, const Tile& tile, const float* ba
 }
 
 // x of |x * gradient|.
-static const float* find_factor(const sp_patch& patch, const Tile& tile, const float* base, const Lane& lane,
+static const float* find_weight(const sp_patch& patch, const Tile& tile, const float* base, const Lane& lane,
                                 Workspace& space) {
     if (patch.weight == SP_WEIGHT_BASE) return base;
     if (patch.weight == SP_WEIGHT_DELTA) return lane.d;
     if (patch.kind == SP_CHECKPOINT) {
         const void* p = padded(patch.values, tile, space.bits);
-        SP_BY_DTYPE(patch.values.dtype, widen, p, space.factor, tile.words);
+        SP_BY_DTYPE(patch.values.dtype, widen, p, space.weight, tile.words);
     } else {
         for (int i = 0; i < 64 * tile.words; i += SP_LANES) {
-            store_f(space.factor + i, add(load_f(base + i), load_f(lane.d + i)));
+            store_f(space.weight + i, add(load_f(base + i), load_f(lane.d + i)));
         }
     }
-    return space.factor;
+    return space.weight;
 }
 
 // Find lane.d, lane.k and the marks; report faults unless `sink` is null.
@@ -601,7 +601,7 @@ static void score(const sp_patch& patch, const Tile& tile, const float* base, co
         odd = score_magnitudes(lane.d, floor, marks, tile.words);
     } else {
         find_deltas(patch, tile, base, lora, space, lane);
-        const float* x = patch.importance == SP_GRADIENTS ? find_factor(patch, tile, base, lane, space) : nullptr;
+        const float* x = patch.importance == SP_GRADIENTS ? find_weight(patch, tile, base, lane, space) : nullptr;
         const int32_t dtype = patch.scores.dtype;
         const void* p = padded(patch.scores, tile, space.bits);
         lane.k = lane.key;
@@ -716,17 +716,17 @@ static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, 
             }
             if (pass.out == nullptr) continue;
             if (tasks[p].patch == nullptr) {
-                for (int w = 0; w < tile.words; ++w) lane.chosen[w] = 0;
+                for (int w = 0; w < tile.words; ++w) lane.selected[w] = 0;
                 lane.d = base;  // anything readable
                 lane.scale = 0;
                 continue;
             }
             lane.scale = tasks[p].patch->scale;
-            choose(lane, tasks[p].cut, tile.index, tile.words);
-            if (tasks[p].retain_chosen && !tasks[p].random.all) {
-                retain(tasks[p].random, tile.index, lane.chosen, lane.chosen, tile.words);
+            cut_tile(lane, tasks[p].cut, tile.index, tile.words);
+            if (tasks[p].retain_selected && !tasks[p].random.all) {
+                retain(tasks[p].random, tile.index, lane.selected, lane.selected, tile.words);
             }
-            sinks[p].selected += count_marks(lane.chosen, tile.words);
+            sinks[p].selected += count_marks(lane.selected, tile.words);
         }
         if (pass.out == nullptr) continue;
 
@@ -753,8 +753,8 @@ static void put(const void* from, const uint16_t* places, int64_t n, void* to) {
         __builtin_memcpy(at(to, places[i] * sizeof(T)), at(from, i * sizeof(T)), sizeof(T));
 }
 
-// The chosen ones of a chunk's list, as places (and keys) in the sink's own.
-static void choose_listed(const Task& task, const Range& range, int64_t index, Sink& sink) {
+// The selected ones of a chunk's list, as places (and keys) in the sink's own.
+static void cut_list(const Task& task, const Range& range, int64_t index, Sink& sink) {
     const Span span = task.spans[range.slot];
     const uint32_t* keys = task.list + span.begin;
     const uint16_t* places = task.places + span.begin;
@@ -766,15 +766,15 @@ static void choose_listed(const Task& task, const Range& range, int64_t index, S
     for (int64_t done = 0; done < span.n; done += kTile) {
         const int n = span.n - done < kTile ? static_cast<int>(span.n - done) : kTile;
         const int words = (n + 63) / 64;
-        Bits chosen[kWords];
-        mark_above(keys + done, limit, chosen, words);
+        Bits selected[kWords];
+        mark_above(keys + done, limit, selected, words);
         for (int i = 0; straddles && i < n; ++i) {
             if ((keys[done + i] & kMagnitude) == limit && places[done + i] < ties)
-                chosen[i / 64] |= Bits{1} << i % 64;
+                selected[i / 64] |= Bits{1} << i % 64;
         }
-        if (n % 64 != 0) chosen[words - 1] &= (Bits{1} << n % 64) - 1;
+        if (n % 64 != 0) selected[words - 1] &= (Bits{1} << n % 64) - 1;
         uint16_t* which = sink.places + sink.listed;
-        const int64_t more = places_of(chosen, words, 0, which);
+        const int64_t more = places_of(selected, words, 0, which);
         for (int64_t i = 0; i < more; ++i) {
             sink.list[sink.listed + i] = keys[done + which[i]];
             which[i] = places[done + which[i]];
@@ -783,7 +783,7 @@ static void choose_listed(const Task& task, const Range& range, int64_t index, S
     }
 }
 
-// Write those of a patch's chosen entries that no other patch has, a tile of them at a time. `out` is the
+// Write those of a patch's selected entries that no other patch has, a tile of them at a time. `out` is the
 // chunk's and holds the base's bits.
 template <int D>
 static void write_listed(const sp_patch& patch, const Range& range, int64_t index, void* out, Workspace& space,
@@ -809,7 +809,7 @@ static void write_listed(const sp_patch& patch, const Range& range, int64_t inde
             }
             d = lane.delta;
         }
-        U kept = set_u(0);
+        U same = set_u(0);
         for (int w = 0; w < words; ++w) {
             Bits acts = 0, over = 0;
             for (int i = 0; i < 64 && 64 * w + i < n; ++i) {
@@ -820,14 +820,14 @@ static void write_listed(const sp_patch& patch, const Range& range, int64_t inde
                 const F old = load_f(space.base + j);
                 uint32_t failed = 0;
                 write_vector<D>(space.base_bits, j, old, add(old, mul(scale, load_f(at(d, 4 * j)))),
-                                static_cast<uint32_t>(acts >> i), space.out_bits, failed, kept);
+                                static_cast<uint32_t>(acts >> i), space.out_bits, failed, same);
                 over |= static_cast<Bits>(failed) << i;
             }
             sink.applied += count_bits(acts);
             written.acted += count_bits(acts);
             for (; over != 0; over &= over - 1) written.overflow.add(1, index + places[64 * w + lowest_bit(over)]);
         }
-        written.changed += changed(kept, words);
+        written.changed += changed(same, words);
         put<Raw>(space.out_bits, places, n, out);
     }
 }
@@ -843,7 +843,7 @@ static void patch_up(const Pass& pass, Workspace& space, Range range, Sink* sink
     for (size_t p = 0; p < tasks.size(); ++p) {
         Sink& sink = sinks[p];
         if (tasks[p].patch == nullptr) continue;
-        choose_listed(tasks[p], range, index, sink);
+        cut_list(tasks[p], range, index, sink);
         for (int64_t i = 0; i < sink.listed; ++i) {
             uint8_t& holders = space.holders[sink.places[i]];
             holders = static_cast<uint8_t>(holders + (holders < 2));

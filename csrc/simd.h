@@ -49,10 +49,10 @@ SP_OP uint32_t bits(M m) {
 }
 SP_OP M mask(uint32_t b) { return _cvtu32_mask16(b); }
 
-// Move the chosen lanes to the front; `p` may be written as far as a whole vector.
-SP_OP uint32_t compress(void* p, U a, uint32_t chosen) {
-    _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(mask(chosen), a));
-    return static_cast<uint32_t>(_mm_popcnt_u32(chosen));
+// Move the marked lanes to the front; `p` may be written as far as a whole vector.
+SP_OP uint32_t compress(void* p, U a, uint32_t marked) {
+    _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(mask(marked), a));
+    return static_cast<uint32_t>(_mm_popcnt_u32(marked));
 }
 
 SP_OP F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(mask((1U << n) - 1), p); }
@@ -133,15 +133,15 @@ SP_OP M mask(uint32_t b) {
     return {_mm256_cmpeq_epi32(_mm256_and_si256(set_u(b), lane), lane)};
 }
 
-// Lane numbers of the set bits of `chosen`, packed to the front, a byte each.
-SP_OP uint64_t chosen_lanes(uint32_t chosen) {
-    const uint64_t bytes = _pdep_u64(chosen, 0x0101010101010101) * 0xff;
+// Lane numbers of the set bits of `marked`, packed to the front, a byte each.
+SP_OP uint64_t marked_lanes(uint32_t marked) {
+    const uint64_t bytes = _pdep_u64(marked, 0x0101010101010101) * 0xff;
     return _pext_u64(0x0706050403020100, bytes);
 }
-SP_OP uint32_t compress(void* p, U a, uint32_t chosen) {
-    const U from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(chosen_lanes(chosen))));
+SP_OP uint32_t compress(void* p, U a, uint32_t marked) {
+    const U from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(marked_lanes(marked))));
     store_u(p, _mm256_permutevar8x32_epi32(a, from));
-    return static_cast<uint32_t>(_mm_popcnt_u32(chosen));
+    return static_cast<uint32_t>(_mm_popcnt_u32(marked));
 }
 
 SP_OP F load_part(const float* p, int n) { return _mm256_maskload_ps(p, mask((1U << n) - 1).lanes); }
@@ -228,9 +228,9 @@ SP_OP U count_up(U counts, M where) { return {counts.lane + (where ? 1 : 0)}; }
 SP_OP uint32_t bits(M m) { return m; }
 SP_OP M mask(uint32_t b) { return (b & 1) != 0; }
 
-SP_OP uint32_t compress(void* p, U a, uint32_t chosen) {
+SP_OP uint32_t compress(void* p, U a, uint32_t marked) {
     store_u(p, a);
-    return chosen;
+    return marked;
 }
 
 SP_OP F load_part(const float* p, int) { return *p; }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 # Columns of the patch table (int64): what differs between patches, tensors and passes without changing the code.
-KEY, KEEP, SCALE, CUT, BEFORE, FACTOR, RANK = (tl.constexpr(i) for i in range(7))
+RANDOM_KEY, KEEP, SCALE, CUT, BEFORE, LORA_SCALE, RANK = (tl.constexpr(i) for i in range(7))
 FIELDS = tl.constexpr(7)
 # Columns of a tally row, for each patch: counts of entries (those of apply side by side), then EVERY - first index of
 # each kind of fault.
@@ -100,8 +100,8 @@ def uniform(key, origin, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, rank, factor, origin, cols, end, BLOCK: tl.constexpr):
-    """factor * (b @ a) of the entries [origin, origin + BLOCK) below `end`, summed in order of rank from 0."""
+def product(a, b, rank, scale, origin, cols, end, BLOCK: tl.constexpr):
+    """scale * (b @ a) of the entries [origin, origin + BLOCK) below `end`, summed in order of rank from 0."""
     above = origin // cols
     offset = (origin - above * cols).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
     # Entries from `end` on have no row of their own; a mask would cost the loads their width.
@@ -110,15 +110,15 @@ def product(a, b, rank, factor, origin, cols, end, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     for r in range(rank):
         total = total + tl.load(b + row * rank + r) * tl.load(a + r * cols + col)
-    return factor * total
+    return scale * total
 
 
 @triton.jit
 def delta(w, values, row, start, origin, cols, end, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
     """d of one patch and the patched value x = w + d; `row` is its row of the table."""
     if plan.patches[p].kind == "lora":
-        factor = tl.load(row + FACTOR).to(tl.uint32).to(tl.float32, bitcast=True)
-        d = product(values[0], values[1], tl.load(row + RANK), factor, origin, cols, end, BLOCK)
+        scale = tl.load(row + LORA_SCALE).to(tl.uint32).to(tl.float32, bitcast=True)
+        d = product(values[0], values[1], tl.load(row + RANK), scale, origin, cols, end, BLOCK)
         return d, w + d
     else:
         v = to_float(tl.load(values + start + tl.arange(0, BLOCK)), tl.constexpr(plan.patches[p].values))
@@ -159,7 +159,7 @@ def score(w, values, scores, row, start, origin, cols, end, plan: tl.constexpr, 
 def retained(row, origin, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
     """Which entries survive random retention."""
     if plan.patches[p].retain:
-        return uniform(tl.load(row + KEY), origin, BLOCK) < tl.load(row + KEEP).to(tl.uint32)
+        return uniform(tl.load(row + RANDOM_KEY), origin, BLOCK) < tl.load(row + KEEP).to(tl.uint32)
     else:
         return tl.full([BLOCK], True, tl.int1)
 

@@ -93,7 +93,7 @@ def fold(counts: torch.Tensor, total: torch.Tensor) -> Launch:
 
 
 @triton.jit(do_not_specialize=["head", "size"])
-def ties_kernel(
+def count_equal_kernel(
     base, values, scores, table,
     first: tl.int64, head: tl.int32, size: tl.int32, cols: tl.int64,
     counts, stride: tl.int64,
@@ -112,10 +112,10 @@ def ties_kernel(
         tl.store(counts + p * stride + tl.program_id(0), tl.sum(members(equal)))
 
 
-def ties(piece: Piece, counts: torch.Tensor) -> Launch:
+def count_equal(piece: Piece, counts: torch.Tensor) -> Launch:
     """Count each patch's eligible entries whose key is its CUT, per segment of BLOCK entries.
 
     counts: int32 [patches, segments], written from its first column on; a view of a wider array will do.
     """
     args = (*piece.arguments, counts, counts.stride(0), piece.plan, BLOCK)
-    return Launch(ties_kernel, piece.programs, args)
+    return Launch(count_equal_kernel, piece.programs, args)

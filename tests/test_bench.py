@@ -21,6 +21,7 @@ from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.merging import rates
 from safepatch_core.merging.api import describe, plan
+from safepatch_core.spec import Kind
 
 TINY = models.SHAPES["tiny"]
 
@@ -154,8 +155,8 @@ def test_the_gate_of_the_passes_sees_a_wrong_engine(
             last.eligible[np.argmax(last.key * last.eligible)] = False
             return w, scored, found
 
-        def ties(self, block: Any, keys: Any) -> list[int]:
-            return [count + 1 for count in super().ties(block, keys)]
+        def count_equal(self, block: Any, keys: Any) -> list[int]:
+            return [count + 1 for count in super().count_equal(block, keys)]
 
     monkeypatch.setattr(kernels, "open_engine", lambda name, threads: Wrong())
     with pytest.raises(Red, match=f"disagree on {pass_}"):
@@ -211,7 +212,7 @@ def test_patches_look_like_fine_tuning(tmp_path: Path) -> None:
 
 
 def test_a_sparse_model_has_holes_and_values_in_every_tensor(tmp_path: Path) -> None:
-    wide = models.Shape("wide", 2048, 1, 8, 2, 4096, 512)
+    wide = models.ModelShape("wide", 2048, 1, 8, 2, 4096, 512)
     folder = models.write_checkpoint(tmp_path / "model", wide, sparse=models.RUN_BYTES)
     stat = (folder / "model.safetensors").stat()
     assert stat.st_size > wide.nbytes
@@ -465,7 +466,7 @@ def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
     folder = bench.models(TINY, ("checkpoint", "lora"))
     known = dict.fromkeys(rates.NAMES, 1e6) | {rates.STARTUP: 1.0, rates.CORES: 2.0, rates.STALLS: 1.0}
 
-    def seconds(kind: models.Kind, scope: str, cached: float, **changed: float) -> float:
+    def seconds(kind: Kind, scope: str, cached: float, **changed: float) -> float:
         made = plan(models.recipe_path(folder, kind, scope), backend="reference")
         return rates.predict(describe(made), known | changed, cached=cached)
 

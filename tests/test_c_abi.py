@@ -59,7 +59,7 @@ int main(void) {
         patches[p].importance = SP_MAGNITUDE;
         patches[p].values.data = values;
         patches[p].values.dtype = SP_F32;
-        patches[p].key = 42u + (unsigned)p;
+        patches[p].random_key = 42u + (unsigned)p;
         patches[p].keep = p == 0 ? UINT64_C(1) << 31 : SP_KEEP_ALL;
         patches[p].scale = 0.5f;
     }
@@ -89,7 +89,7 @@ int main(void) {
     sp_window window = {1, 0, 28, 8, counts};
     keys[0] = cuts[0].key;
     sp_report counted = {found, {0, 0}, 0, 0};
-    if (sp_ties(engine, &block, keys, ties) != SP_OK) return 1;
+    if (sp_count_equal(engine, &block, keys, ties) != SP_OK) return 1;
     if (sp_histogram(engine, &block, &window, 1, &counted) != SP_OK || counted.acted != 0) return 1;
     printf("%lld %lld\n", (long long)ties[0], (long long)(counts[3] + counts[4]));
     for (i = 0; i < N; ++i) {
@@ -101,7 +101,7 @@ int main(void) {
     if (sp_apply(engine, &block, cuts, base, &report) != SP_OK || memcmp(base, out, sizeof out) != 0) return 1;
 
     refuse(sp_merge(engine, &block, NULL, out, cuts, &report), SP_BAD_ARGUMENT);
-    refuse(sp_ties(NULL, &block, keys, ties), SP_BAD_ARGUMENT);
+    refuse(sp_count_equal(NULL, &block, keys, ties), SP_BAD_ARGUMENT);
     window.patch = 3;
     refuse(sp_histogram(engine, &block, &window, 1, &report), SP_BAD_ARGUMENT);
     block.acts = 3;
@@ -209,7 +209,7 @@ def test_a_c_program_gets_the_reference_bits(program: list[str]) -> None:
         f"{c.key} {c.before} {p.eligible} {p.selected} {p.applied}" for c, p in zip(cuts, report.patches, strict=True)
     ]
     assert program[3:6] == expected
-    ties = reference.ties(block, [cuts[0].key, 0, 0])[0]
+    ties = reference.count_equal(block, [cuts[0].key, 0, 0])[0]
     assert program[6] == f"{ties} {report.patches[1].eligible}"
     assert program[7] == "".join(f"{word:08x}" for word in out)
     assert program[8] == f"{report.acted} {report.changed}" and 0 < report.changed <= report.acted

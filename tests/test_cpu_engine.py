@@ -102,7 +102,7 @@ def random_patch(rng: Rng, n: int, start: int, cols: int, style: str) -> PatchDa
         importance=importance,
         scores=scores,
         weight=rng.choice(get_args(Weight)),
-        key=int(rng.integers(0, 1 << 64, dtype=np.uint64)),
+        random_key=int(rng.integers(0, 1 << 64, dtype=np.uint64)),
         keep=int(rng.choice([KEEP_ALL, 0, 1, 1 << 31, (1 << 32) * 3 // 10])),
         scale=float(np.float32(rng.choice([1.0, 0.5, -1.3, 1e38, 0.0]))),
     )
@@ -153,7 +153,7 @@ def assert_same(rng: Rng, block: Block, backend: CpuBackend) -> None:
     np.testing.assert_array_equal(in_place, out)
 
     keys = [min(c.key, 0x7FFF_FFFF) for c in cuts]
-    assert backend.ties(block, keys) == REFERENCE.ties(block, keys)
+    assert backend.count_equal(block, keys) == REFERENCE.count_equal(block, keys)
 
     windows = [
         [Window(0, 20, np.ones(2048, np.int64))]
@@ -470,7 +470,7 @@ def test_wrong_calls_are_refused() -> None:
         longer = np.zeros(65, np.uint16)
         backend.apply(replace(block, base=Bits(longer[1:], "BF16")), [SELECT_ALL] * 2, longer[:-1])
     with pytest.raises(ValueError, match="base: found uint16, expected a contiguous, aligned array of uint32"):
-        backend.ties(replace(block, base=Bits(data, "F32")), [0, 0])
+        backend.count_equal(replace(block, base=Bits(data, "F32")), [0, 0])
     for broken, message in [
         (replace(patch, values=short), "patch values: found shape"),
         (replace(patch, values=Bits(np.zeros(128, np.uint16)[::2], "BF16")), "patch values: found uint16"),
@@ -480,10 +480,10 @@ def test_wrong_calls_are_refused() -> None:
         (replace(patch, values=lora), "found Lora for kind checkpoint"),
     ]:
         with pytest.raises(ValueError, match=message):
-            backend.ties(replace(block, patches=(broken,)), [0])
+            backend.count_equal(replace(block, patches=(broken,)), [0])
     beyond = replace(block, start=80, patches=(replace(patch, kind="lora", values=lora),))
     with pytest.raises(RuntimeError, match="the block ends beyond their product"):
-        backend.ties(beyond, [0])
+        backend.count_equal(beyond, [0])
     with pytest.raises(ValueError, match="window counts"):
         backend.histogram(replace(block, patches=(patch,)), [[Window(0, 0, np.zeros(4, np.int32))]])
 

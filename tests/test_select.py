@@ -36,7 +36,7 @@ def block_of(rng: np.random.Generator, n: int, spread: str, patches: int = 2) ->
                 importance="magnitude",
                 scores=None,
                 weight="patched",
-                key=int(rng.integers(2**63)),
+                random_key=int(rng.integers(2**63)),
                 keep=KEEP_ALL if rng.random() < 0.5 else int(0.4 * 2**32),
                 scale=1.0,
             )

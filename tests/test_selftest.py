@@ -63,7 +63,7 @@ def test_settings_cover_every_choice() -> None:
 
 def test_flavours_bring_what_they_are_for() -> None:
     rng = np.random.default_rng(0)
-    faults = {"bits": 0, "edges": 0, "ties": 0, "model": 0, "tiny": 0}
+    faults = {"bits": 0, "edges": 0, "tied": 0, "model": 0, "tiny": 0}
     tied = dict.fromkeys(FLAVOURS, 0)
     for setting in settings():
         for flavour in FLAVOURS:
@@ -73,7 +73,7 @@ def test_flavours_bring_what_they_are_for() -> None:
             faults[flavour] += sum(p.bad_delta.count for p in report.patches)
             tied[flavour] += sum(0 < cut.before <= block.start + 2000 for cut in cuts)
     assert faults["bits"] and faults["edges"] and not faults["model"]
-    assert tied["ties"] > len(settings())
+    assert tied["tied"] > len(settings())
 
 
 class Broken:
@@ -100,14 +100,14 @@ class Broken:
                 out[-1] ^= 1
             if name == "apply" and self._what == "count" and len(block):
                 found.patches[0].applied += 1
-            if name == "ties" and self._what == "ties" and len(block) > 200:
+            if name == "count_equal" and self._what == "equal" and len(block) > 200:
                 found[0] += 1
             return found
 
         return call
 
 
-@pytest.mark.parametrize("what", ["bit", "count", "ties", "start"])
+@pytest.mark.parametrize("what", ["bit", "count", "equal", "start"])
 def test_an_engine_with_anything_wrong_fails(what: str) -> None:
     lines: list[str] = []
     engine: Backend = Broken(what)

@@ -92,8 +92,8 @@ typedef struct sp_patch {
     sp_bits values;
     sp_bits scores;
     sp_lora lora;
-    uint64_t key;  /* Philox key */
-    uint64_t keep; /* an entry is retained iff its 32-bit random number is smaller */
+    uint64_t random_key; /* of Philox */
+    uint64_t keep;       /* an entry is retained iff its 32-bit random number is smaller */
     float scale;
     int32_t reserved; /* 0 */
 } sp_patch;
@@ -200,7 +200,7 @@ SP_API sp_status sp_histogram(sp_engine* engine, const sp_block* block, const sp
 
 /* counts[p] = number of eligible entries of patch p whose key is keys[p].
  * @return SP_OK, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
-SP_API sp_status sp_ties(sp_engine* engine, const sp_block* block, const uint32_t* keys, int64_t* counts);
+SP_API sp_status sp_count_equal(sp_engine* engine, const sp_block* block, const uint32_t* keys, int64_t* counts);
 
 /* Write the block's new entries to `out` (as many as the base's, same dtype; it may be the base's own buffer,
  * but overlaps no other input), patch p acting by cuts[p].

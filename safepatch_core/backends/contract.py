@@ -52,7 +52,7 @@ class PatchData:
     importance: Importance
     scores: Bits | None  # scores or gradients, as many entries as the block; None for magnitude
     weight: Weight  # which x the gradients multiply
-    key: int  # 64-bit Philox key
+    random_key: int  # 64 bits, of Philox
     keep: int  # retained iff random number < keep; spec.KEEP_ALL retains everything
     scale: float  # c, already rounded to float32
 
@@ -187,7 +187,7 @@ class Backend(Protocol):
         reported for every patch present, `selected` and `applied` stay 0.
         """
 
-    def ties(self, block: Block, keys: Sequence[int]) -> list[int]:
+    def count_equal(self, block: Block, keys: Sequence[int]) -> list[int]:
         """Per patch, the number of eligible entries whose key equals `keys[p]`."""
 
     def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:

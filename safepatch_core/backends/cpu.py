@@ -97,10 +97,10 @@ class CpuBackend:
                 raise ValueError(f"window: found lo {lo} and shift {shift}")
         return _report(*self._engine.histogram(given, flat))
 
-    def ties(self, block: Block, keys: Sequence[int]) -> list[int]:
+    def count_equal(self, block: Block, keys: Sequence[int]) -> list[int]:
         given = _given(block)
         _check_length("keys", keys, block)
-        return self._engine.ties(given, keys)
+        return self._engine.count_equal(given, keys)
 
     def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:
         given = _given(block)
@@ -133,7 +133,7 @@ def _given_patch(patch: PatchData, block: Block) -> _engine.Patch:
         _WEIGHTS[patch.weight],
         patch.values if isinstance(patch.values, Lora) else _given_bits(patch.values),
         None if patch.scores is None or patch.importance == "magnitude" else _given_bits(patch.scores),
-        patch.key,
+        patch.random_key,
         patch.keep,
         patch.scale,
     )

@@ -19,7 +19,7 @@ from safepatch_core.kernels.apply import apply
 from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.launch import ALIGN, BLOCK, COPIES, HISTOGRAMS, Launch, padded
 from safepatch_core.kernels.score import Form, Piece, Plan, score_keys
-from safepatch_core.kernels.select import WINDOW_FIELDS, fold, histogram, ties
+from safepatch_core.kernels.select import WINDOW_FIELDS, count_equal, fold, histogram
 from safepatch_core.spec import EVERY, KEEP_ALL
 
 LINE = 256  # bytes; device copies are fastest between multiples of it
@@ -212,12 +212,12 @@ class Call:
         """Set what the next sweeps know of each patch of the block, and forget what was counted."""
         table = np.zeros((len(self._present), FIELDS), dtype=np.int64)
         for row, (p, patch) in zip(table, self._present, strict=True):
-            row[columns.KEY.value] = np.uint64(patch.key).astype(np.int64)
+            row[columns.RANDOM_KEY.value] = np.uint64(patch.random_key).astype(np.int64)
             row[columns.KEEP.value] = patch.keep
             row[columns.SCALE.value] = np.float32(patch.scale).view(np.uint32)
             row[columns.CUT.value], row[columns.BEFORE.value] = cuts[p]
             if isinstance(patch.values, Lora):
-                row[columns.FACTOR.value] = np.float32(patch.values.scale).view(np.uint32)
+                row[columns.LORA_SCALE.value] = np.float32(patch.values.scale).view(np.uint32)
                 row[columns.RANK.value] = len(patch.values.a)
         self._upload(self._streams.work, self._table, table)
         self._device.clear(self._streams.work, self._tally)
@@ -302,11 +302,11 @@ class Call:
             for (_, window), part in zip(flat, np.split(self._fetch(counts), ends[:-1]), strict=True):
                 window.counts[:] += part
 
-    def ties(self) -> list[NDArray[np.int32]]:
+    def count_equal(self) -> list[NDArray[np.int32]]:
         """Per patch of the block and segment of BLOCK entries, how many have the key of the patch's cut."""
 
         def launches(piece: Piece, _: torch.Tensor) -> Iterable[Launch]:
-            yield ties(piece, self._ties[:, (piece.first - self._aligned) // BLOCK :])
+            yield count_equal(piece, self._ties[:, (piece.first - self._aligned) // BLOCK :])
 
         self.sweep(launches)
         return self._by_patch(self._fetch(self._ties))

@@ -90,7 +90,7 @@ def retained(patch: PatchData, start: int, n: int) -> Mask:
         return np.ones(n, dtype=bool)
     first = start // 4
     blocks = np.arange(first, (start + n + 3) // 4, dtype=np.uint64)
-    lanes = philox(patch.key, blocks).ravel()[start - 4 * first :][:n]
+    lanes = philox(patch.random_key, blocks).ravel()[start - 4 * first :][:n]
     return lanes < np.uint32(patch.keep)
 
 
@@ -238,7 +238,7 @@ class ReferenceBackend:
                 counts += np.bincount(inside, minlength=len(counts))
         return report
 
-    def ties(self, block: Block, keys: Sequence[int]) -> list[int]:
+    def count_equal(self, block: Block, keys: Sequence[int]) -> list[int]:
         _, scored, _ = self._score(block)
         return [
             0 if p is None else int(np.count_nonzero(p.eligible & (p.key == np.uint32(key))))

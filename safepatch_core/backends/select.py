@@ -46,7 +46,7 @@ class TieCounter:
     def cuts(self, engine: Backend, block: Block) -> list[Cut]:
         """The cuts of the next block of the tensor."""
         open_ = [0 < left < EVERY for left in self._left]
-        counts = engine.ties(block, self._keys) if any(open_) else [0] * len(self._keys)
+        counts = engine.count_equal(block, self._keys) if any(open_) else [0] * len(self._keys)
         cuts = []
         for p, (key, left) in enumerate(zip(self._keys, self._left, strict=True)):
             if not open_[p]:
@@ -64,7 +64,7 @@ class TieCounter:
         lo, hi = 0, len(block)
         while hi - lo > 1:
             middle = (lo + hi) // 2
-            before = engine.ties(block.slice(lo, middle), self._keys)[p]
+            before = engine.count_equal(block.slice(lo, middle), self._keys)[p]
             if before >= left:
                 hi = middle
             else:

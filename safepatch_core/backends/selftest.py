@@ -29,7 +29,7 @@ from safepatch_core.spec import (
     Weight,
 )
 
-FLAVOURS = ("bits", "model", "ties", "tiny", "edges")
+FLAVOURS = ("bits", "model", "tied", "tiny", "edges")
 EDGES = (
     0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 65504.0, -65504.0, 65520.0, 3.3895e38, -3.3895e38, 1e-40, -1e-45,
     6e-8, 2.98e-8,
@@ -106,7 +106,7 @@ def to_bits(values: NDArray[np.float32], dtype: Dtype) -> Bits:
 class Entries:
     """Random entries of one flavour.
 
-    bits: any pattern; model: small changes of weights around 0.02; ties: changes of few sizes; tiny: subnormals and
+    bits: any pattern; model: small changes of weights around 0.02; tied: changes of few sizes; tiny: subnormals and
     zeros; edges: special values and neighbours of rounding steps.
     """
 
@@ -145,7 +145,7 @@ class Entries:
         rng, n = self._rng, self._n
         if self._flavour == "model":
             return rng.normal(0, 1e-3, n).astype(np.float32)
-        if self._flavour == "ties":
+        if self._flavour == "tied":
             return rng.choice(np.array([0, 0.0, 2**-9, -(2**-9), 2**-8, 1.5 * 2**-8], dtype=np.float32), n)
         return self._weights()
 
@@ -177,7 +177,7 @@ def make_block(
             importance=shape.importance,
             scores=None if shape.importance == "magnitude" else entries.scores(shape.scores),
             weight=shape.weight,
-            key=int(rng.integers(0, 1 << 64, dtype=np.uint64)),
+            random_key=int(rng.integers(0, 1 << 64, dtype=np.uint64)),
             keep=int(rng.integers(0, KEEP_ALL)) if shape.retain else KEEP_ALL,
             scale=float(np.float32(rng.choice(scales))),
         )
@@ -222,8 +222,8 @@ def compare(engine: Backend, block: Block, rng: np.random.Generator) -> str | No
                 bin = int(np.flatnonzero(w.counts != v.counts)[0])
                 return f"histogram of patch {p}: bin {bin} of {w.lo}: found {v.counts[bin]}, expected {w.counts[bin]}"
     keys = [cut.key for cut in cuts]
-    if (s := truth.ties(block, keys)) != (t := engine.ties(block, keys)):
-        return f"ties: found {t}, expected {s}"
+    if (s := truth.count_equal(block, keys)) != (t := engine.count_equal(block, keys)):
+        return f"count_equal: found {t}, expected {s}"
     left, right = np.empty_like(block.base.data), np.empty_like(block.base.data)
     if (a := truth.apply(block, cuts, left)) != (b := engine.apply(block, cuts, right)):
         return f"apply: found {b}, expected {a}"
@@ -286,7 +286,7 @@ def check_sizes(engine: Backend, rng: np.random.Generator, entries: int) -> Iter
     """No entry, one, odd numbers, around powers of two, at starts on and off the grid."""
     known = settings()[-3:]
     for i, n in enumerate((0, 0, 1, 1, 7, 255, 256, 1023, 1025, 16383, 16385)):
-        yield compare(engine, make_block(rng, known[i % 3], "ties", n, int(rng.integers(0, 40))), rng)
+        yield compare(engine, make_block(rng, known[i % 3], "tied", n, int(rng.integers(0, 40))), rng)
 
 
 def check_far(engine: Backend, rng: np.random.Generator, entries: int) -> Iterator[str | None]:
@@ -294,12 +294,12 @@ def check_far(engine: Backend, rng: np.random.Generator, entries: int) -> Iterat
     for setting in settings()[::3]:
         lora = any(s is not None and s.kind == "lora" for s in setting.patches)
         for start in ((1 << 32) - 3, FAR if lora else (1 << 45) + 11):
-            yield compare(engine, make_block(rng, setting, "ties", entries // 2, start, WIDE), rng)
+            yield compare(engine, make_block(rng, setting, "tied", entries // 2, start, WIDE), rng)
 
 
 def check_cuts(engine: Backend, rng: np.random.Generator, entries: int) -> Iterator[str | None]:
     """A tensor in pieces of any size gives the bytes, counts and faults that it gives at once."""
-    for setting, flavour in itertools.product(settings()[-3:], ("ties", "edges")):
+    for setting, flavour in itertools.product(settings()[-3:], ("tied", "edges")):
         block = make_block(rng, setting, flavour, entries, FAR, WIDE)
         cuts = [random_cut(rng, block, p) for p in range(len(block.patches))]
         whole, pieces = np.empty_like(block.base.data), np.empty_like(block.base.data)
@@ -318,7 +318,7 @@ def check_cuts(engine: Backend, rng: np.random.Generator, entries: int) -> Itera
 def check_long(engine: Backend, rng: np.random.Generator, entries: int) -> Iterator[str | None]:
     """Tensors that engines take in several pieces, in place."""
     for setting in (settings()[-3], settings()[-1]):
-        block = make_block(rng, setting, "ties", 40 * entries + 3, 1, 4096)
+        block = make_block(rng, setting, "tied", 40 * entries + 3, 1, 4096)
         quotas = [len(block) // 30] * len(block.patches)
         expected = np.empty_like(block.base.data)
         wanted = ReferenceBackend().merge(block, quotas, expected)

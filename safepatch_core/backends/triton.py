@@ -76,10 +76,10 @@ class TritonBackend:
             call.histogram(windows)
             return call.report()
 
-    def ties(self, block: Block, keys: Sequence[int]) -> list[int]:
+    def count_equal(self, block: Block, keys: Sequence[int]) -> list[int]:
         with self._call(block, select=True) as call:
             call.prepare([Cut(key, 0) for key in keys])
-            return [int(counts.sum()) for counts in call.ties()]
+            return [int(counts.sum()) for counts in call.count_equal()]
 
     def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:
         with self._call(block) as call:
@@ -108,7 +108,7 @@ def _cuts(call: Call, tallies: Sequence[Tally]) -> list[Cut]:
     cuts = [Cut(t.key, EVERY if t.left else 0) for t in tallies]
     if any(0 < t.left < EVERY for t in tallies):
         call.prepare([Cut(t.key, 0) for t in tallies])
-        for p, (tally, counts) in enumerate(zip(tallies, call.ties(), strict=True)):
+        for p, (tally, counts) in enumerate(zip(tallies, call.count_equal(), strict=True)):
             if 0 < tally.left < EVERY:
                 sums = np.cumsum(counts, dtype=np.int64)
                 segment = int(np.searchsorted(sums, tally.left))

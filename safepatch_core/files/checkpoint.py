@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.files.filenames import COMPANIONS, INDEX, SINGLE
+from safepatch_core.files.filenames import COMPANIONS, INDEX, LEDGER, SINGLE
 
 # Bits per entry of every dtype that the format knows.
 BITS: dict[str, int] = {
@@ -118,14 +118,19 @@ class Checkpoint:
         return next(shard.identity for shard in self.shards if shard.path == entry.path)
 
 
-def open_checkpoint(ref: str | os.PathLike[str], *, relative_to: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    ref: str | os.PathLike[str], *, relative_to: Path | None = None, under_way: bool = False
+) -> Checkpoint:
     """Open a directory with an index or one safetensors file, one .safetensors file, or `org/name[@revision]`.
 
     Relative paths are relative to `relative_to`; an existing path wins over a hub id. Raises InputError for
-    whatever breaks a rule, UsageError for a hub id without huggingface_hub.
+    whatever breaks a rule, and for a checkpoint in which a fix is `under_way` unless that is allowed; UsageError for
+    a hub id without huggingface_hub.
     """
     path, revision = locate(ref, relative_to=relative_to)
     if os.path.isdir(path):
+        if not under_way:
+            _refuse_half_fixed(path)
         shards, index = _open_directory(path)
         root = path
     elif path.name.endswith(".safetensors"):
@@ -193,13 +198,13 @@ def read_tensor(entry: TensorEntry, identity: Identity, lo: int = 0, hi: int | N
 def companions(checkpoint: Checkpoint) -> list[Path]:
     """The small files beside the weights that a merged checkpoint takes along, sorted by name.
 
-    Those matching COMPANIONS, up to 64 MiB. Not: indexes, a previous manifest, an adapter's config (transformers
-    would load it), scripts, hidden files, subdirectories, links out of the directory.
+    Those matching COMPANIONS, up to 64 MiB. Not: indexes, a previous manifest or ledger of fixes, an adapter's config
+    (transformers would load it), scripts, hidden files, subdirectories, links out of the directory.
     """
     root = checkpoint.root
     if root is None:
         return []
-    never = ("*.index.json", "safepatch.json", "adapter_config.json", "*.py", ".*")
+    never = ("*.index.json", "safepatch.json", LEDGER, "adapter_config.json", "*.py", ".*")
     found = []
     for name in _names(root):
         path = root / name
@@ -273,6 +278,20 @@ def open_regular(path: Path, *, within: Path | None = None) -> tuple[int, Path, 
         os.close(fd)
         raise
     return fd, real, status
+
+
+def _refuse_half_fixed(root: Path) -> None:
+    """A fix that is applied or taken out in place leaves a mixture until it is done; the ledger tells."""
+    ledger = read_json(root / LEDGER, within=root) if (root / LEDGER).is_file() else None
+    fixes = ledger.get("fixes") if isinstance(ledger, dict) else None
+    for entry in fixes if isinstance(fixes, list) else ():
+        if isinstance(entry, dict) and entry.get("under_way"):
+            raise _fault(
+                root,
+                "a fix is under way: its tensors may be old and new",
+                found=shown(entry.get("id")),
+                expected="`safepatch log --finish` first",
+            )
 
 
 def _open_directory(root: Path) -> tuple[list[Shard], dict[str, Any] | None]:

@@ -6,6 +6,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "safepatch.json"
 SUMS = "SHA256SUMS"
+# Of a checkpoint that fixes were applied to: which, kept copies of them, and its config while one is under way.
+LEDGER = "safepatch-fixes.json"
+KEPT = ".safepatch-fixes"
+CONFIG = "config.json"
+BUSY = "config.json.safepatch-busy"
 # Of a PEFT adapter.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

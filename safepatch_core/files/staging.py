@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +325,13 @@ class Staging:
             self.files[name] = {"size": size, "sha256": digest}
             if facts is not None:
                 self._journal.append({"file": name, **self.files[name], "facts": facts})
+
+    def beside(self, make: Callable[[Path], None]) -> None:
+        """Let `make` put more into the stage, which no sum will list; it syncs what it makes."""
+        if not self._published:
+            with failures_named(self.out, self.needed):
+                make(self.stage)
+                sync_directory(self.stage)
 
     def keep(self, name: str, data: bytes) -> None:
         """A file for `recall` alone: a run that goes on finds it, and what is published lacks it."""

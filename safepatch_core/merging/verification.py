@@ -14,7 +14,7 @@ from safepatch_core.backends.contract import Report
 from safepatch_core.errors import InputError, SafepatchError
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.files.disk import Extent, hash_file
-from safepatch_core.files.filenames import INDEX, MANIFEST, SUMS
+from safepatch_core.files.filenames import INDEX, KEPT, LEDGER, MANIFEST, SUMS
 from safepatch_core.merging.api import manifest, model_card, planned
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.layout import OutputPart
@@ -59,7 +59,7 @@ def verify(
     sums = _read_sums(root)
     verdict = VerifyResult(files=len(sums))
     present = {p.name for p in root.iterdir()}
-    for name in sorted(present - sums.keys() - {SUMS}):
+    for name in sorted(present - sums.keys() - {SUMS, LEDGER, KEPT}):
         verdict.problems.append(f"{name}: not listed in {SUMS}")
     for name, expected in sorted(sums.items()):
         path = root / name

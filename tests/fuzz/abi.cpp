@@ -111,7 +111,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         patch.kind = in.choice(3);
         patch.importance = in.choice(3);
         patch.weight = in.choice(3);
-        patch.key = in.take<uint64_t>();
+        patch.random_key = in.take<uint64_t>();
         patch.keep = in.choice(3) == 0 ? SP_KEEP_ALL : in.take<uint64_t>();
         patch.scale = in.take<float>();
         patch.values = bits(in, block.entries);
@@ -171,7 +171,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             for (const auto& of : counts) o.numbers.insert(o.numbers.end(), of.begin(), of.end());
         } else if (what == 1) {
             o.numbers.resize(patches.size());
-            o.status = sp_ties(engine, &block, keys.data(), o.numbers.data());
+            o.status = sp_count_equal(engine, &block, keys.data(), o.numbers.data());
         } else if (what == 2) {
             o.status = sp_apply(engine, &block, cuts.data(), out.get(), &report);
         } else {

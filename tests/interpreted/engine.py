@@ -49,7 +49,7 @@ def test_every_source_importance_combination_and_order(engine: TritonBackend, se
 def test_every_rule_that_the_axes_allow(engine: TritonBackend, rule: Rule) -> None:
     rng = np.random.default_rng(0)
     shapes = (Shape("delta"), None, Shape("checkpoint", values="F32"), Shape("delta", values="F16", retain=False))
-    for flavour in ("ties", "edges"):
+    for flavour in ("tied", "edges"):
         block = make_block(rng, Setting("F32", shapes, rule, "select-first"), flavour, 801, 3)
         assert compare(engine, block, rng) is None
 
@@ -72,7 +72,7 @@ def test_thirty_three_patches(engine: TritonBackend) -> None:
     """More than one bit of an integer each, whichever way they are combined."""
     for rule in map(Rule._make, product(Acts, Join)):
         setting = Setting("BF16", (Shape("delta"),) * 33, rule, "retain-first")
-        block = make_block(np.random.default_rng(4), setting, "ties", 333)
+        block = make_block(np.random.default_rng(4), setting, "tied", 333)
         out, expected = np.empty_like(block.base.data), np.empty_like(block.base.data)
         cuts = [Cut(0x3B000000, 100)] * 33
         assert engine.apply(block, cuts, out) == ReferenceBackend().apply(block, cuts, expected)
@@ -86,7 +86,7 @@ def test_the_cut_falls_into_any_segment_of_a_tie(engine: TritonBackend) -> None:
     block = make_block(
         np.random.default_rng(0),
         Setting("BF16", (Shape("delta", retain=False),), COMBINE["sum"], "retain-first"),
-        "ties",
+        "tied",
         n,
         5,
     )
@@ -129,7 +129,7 @@ def test_faults_are_counted_by_kind_with_their_first_index_at_any_place(engine: 
 
 
 def test_windows_add_to_what_they_hold_and_may_be_of_any_number_and_size(engine: TritonBackend) -> None:
-    block = make_block(np.random.default_rng(8), TWO, "ties", 5000, 3)
+    block = make_block(np.random.default_rng(8), TWO, "tied", 5000, 3)
 
     def windows() -> list[list[Window]]:
         sizes = ((0, 15, 65536), (0x3B000000, 0, 3), (0x7F7FFFFF, 0, 1), (1, 31, 1), (0xFFFFFFFF, 0, 5), (0, 20, 700))
@@ -154,7 +154,7 @@ def test_inputs_may_be_read_only_and_outputs_the_base(engine: TritonBackend) -> 
 
 
 def test_calls_from_several_threads_take_turns(engine: TritonBackend) -> None:
-    blocks = [make_block(np.random.default_rng(i), TWO, "ties", 2000 + i, i) for i in range(4)]
+    blocks = [make_block(np.random.default_rng(i), TWO, "tied", 2000 + i, i) for i in range(4)]
     found: list[Any] = [None] * 4
 
     def work(i: int) -> None:
@@ -177,7 +177,7 @@ def test_host_memory_is_aligned_and_scratch_bounds_what_merge_allocates(engine: 
     for nbytes in (0, 1, 1000, 1 << 20):
         memory = engine.allocate(nbytes)
         assert memory.nbytes == nbytes and memory.ctypes.data % 256 == 0 and memory.flags.writeable
-    block = make_block(np.random.default_rng(2), TWO, "ties", 1000)
+    block = make_block(np.random.default_rng(2), TWO, "tied", 1000)
     out = np.empty_like(block.base.data)
     engine.merge(block, [30, 20], out)
     tracemalloc.start()
@@ -192,7 +192,7 @@ def test_host_memory_is_aligned_and_scratch_bounds_what_merge_allocates(engine: 
 
 def test_a_small_limit_gives_the_same_bytes() -> None:
     small = TritonBackend(vram_limit=12 << 20)
-    block = make_block(np.random.default_rng(3), TWO, "ties", 8 * BLOCK + 11, 21)
+    block = make_block(np.random.default_rng(3), TWO, "tied", 8 * BLOCK + 11, 21)
     one, other = np.empty_like(block.base.data), np.empty_like(block.base.data)
     quotas = [len(block) // 20, len(block) // 9]
     assert small.merge(block, quotas, one) == ReferenceBackend().merge(block, quotas, other)
@@ -206,7 +206,7 @@ def test_devices_are_named_in_refusals(engine: TritonBackend) -> None:
     assert "interpreter" in engine.describe()
 
 
-@pytest.mark.parametrize("spoil", ["key", "cut", "scale", "keep"])
+@pytest.mark.parametrize("spoil", ["random_key", "cut", "scale", "keep"])
 def test_a_wrong_number_in_the_table_shows(engine: TritonBackend, spoil: str) -> None:
     """`compare` can fail: the reference is given what the engine isn't."""
     block = make_block(np.random.default_rng(6), TWO, "model", 3000)
@@ -214,7 +214,11 @@ def test_a_wrong_number_in_the_table_shows(engine: TritonBackend, spoil: str) ->
     assert patch is not None
     patch = replace(patch, keep=1 << 31)
     block = replace(block, patches=(patch, block.patches[1]))
-    changes: dict[str, Any] = {"key": patch.key ^ 1, "scale": -patch.scale, "keep": patch.keep + (1 << 28)}
+    changes: dict[str, Any] = {
+        "random_key": patch.random_key ^ 1,
+        "scale": -patch.scale,
+        "keep": patch.keep + (1 << 28),
+    }
     spoiled = (
         block
         if spoil == "cut"

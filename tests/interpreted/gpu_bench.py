@@ -74,7 +74,7 @@ def test_the_bytes_a_kernel_must_move_are_those_of_the_tensors_it_is_given(job: 
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=True))
     entries = [given["base"], *(v for v in given["values"] if isinstance(v, torch.Tensor)), *given["scores"]]
     entries += [given[name] for name in ("out", "keys") if name in given]
-    entries += [given["counts"]] if job.kernel == "ties" else []
+    entries += [given["counts"]] if job.kernel == "count_equal" else []
     expected = sum(tensor.nbytes for tensor in entries if tensor is not None)
     assert gpu.moved_bytes(job.kernel, block) == (0 if job.kernel == "no faults" else expected)
 
@@ -141,7 +141,7 @@ def test_a_trace_has_a_lane_per_stream_whose_work_follows_its_order() -> None:
     fake = FakeDevice(TABLES + 3 * BLOCK * ROW)
     traced = TracedDevice(fake, Ticks(fake))
     engine = TritonBackend(traced, fake.limit)
-    block = make_block(np.random.default_rng(0), SETTING, "ties", 5 * BLOCK)
+    block = make_block(np.random.default_rng(0), SETTING, "tied", 5 * BLOCK)
     out, expected = np.empty_like(block.base.data), np.empty_like(block.base.data)
     cuts = [Cut(0x3B000000, 99), Cut(0, 1 << 60)]
     assert engine.apply(block, cuts, out) == ReferenceBackend().apply(block, cuts, expected)

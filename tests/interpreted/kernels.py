@@ -47,7 +47,7 @@ def blocks(setting: Setting) -> list[Block]:
     far = any(s and s.kind == "lora" for s in setting.patches)
     for i, n in enumerate(SIZES):
         start = STARTS[i % len(STARTS)] if not far else min(STARTS[i % len(STARTS)], 1 << 33)
-        found.append(make_block(rng, setting, "ties", n, start, FAR if far and start > 1 << 20 else 0))
+        found.append(make_block(rng, setting, "tied", n, start, FAR if far and start > 1 << 20 else 0))
     return found
 
 
@@ -78,7 +78,7 @@ def test_ties_are_counted_by_segment(setting: Setting) -> None:
         work = Work(block)
         work.prepare([Cut(key, 0) for key in keys])
         segment = (np.arange(len(block)) + block.start % 16) // BLOCK
-        for counts, s, key in zip(work.ties(), truth, keys, strict=True):
+        for counts, s, key in zip(work.count_equal(), truth, keys, strict=True):
             if s is not None:
                 expected = np.bincount(segment[s.eligible & (s.key == key)], minlength=len(counts))
                 assert np.array_equal(counts, expected)
@@ -120,7 +120,7 @@ def test_random_numbers_are_those_of_the_contract() -> None:
         for keep, eligible in ((int(u), False), (int(u) + 1, True)):
             patch = block.patches[0]
             assert patch is not None
-            work = Work(replace(block, patches=(replace(patch, key=0, keep=keep),)))
+            work = Work(replace(block, patches=(replace(patch, random_key=0, keep=keep),)))
             work.prepare([Cut(0, 0)])
             assert bool(work.keys(0)[0][lane]) is eligible
 

@@ -58,7 +58,7 @@ def quota_without_ties(block: Block, p: int) -> int:
     return int(tails[np.searchsorted(tails, tails[-1] // 2)])
 
 
-def block_of(device: FakeDevice, entries: int, start: int = 0, flavour: str = "ties") -> Block:
+def block_of(device: FakeDevice, entries: int, start: int = 0, flavour: str = "tied") -> Block:
     return pinned(device, make_block(np.random.default_rng(entries), SETTING, flavour, entries, start))
 
 
@@ -117,7 +117,7 @@ def test_sweeps_send_only_what_the_slots_have_lost(slots: int, sent: int, monkey
     assert engine.merge(block, quotas, out) == ReferenceBackend().merge(block, quotas, expected)
     assert np.array_equal(out, expected)
     assert device.kinds.count("histogram_kernel") == 2 * PARTS
-    assert device.kinds.count("ties_kernel") == 0
+    assert device.kinds.count("count_equal_kernel") == 0
     assert 0 <= device.uploaded - sent * BLOCK * (ROW - 2) < 4096
 
 

@@ -57,7 +57,7 @@ struct Job {
         patch.present = 1;
         patch.kind = SP_CHECKPOINT;
         patch.values = {patched.data(), SP_BF16};
-        patch.key = 42;
+        patch.random_key = 42;
         patch.keep = SP_KEEP_ALL / 2;
         patch.scale = 0.5f;
         block = {{base.data(), SP_BF16}, static_cast<int64_t>(entries), 0, &patch, 1, SP_ALONE, SP_SUM,

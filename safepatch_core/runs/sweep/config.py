@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from safepatch_core.settings import Strict
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ObjectiveWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -68,7 +68,10 @@ class SweepConfig(Strict):
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
     trials: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    objectives: Annotated[dict[str, Weight], Field(min_length=1)] = {"harmful_compliance": 1.0, "over_refusal": 1.0}
+    objectives: Annotated[dict[str, ObjectiveWeight], Field(min_length=1)] = {
+        "harmful_compliance": 1.0,
+        "over_refusal": 1.0,
+    }
     constraints: dict[str, Share] = {"perplexity": 0.05}
     eval: dict[str, Any] = {}
 

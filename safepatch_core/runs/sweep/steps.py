@@ -40,19 +40,19 @@ Record = dict[str, Any]
 
 def run(config: SweepConfig, out: OutputFolder, engine: EngineOptions, *, quiet: bool) -> dict[str, Any]:
     """Does every trial that is not done yet; returns the content of OUT/sweep.json."""
-    job = Job(config, out, engine, quiet)
-    known = job.go_on()
+    search = Search(config, out, engine, quiet)
+    known = search.go_on()
     with _scratch(out.path / SCRATCH) as scratch:
         if "backbone" not in known:
-            job.say("backbone")
-            known["backbone"] = job.measure(job.backbone, scratch)
-            job.check_metrics(known["backbone"]["metrics"])
+            search.say("backbone")
+            known["backbone"] = search.measure(search.backbone, scratch)
+            search.check_metrics(known["backbone"]["metrics"])
             out.write(SUMMARY, _json(known))
-        trials = job.score(known["backbone"]["metrics"], scratch)
-    return job.conclude(known, trials)
+        trials = search.score(known["backbone"]["metrics"], scratch)
+    return search.conclude(known, trials)
 
 
-class Job:
+class Search:
     """The checked inputs of a sweep, and its steps.
 
     Raises UsageError or InputError for settings, recipes and data that don't work, before anything is measured.
