@@ -6,12 +6,12 @@
 #include "guard.h"
 #include "sized.h"
 
-using safepatch::OwnBlock;
 using safepatch::adopted;
 using safepatch::aligned;
 using safepatch::give;
 using safepatch::guarded;
 using safepatch::need;
+using safepatch::OwnBlock;
 
 namespace {
 

@@ -190,7 +190,7 @@ void Engine::report_all(sp_report& report, size_t patches) const {
     report.changed = sum.changed;
     for (size_t p = 0; p < patches; ++p) {
         const Sink of = found(p);
-        report.patches[p] = {sizeof(sp_patch_report), of.eligible,         of.selected,        of.applied,
+        report.patches[p] = {sizeof(sp_patch_report), of.eligible,         of.selected,       of.applied,
                              plain(of.bad_delta),     plain(of.bad_score), plain(of.negative)};
     }
 }

@@ -58,7 +58,8 @@ std::vector<T> adopted(const T* first, size_t count, const char* what) {
     const auto* from = reinterpret_cast<const unsigned char*>(first);
     all.reserve(count);
     for (size_t i = 0; i < count; ++i, from += stride) {
-        need(std::all_of(from + std::min(stride, sizeof(T)), from + stride, [](auto byte) { return byte == 0; }), what);
+        need(std::all_of(from + std::min(stride, sizeof(T)), from + stride, [](auto byte) { return byte == 0; }),
+             what);
         all.push_back(own<T>(from, stride));
     }
     return all;

@@ -53,6 +53,7 @@ int main(void) {
 
     sp_patch patches[3];
     memset(patches, 0, sizeof patches);
+    patches[0].size = sizeof patches[0];
     for (p = 0; p < 2; ++p) {
         patches[p].present = 1;
         patches[p].kind = p == 0 ? SP_CHECKPOINT : SP_DELTA;
@@ -65,6 +66,7 @@ int main(void) {
     }
     sp_block block;
     memset(&block, 0, sizeof block);
+    block.size = sizeof block;
     block.base.data = base;
     block.base.dtype = SP_F32;
     block.entries = N;
@@ -76,9 +78,11 @@ int main(void) {
     block.order = SP_RETAIN_FIRST;
 
     const int64_t quotas[3] = {300, 400, 500};
-    sp_cut cuts[3];
+    sp_cut cuts[3] = {{sizeof(sp_cut), 0, 0}};
     sp_patch_report found[3];
-    sp_report report = {found, {0, 0}, 0, 0};
+    sp_report report = {sizeof report, found, {0, 0}, 0, 0}, counted = {sizeof counted, found, {0, 0}, 0, 0};
+    memset(found, 0, sizeof found);
+    found[0].size = sizeof found[0];
     if (sp_merge(engine, &block, quotas, out, cuts, &report) != SP_OK) return 1;
     for (p = 0; p < 3; ++p) {
         printf("%u %lld %lld %lld %lld\n", (unsigned)cuts[p].key, (long long)cuts[p].before,
@@ -86,9 +90,8 @@ int main(void) {
     }
     uint32_t keys[3] = {0, 0, 0};
     int64_t ties[3], counts[8] = {0};
-    sp_window window = {1, 0, 28, 8, counts};
+    sp_window window = {sizeof window, 1, 0, 28, 8, counts};
     keys[0] = cuts[0].key;
-    sp_report counted = {found, {0, 0}, 0, 0};
     if (sp_count_equal(engine, &block, keys, ties) != SP_OK) return 1;
     if (sp_histogram(engine, &block, &window, 1, &counted) != SP_OK || counted.acted != 0) return 1;
     printf("%lld %lld\n", (long long)ties[0], (long long)(counts[3] + counts[4]));

@@ -151,9 +151,9 @@ typedef struct sp_patch_report {
 typedef struct sp_report {
     size_t size;              /* sizeof(sp_report) */
     sp_patch_report* patches; /* the caller's array of block->patch_count; a call overwrites all of it */
-    sp_fault overflow; /* acted on, finite before, not finite after rounding; such an entry keeps its bits */
-    int64_t acted;     /* entries on which any patch acts */
-    int64_t changed;   /* those of them whose bits in the output are not the base's: what survives rounding */
+    sp_fault overflow;        /* acted on, finite before, not finite after rounding; such an entry keeps its bits */
+    int64_t acted;            /* entries on which any patch acts */
+    int64_t changed;          /* those of them whose bits in the output are not the base's: what survives rounding */
 } sp_report;
 
 /* @return of the library that is loaded: its version, like "0.1.0" (static text), SP_ABI_VERSION, SP_SPEC_VERSION. */
@@ -211,6 +211,75 @@ SP_API sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut
  * @return SP_OK with the cuts and a full *report, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
 SP_API sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
                           sp_report* report);
+
+/* The numbers that a recipe's settings come down to; no engine needed.
+ *
+ * The random key of a patch's tensor: BLAKE2b-64 of the seed and both names, UTF-8 without a NUL inside.
+ * @return SP_OK, or SP_BAD_ARGUMENT for NULL. */
+SP_API sp_status sp_random_key(uint64_t seed, const char* patch, const char* tensor, uint64_t* random_key);
+
+/* `keep` of the share of entries that is retained: 0 and more, 1 retains all.
+ * @return SP_OK, or SP_BAD_ARGUMENT for NULL, a negative share or NaN. */
+SP_API sp_status sp_keep(double retain, uint64_t* keep);
+
+/* The quota that `top` of so many entries comes to: the product in double, rounded half to even.
+ * @return SP_OK, or SP_BAD_ARGUMENT for NULL, fewer than 0 entries or a share outside of [0, 1]. */
+SP_API sp_status sp_quota(double top, int64_t entries, int64_t* quota);
+
+/* Exact selection from streams: the cuts of tensors, or of whole models, that are never in memory at once.
+ *
+ * Tensors are numbered in bytewise order of their names, which is the order in which equal keys are taken. While
+ * sp_select_pending: sweep over all blocks of all tensors, in any order and cut, with sp_histogram and the windows of
+ * sp_select_windows; then call sp_select_advance. One sweep does mostly, three at most. Then take the cuts of each
+ * tensor's blocks for sp_apply, in order of position. Processes that share a sweep add up their counts before
+ * sp_select_advance, every array once. After SP_NO_MEMORY a selection can only be closed.
+ * Calls on one selection are made by one thread at a time, or by several on blocks of different engines if each
+ * counts into windows of its own. */
+typedef struct sp_select sp_select;
+
+/* The most windows that a patch has at once. */
+#define SP_SELECT_WINDOWS 3
+
+/* Select the quotas[p] best of each patch among `entries`, which lie in `tensors` tensors.
+ * @return SP_OK, SP_BAD_ARGUMENT or SP_NO_MEMORY. On success the caller owns *select and ends it with
+ * sp_select_close; otherwise *select is NULL. */
+SP_API sp_status sp_select_open(size_t tensors, int64_t entries, const int64_t* quotas, size_t patches,
+                                sp_select** select);
+
+/* Free a selection; NULL is allowed. */
+SP_API void sp_select_close(sp_select* select);
+
+/* Before the first sweep, if at all: blocks that stand for all entries, such as a few from every tensor. A guess
+ * costs a sweep over them and mostly saves one over everything; whatever they are, the result is the same.
+ * @return SP_OK, SP_BAD_ARGUMENT, SP_NO_MEMORY or SP_STOPPED. */
+SP_API sp_status sp_select_guess(sp_select* select, sp_engine* engine, const sp_block* sample, size_t blocks);
+
+/* @return 1 if there is a sweep to do, else 0; 0 for NULL. */
+SP_API int sp_select_pending(const sp_select* select);
+
+/* What to count in a block of this tensor in the present sweep. `windows` has room for SP_SELECT_WINDOWS per patch;
+ * their counts belong to the selection.
+ * @return SP_OK with the number of them in *count, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
+SP_API sp_status sp_select_windows(sp_select* select, size_t tensor, sp_window* windows, size_t* count);
+
+/* A sweep has ended.
+ * @return SP_OK, SP_BAD_ARGUMENT where none is pending, or SP_NO_MEMORY. */
+SP_API sp_status sp_select_advance(sp_select* select);
+
+/* When no sweep is pending: the key of a patch's cut, and how many entries that equal it a tensor may still take
+ * (SP_EVERY: all).
+ * @return SP_OK or SP_BAD_ARGUMENT. */
+SP_API sp_status sp_select_tally(const sp_select* select, size_t tensor, size_t patch, uint32_t* key, int64_t* left);
+
+/* When no sweep is pending: the cuts of the next block of a tensor, in order of position from 0.
+ * @return SP_OK, SP_BAD_ARGUMENT, SP_NO_MEMORY or SP_STOPPED. */
+SP_API sp_status sp_select_cuts(sp_select* select, sp_engine* engine, size_t tensor, const sp_block* block,
+                                sp_cut* cuts);
+
+/* Merge known inputs on every instruction set that this machine has and compare with known results: what a build with
+ * other compilers and flags must pass. Takes a fraction of a second.
+ * @return SP_OK, SP_INTERNAL with what differs in sp_last_error, or SP_NO_MEMORY. */
+SP_API sp_status sp_selftest(void);
 
 /* The fix file, at the level of buffers: what two versions of a tensor differ in, found, encoded, told and undone.
  * These calls need no engine, run on the calling thread, and may be made from any number of threads at once.
