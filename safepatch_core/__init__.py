@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from safepatch_core.evaluating import evaluate as evaluate
     from safepatch_core.files.checkpoint import Checkpoint as Checkpoint
     from safepatch_core.files.checkpoint import open_checkpoint as open_checkpoint
+    from safepatch_core.fixes.apply import ApplyResult as ApplyResult
+    from safepatch_core.fixes.apply import apply as apply
+    from safepatch_core.fixes.apply import revert as revert
+    from safepatch_core.fixes.build import BuildResult as BuildResult
+    from safepatch_core.fixes.build import build as build
+    from safepatch_core.fixes.build import build_between as build_between
+    from safepatch_core.fixes.log import LogResult as LogResult
+    from safepatch_core.fixes.log import log as log
+    from safepatch_core.fixes.reading import Fix as Fix
+    from safepatch_core.fixes.reading import open_fix as open_fix
     from safepatch_core.library import get_cmake_dir as get_cmake_dir
     from safepatch_core.library import get_include as get_include
     from safepatch_core.library import get_library_dir as get_library_dir
@@ -57,6 +67,10 @@ _HOMES = {
     "evaluating": ("EvalConfig", "EvalResult", "evaluate"),
     "files.checkpoint": ("Checkpoint", "open_checkpoint"),
     "library": ("get_cmake_dir", "get_include", "get_library_dir"),
+    "fixes.apply": ("ApplyResult", "apply", "revert"),
+    "fixes.build": ("BuildResult", "build", "build_between"),
+    "fixes.log": ("LogResult", "log"),
+    "fixes.reading": ("Fix", "open_fix"),
     "merging.api": ("MergeResult", "describe", "merge", "plan", "prepare"),
     "merging.engine": ("EngineOptions",),
     "merging.plan": ("Plan",),

@@ -118,9 +118,9 @@ def test_cmake_refuses_a_version_that_is_not_there(source: Path) -> None:
     command = [
         "cmake",
         "-S",
-        source.parent,
+        str(source.parent),
         "-B",
-        source.parent / "b",
+        str(source.parent / "b"),
         f"-Dsafepatch_DIR={safepatch_core.get_cmake_dir()}",
     ]
     done = subprocess.run(command, capture_output=True, text=True)

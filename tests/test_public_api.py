@@ -12,11 +12,12 @@ import safepatch_core
 from safepatch_core import SafepatchError
 
 FUNCTIONS = (
-    "describe derive evaluate get_cmake_dir get_include get_library_dir load_recipe merge open_backend "
-    "open_checkpoint plan prepare run sweep verify"
+    "apply build build_between describe derive evaluate get_cmake_dir get_include get_library_dir load_recipe log "
+    "merge open_backend open_checkpoint open_fix plan prepare revert run sweep verify"
 ).split()
 TYPES = (
-    "Backend Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig EvalResult IOFailure InputError "
+    "ApplyResult Backend BuildResult Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig EvalResult "
+    "Fix IOFailure InputError LogResult "
     "MergeResult OutputError Plan Recipe RunConfig RunResult SafepatchError SweepConfig SweepResult UsageError "
     "VerifyResult"
 ).split()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from safepatch_core.backends import open_backend
 from safepatch_core.backends.contract import Backend
@@ -22,6 +24,7 @@ from safepatch_core.backends.selftest import (
     selftest,
     settings,
 )
+from safepatch_core.commands.cli import cli
 from safepatch_core.errors import UsageError
 from safepatch_core.spec import COMBINE
 
@@ -39,6 +42,35 @@ def test_the_cpu_engine_passes_and_the_report_says_on_what() -> None:
 def test_an_engine_that_cannot_run_is_refused() -> None:
     with pytest.raises(UsageError):
         selftest("abacus")
+
+
+ABACUS = """
+from safepatch_core.backends.reference import ReferenceBackend
+
+class Abacus(ReferenceBackend):
+    def describe(self):
+        return "abacus (13 rods)"
+
+def open_engine(*, threads, device, vram_limit):
+    return Abacus()
+"""
+
+
+def test_an_installed_package_may_bring_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "abacus.py").write_text(ABACUS)
+    installed = tmp_path / "abacus-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: abacus\nVersion: 1.0\n")
+    entries = "abacus = abacus:open_engine\nbroken = abacus:nothing\ncpu = abacus:open_engine\n"
+    (installed / "entry_points.txt").write_text(f"[safepatch.engines]\n{entries}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert open_backend("cpu", threads=1).describe().startswith("cpu (")  # names of ours stay ours
+    with pytest.raises(UsageError, match="the broken engine can't be loaded: found module 'abacus' has no attribute"):
+        open_backend("broken")
+    run = CliRunner().invoke(cli, ["selftest", "--backend", "abacus", "--seconds", "0"])
+    assert run.exit_code == 0 and run.output.startswith("engine   abacus (13 rods)"), run.output
+    with pytest.raises(UsageError, match="found 'slate', expected auto or cpu or triton or reference or abacus or b"):
+        CliRunner().invoke(cli, ["plan", "no-recipe.yaml", "--backend", "slate"], catch_exceptions=False)
 
 
 def test_settings_cover_every_choice() -> None:
@@ -78,9 +110,6 @@ def test_flavours_bring_what_they_are_for() -> None:
 
 class Broken:
     """The reference with one thing wrong."""
-
-    lanes = 1
-    name = "broken"
 
     def __init__(self, what: str) -> None:
         self._truth, self._what = ReferenceBackend(), what

@@ -166,10 +166,7 @@ class Report:
 
 
 class Backend(Protocol):
-    """An engine. All calls are thread-safe; `lanes` of them may usefully run at once."""
-
-    name: str
-    lanes: int
+    """An engine. All calls are thread-safe."""
 
     def describe(self) -> str:
         """Name, instruction set or card, threads: for the log and the manifest-free summary."""
@@ -197,3 +194,9 @@ class Backend(Protocol):
         self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
     ) -> tuple[list[Cut], Report]:
         """A whole tensor at once: find each patch's cut for its quota k, then apply. `out` as in `apply`."""
+
+
+class Opener(Protocol):
+    """Opens an engine; each takes what concerns it, None being its own choice. Raises UsageError if it can't run."""
+
+    def __call__(self, *, threads: int | None, device: str | None, vram_limit: int | None) -> Backend: ...

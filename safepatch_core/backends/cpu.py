@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +60,6 @@ class CpuBackend:
     (lengths, dtypes) raises ValueError, lack of memory MemoryError.
     """
 
-    name = "cpu"
-    lanes = 1
-
     def __init__(self, threads: int, isa: str | None = None) -> None:
         if threads < 1:
             raise UsageError("threads out of range", found=threads, expected="at least 1")
@@ -116,6 +114,12 @@ class CpuBackend:
         _check_output(block, out)
         cuts, found = self._engine.merge(given, quotas, out)
         return [Cut(*cut) for cut in cuts], _report(*found)
+
+
+def open_engine(*, threads: int | None, device: str | None, vram_limit: int | None) -> CpuBackend:
+    """A `contract.Opener`: by default all cores, which ranks on one machine share."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return CpuBackend(threads or max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _given(block: Block) -> _engine.Block:

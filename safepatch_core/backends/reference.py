@@ -200,9 +200,6 @@ def stored(acc: F32, dtype: Dtype) -> tuple[NDArray[np.unsignedinteger], Mask]:
 class ReferenceBackend:
     """The engine that the others are compared with. Its methods are documented on `Backend`."""
 
-    name = "reference"
-    lanes = 1
-
     def describe(self) -> str:
         return f"reference (numpy {np.__version__})"
 
@@ -276,3 +273,8 @@ class ReferenceBackend:
             for s, k in zip(scored, quotas, strict=True)
         ]
         return cuts, self.apply(block, cuts, out)
+
+
+def open_engine(*, threads: int | None, device: str | None, vram_limit: int | None) -> ReferenceBackend:
+    """A `contract.Opener`."""
+    return ReferenceBackend()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from safepatch_core.backends import open_backend
 from safepatch_core.backends.contract import Backend, Bits, Block, Cut, Lora, PatchData, Window
+from safepatch_core.backends.device import interpreted
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.spec import (
     COMBINE,
@@ -383,7 +384,7 @@ def selftest(
     engine = open_backend(backend, device=device)
     say(f"engine   {engine.describe()}")
     say(f"system   {platform.system()} {platform.machine()}, {_versions()}, SPEC {SPEC_VERSION}")
-    checks = examine(engine, seconds, 20_000 if "interpreter" not in engine.describe() else 1_000, say=say)
+    checks = examine(engine, seconds, 1_000 if interpreted() else 20_000, say=say)
     cases, failed = sum(check.cases for check in checks), sum(check.failure is not None for check in checks)
     if failed:
         say(f"verdict  {failed} of {len(checks)} checks FAILED: do not merge on this engine")

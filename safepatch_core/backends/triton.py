@@ -30,9 +30,6 @@ class TritonBackend:
     Calls from several threads take turns; one that the limit doesn't suffice for raises UsageError.
     """
 
-    name = "triton"
-    lanes = 1
-
     def __init__(self, device: str | Device | None = None, vram_limit: int | None = None) -> None:
         self._device = open_device(device) if device is None or isinstance(device, str) else device
         from safepatch_core.backends.passes import Arena, Streams
@@ -101,6 +98,11 @@ class TritonBackend:
             call.prepare(cuts)
             call.apply(out)
             return cuts, call.report()
+
+
+def open_engine(*, threads: int | None, device: str | None, vram_limit: int | None) -> TritonBackend:
+    """A `contract.Opener`."""
+    return TritonBackend(device, vram_limit)
 
 
 def _cuts(call: Call, tallies: Sequence[Tally]) -> list[Cut]:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from safepatch_core.backends import ENGINES, find_engine
+
 # Bytes below which a line per tenth would be noise: a second's work.
 LINES_FROM = 1_000_000_000
 
@@ -25,14 +27,20 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+def backend_option(help: str) -> Callable[[F], F]:
+    """The option that names an engine: one of ours, or of an installed package."""
+
+    def known(context: click.Context, parameter: click.Parameter, name: str) -> str:
+        if name != "auto":
+            find_engine(name)
+        return name
+
+    names = "|".join(["auto", *ENGINES, "…"])
+    return click.option("--backend", metavar=names, callback=known, default="auto", show_default=True, help=help)
+
+
 _engine_options = _options(
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "cpu", "triton", "reference"]),
-        default="auto",
-        show_default=True,
-        help="The engine: triton where a GPU is there, else cpu.",
-    ),
+    backend_option("The engine: triton where a GPU is there, else cpu."),
     click.option("--device", metavar="DEV", help="GPU of the triton engine, like cuda:0."),
     click.option("--threads", type=click.IntRange(min=1), help="Threads of the cpu engine [default: all cores]."),
     click.option("--memory-limit", metavar="SIZE", help="Host memory for buffers, like 2GiB [default: 2GiB]."),

@@ -6,17 +6,12 @@ import sys
 
 import click
 
+from safepatch_core.commands.common import backend_option
 from safepatch_core.errors import SafepatchError
 
 
 @click.command(name="selftest")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "cpu", "triton", "reference"]),
-    default="auto",
-    show_default=True,
-    help="The engine to test.",
-)
+@backend_option("The engine to test.")
 @click.option("--device", metavar="DEV", help="GPU of the triton engine, like cuda:0.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=60, show_default=True, help="About how long.")
 def command(backend: str, device: str | None, seconds: float) -> None:

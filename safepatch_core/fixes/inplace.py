@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from safepatch_core.errors import InputError, IOFailure, OutputError
+from safepatch_core.errors import InputError, IOFailure, OutputError, Stopped
 from safepatch_core.files.checkpoint import Checkpoint, Shard, identify, open_checkpoint, read_exact, read_json
 from safepatch_core.files.disk import failures_named, hold, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import BUSY, CONFIG, LEDGER, MANIFEST, SUMS
@@ -54,6 +54,8 @@ def held(root: Path) -> Iterator[Ledger]:
     try:
         with failures_named(root, go_on=GO_ON):
             yield Ledger(root)
+    except Stopped:
+        raise Stopped(f"stopped; {GO_ON}") from None
     finally:
         os.close(lock)
 

@@ -11,6 +11,7 @@ import pytest
 
 from safepatch_core import merge, open_checkpoint
 from safepatch_core.backends import open_backend
+from safepatch_core.backends.triton import TritonBackend
 from safepatch_core.bench import models
 from safepatch_core.errors import SafepatchError
 from tests.oracle import Tensor, from_f32, save_file, to_f32
@@ -82,4 +83,4 @@ def test_the_first_layers_of_a_real_model(tmp_path: Path) -> None:
 
 def test_the_engine_is_opened_by_name() -> None:
     engine = open_backend("triton", vram_limit=1 << 20)
-    assert engine.name == "triton" and "interpreter" in engine.describe()
+    assert isinstance(engine, TritonBackend) and "interpreter" in engine.describe()
