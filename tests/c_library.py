@@ -14,6 +14,7 @@ import safepatch_core
 from safepatch_core.backends.contract import Bits, Block, Cut, Lora, PatchData
 from safepatch_core.spec import Dtype, Importance, Kind, Order, Weight, numbers
 
+LIB = Path(safepatch_core.get_library_dir())
 HEADER = (Path(safepatch_core.get_include()) / "safepatch.h").read_text()
 PLAIN = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
 # Structs that are parts of others, and begin with no size.
@@ -65,7 +66,7 @@ def constant(name: str) -> int:
 
 def library() -> Any:
     """The library that the Python package runs."""
-    lib = ctypes.CDLL(str(Path(safepatch_core.get_library_dir()) / f"libsafepatch.so.{constant('SP_ABI_VERSION')}"))
+    lib = ctypes.CDLL(str(LIB / f"libsafepatch.so.{constant('SP_ABI_VERSION')}"))
     for name in ("sp_last_error", "sp_strerror", "sp_engine_isa", "sp_version_string"):
         getattr(lib, name).restype = ctypes.c_char_p
     lib.sp_scratch.restype = ctypes.c_size_t

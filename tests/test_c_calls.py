@@ -1,4 +1,4 @@
-"""The calls of the C library beside what they answer to: spec.py, sorting, the reference engine; and bad arguments."""
+"""The calls of the C library beside what they must equal: spec.py, sorting, the reference engine; bad arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from safepatch_core.backends.contract import Bits, Block, Cut, Lora, PatchData
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.spec import Acts, Join, Rule, keep_threshold, quota, random_key
-from tests.c_library import HEADER, PLAIN, STRUCTS, CBlock, CEngine, Progress, constant, library, made
+from tests.c_library import PLAIN, STRUCTS, CBlock, CEngine, Progress, constant, library, made
 from tests.test_select import block_of, expected, members
 
 LIB = library()
@@ -180,6 +180,107 @@ def test_selection_out_of_order_is_refused(engine: CEngine) -> None:
     selection.close()
 
 
+# --- bad arguments
+
+
+def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
+    """For every call that returns a status, arguments with which it succeeds; and what they point to."""
+    engine, block = CEngine(1), CBlock(block_of(np.random.default_rng(6), 70, "smooth"))
+    out, numbers = np.zeros(70, np.uint32), (ctypes.c_int64 * 400)()
+    open_, done = CSelection(1, 70, [5, 6]), CSelection(1, 70, [0, 70])
+    codes, rows = (ctypes.c_uint8 * 400)(), (ctypes.c_uint64 * 4)(0, 0, 2, 2)
+    found = ctypes.c_void_p()
+    changes = made(
+        "sp_fix_changes", **dict.fromkeys(("counts", "at", "side", "old_entries"), ctypes.addressof(numbers))
+    )
+    changes.new_entries = ctypes.addressof(codes)
+    changes.planes[:] = [ctypes.addressof(codes)] * 4
+    run = made("sp_fix_run", width=1, gap_width=1, entries=70, blocks=1, gap_count=2, side_count=1, changes=2)
+    run.rows, run.gap, run.side = (ctypes.addressof(a) for a in (rows, codes, numbers))
+    ones = (ctypes.c_uint8 * 70)(*[1] * 70)
+    run.planes[0] = ctypes.addressof(ones)
+    tally, key = made("sp_fix_tally"), ctypes.c_uint32()
+    c, report, data = ctypes.byref(block.c), ctypes.byref(block.report), ctypes.c_void_p(out.ctypes.data)
+    size, at, text = ctypes.c_size_t, ctypes.byref(numbers), [b"one", b"two"]
+    cuts, windows, zero = made("sp_cut", 2), made("sp_window", 6), size(0)
+    calls: dict[str, list[Any]] = {
+        "sp_engine_open": [1, None, ctypes.byref(found)],
+        "sp_histogram": [engine.engine, c, made("sp_window", 1), size(1), report],
+        "sp_count_equal": [engine.engine, c, (ctypes.c_uint32 * 2)(), at],
+        "sp_apply": [engine.engine, c, cuts, data, report],
+        "sp_merge": [engine.engine, c, (ctypes.c_int64 * 2)(), data, cuts, report],
+        "sp_random_key": [ctypes.c_uint64(1), *text, at],
+        "sp_keep": [ctypes.c_double(0.5), at],
+        "sp_quota": [ctypes.c_double(0.5), ctypes.c_int64(8), at],
+        "sp_select_open": [size(1), ctypes.c_int64(8), (ctypes.c_int64 * 2)(), size(2), ctypes.byref(found)],
+        "sp_select_guess": [CSelection(1, 70, [5, 6]).select, engine.engine, c, size(1)],
+        "sp_select_windows": [open_.select, zero, windows, at],
+        "sp_select_advance": [open_.select],
+        "sp_select_tally": [done.select, zero, zero, ctypes.byref(key), at],
+        "sp_select_cuts": [done.select, engine.engine, zero, c, cuts],
+        "sp_selftest": [],
+        "sp_fix_find": [
+            1,
+            codes,
+            (ctypes.c_uint8 * 400)(),
+            ctypes.c_int64(8),
+            ctypes.c_int64(0),
+            ctypes.byref(changes),
+            at,
+        ],
+        "sp_fix_gaps": [(ctypes.c_uint16 * 4)(), (ctypes.c_int64 * 1)(1), size(1), 1, None, at],
+        "sp_fix_settle": [ctypes.byref(run), ones, 0, codes, (ctypes.c_uint8 * 70)(), ctypes.byref(tally)],
+    }
+    return calls, [engine, block, out, codes, rows, ones, numbers, open_, done]
+
+
+# Where NULL is allowed: it says so in the header.
+OPTIONAL = {("sp_engine_open", "isa"), ("sp_fix_gaps", "codes")}
+
+
+def test_null_and_wrong_sizes_are_answered() -> None:
+    declared = dict(re.findall(r"^SP_API sp_status (\w+)\(([^;]*)\);", PLAIN, re.M | re.S))
+    calls, _kept = valid_calls()
+    assert set(calls) == set(declared), "a call without a test of its arguments"
+    tried = 0
+    for name, arguments in calls.items():
+        assert getattr(LIB, name)(*arguments) == OK, (name, LIB.sp_last_error())
+        names = [part.split()[-1].lstrip("*") for part in declared[name].split(",")]
+        pointers = [i for i, part in enumerate(declared[name].split(",")) if "*" in part]
+        for i in pointers:
+            if (name, names[i]) not in OPTIONAL:
+                given = [None if i == j else argument for j, argument in enumerate(arguments)]
+                assert getattr(LIB, name)(*given) == BAD and LIB.sp_last_error(), (name, names[i])
+                tried += 1
+    assert tried > 40
+
+
+def test_a_struct_that_does_not_say_its_size_is_refused() -> None:
+    calls, _kept = valid_calls()
+    kinds = tuple(STRUCTS.values())
+    for name, arguments in calls.items():
+        for argument in arguments:
+            struct = getattr(argument, "_obj", argument)
+            struct = (
+                struct[0] if isinstance(struct, ctypes.Array) and isinstance(struct[0], ctypes.Structure) else struct
+            )
+            if isinstance(struct, ctypes.Structure) and isinstance(struct, kinds):
+                right = struct.size
+                for wrong in (0, right - 8, right + 4, 1 << 20):
+                    struct.size = wrong
+                    assert getattr(LIB, name)(*arguments) == BAD, (name, type(struct), wrong)
+                struct.size = right
+
+
+def test_null_handles_are_answered() -> None:
+    assert LIB.sp_engine_isa(None) == b"" and LIB.sp_engine_threads(None) == 0
+    assert LIB.sp_scratch(None, ctypes.c_int64(5), ctypes.c_size_t(1)) == 0
+    assert LIB.sp_select_pending(None) == 0 and LIB.sp_isa_usable(None) == 0
+    LIB.sp_select_close(None)
+    LIB.sp_engine_close(None)
+    assert LIB.sp_strerror(99) == b"unknown status"
+
+
 # --- progress
 
 
@@ -227,7 +328,7 @@ def numbers_of(case: int, stream: int, n: int, dtype: Any, signed: bool = True) 
     small = (x >> np.uint64(40)) % np.uint64(64) == 0
     scale = np.where(small, 0, (x >> np.uint64(48)) % np.uint64(12) + np.uint64(1)).astype(np.uint32)
     sign, digits = (x >> np.uint64(63)).astype(np.uint32) * signed, x.astype(np.uint32)
-    wide = np.where(small, 0, scale + 118).astype(np.uint32)
+    wide: Any = np.where(small, 0, scale + 118).astype(np.uint32)
     if dtype == "F32":
         return Bits(sign << 31 | wide << 23 | digits & 0x7FFFFF, "F32")
     raw = sign << 15 | wide << 7 | digits & 0x70 if dtype == "BF16" else sign << 15 | scale << 10 | digits & 0x380

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from safepatch_core import _engine
+from safepatch_core import _engine, get_library_dir
 
 SANITIZED = os.environ.get("SAFEPATCH_SANITIZED")
 pytestmark = pytest.mark.skipif(not SANITIZED, reason="only under make test-asan")
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not SANITIZED, reason="only under make test-asan
 def test_the_instrumented_engine_is_loaded() -> None:
     assert SANITIZED is not None
     assert Path(_engine.__file__).is_relative_to(Path(SANITIZED).resolve())
-    assert b"__asan_init" in Path(_engine.__file__).read_bytes()
+    library = Path(get_library_dir()) / f"libsafepatch.so.{_engine.abi_version()}"
+    assert library.is_relative_to(Path(SANITIZED).resolve()) and b"__asan_init" in library.read_bytes()
     assert hasattr(ctypes.CDLL(None), "__asan_init"), "the runtime is not preloaded"
 
 
