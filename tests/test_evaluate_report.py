@@ -299,6 +299,20 @@ def test_bad_inputs_are_named(
     assert not (tmp_path / "report").exists()
 
 
+def test_windows_are_what_every_model_takes_unless_they_are_given(models: tuple[Path, Path], tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(models[0], short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 200}))
+    report = evaluate(settings(models, tmp_path, baseline=short, max_length=None, stride=None), quiet=True)
+    assert (report.data["settings"]["max_length"], report.data["settings"]["stride"]) == (200, 100)
+    chosen = settings(models, tmp_path, max_length=None, stride=None)
+    assert chosen.window == (512, 256) and chosen.fitted([256, None, 4096]).window == (256, 128)
+    assert chosen.model_copy(update={"max_length": 100}).fitted([64]).window == (100, 50)
+    with pytest.raises(UsageError, match="stride must be less than max_length"):
+        chosen.model_copy(update={"stride": 300}).fitted([256])
+
+
 def test_tokens_that_a_model_does_not_know_are_named(models: tuple[Path, Path], tmp_path: Path) -> None:
     """Tokens were added to the tokenizer, and no rows to the embeddings."""
     grown = tmp_path / "grown"
