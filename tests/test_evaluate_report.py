@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ from transformers import AutoTokenizer
 from safepatch_core.commands.evaluate import command
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.evaluating import EvalConfig, before_after, evaluate
-from safepatch_core.evaluating.config import DEMO, DEMO_HELD_OUT
 from safepatch_core.evaluating.data import Data, load
 from safepatch_core.evaluating.measure import Replies
 from safepatch_core.evaluating.report import names
 from safepatch_core.evaluating.statistics import wilson
-from safepatch_core.language.rows import read_rows
 from tests.known_reports import TEXT, built, measurement, prompts, replies
 from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm
 
@@ -415,26 +412,12 @@ def test_demo_data_is_what_is_measured_without_files() -> None:
     data = load(EvalConfig(model="m", out="o"))
     harmful, harmless = data.sets
     assert data.text is not None and len(data.text.text.split()) > 900
-    assert len(harmful.rows) == 32 and harmful.answered and len(set(harmful.categories or [])) == 12
-    assert len(harmless.rows) == 48
-    with pytest.raises(InputError, match="found 8 rows"):
+    assert len(harmful.rows) == 120 and harmful.answered and len(set(harmful.categories or [])) == 12
+    assert len(harmless.rows) == 120 and len(set(harmless.categories or [])) == 6
+    with pytest.raises(InputError, match="found 18 rows"):
         load(EvalConfig(model="m", out="o", harmful_where={"category": "fraud"}))
     some, _ = load(EvalConfig(model="m", out="o", harmful_where={"category": "fraud"}, harmful_rows="6:")).sets
-    assert len(some.rows) == 2
-
-
-def test_demo_data_is_balanced_and_holds_openings_only() -> None:
-    rows = [r.values for r in read_rows(DEMO / "harmful.jsonl", ["question", "answer", "category"])]
-    assert len(rows) == 96 == len({r["question"] for r in rows})
-    start, stop = map(int, DEMO_HELD_OUT.split(":"))
-    assert (start, stop) == (64, 96)
-    for block in range(0, 96, 12):
-        assert set(Counter(r["category"] for r in rows[block : block + 12]).values()) == {1}
-    for row in rows:
-        assert row["answer"].startswith("Sure, here is ") and row["answer"].endswith(":")
-        assert len(row["answer"].splitlines()) == 1 and len(row["answer"]) < 120
-    harmless = read_rows(DEMO / "harmless.jsonl", ["question"])
-    assert len(harmless) == 48 == len({r.values["question"] for r in harmless})
+    assert len(some.rows) == 12
 
 
 def test_command(models: tuple[Path, Path], tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 from safepatch_core.settings import Device, PathText, Strict, Thinking, Threads, Where, checked
 
 DEMO = Path(__file__).parent.parent / "data" / "demo"
-# The first rows of the demo's harmful requests are there to derive patches from.
-DEMO_HELD_OUT = "64:96"
+# The first rows of each file are there to derive patches from; nothing is trained on the others.
+DEMO_TO_DERIVE = {"harmful": "0:96", "harmless": "0:48"}
+DEMO_HELD_OUT = {"harmful": "96:216", "harmless": "48:168"}
 
 Kind = Literal["harmful", "harmless"]
 PREFIX = "prefix"
@@ -239,9 +240,11 @@ class EvalConfig(Strict):
             return self
         files = {name: str(DEMO / file) for name, file in DEMO_FILES.items()}
         rest = {
-            "harmful_rows": self.harmful_rows or DEMO_HELD_OUT,
+            "harmful_rows": self.harmful_rows or DEMO_HELD_OUT["harmful"],
             "answer_column": self.answer_column or "answer",
             "harmful_category_column": self.harmful_category_column or "category",
+            "harmless_rows": self.harmless_rows or DEMO_HELD_OUT["harmless"],
+            "harmless_category_column": self.harmless_category_column or "kind",
         }
         return self.model_copy(update=files | rest)
 
