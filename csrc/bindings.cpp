@@ -42,6 +42,7 @@ sp_lora lora(const Lora& given, int64_t cols) {
 
 sp_patch patch(const std::optional<Patch>& given, int64_t cols) {
     sp_patch p{};
+    p.size = sizeof p;
     if (!given) return p;
     const auto& [kind, importance, weight, values, scores, random_key, keep, scale] = *given;
     p.present = 1;
@@ -65,6 +66,7 @@ struct Block {
     explicit Block(const Given& given) {
         const auto& [base, start, cols, of_patches, acts, join, order] = given;
         for (const auto& p : of_patches) patches.push_back(patch(p, cols));
+        block.size = sizeof block;
         block.base = bits(base);
         block.entries = std::get<0>(base).size();
         block.start = start;
@@ -80,7 +82,11 @@ struct Found {
     std::vector<sp_patch_report> patches;
     sp_report report{};
 
-    explicit Found(size_t n) : patches(n) { report.patches = patches.data(); }
+    explicit Found(size_t n) : patches(n) {
+        for (sp_patch_report& of : patches) of.size = sizeof of;
+        report.size = sizeof report;
+        report.patches = patches.data();
+    }
 };
 
 py::tuple fault(const sp_fault& f) { return py::make_tuple(f.count, f.first); }
@@ -147,7 +153,7 @@ class Engine {
         std::vector<sp_window> windows;
         for (auto& [p, lo, shift, counts] : requests) {
             auto* bins = static_cast<int64_t*>(counts.mutable_data());
-            windows.push_back({p, lo, shift, static_cast<size_t>(counts.size()), bins});
+            windows.push_back({sizeof(sp_window), p, lo, shift, static_cast<size_t>(counts.size()), bins});
         }
         released(
             [&] { return sp_histogram(engine_.get(), &block.block, windows.data(), windows.size(), &found.report); });
@@ -167,7 +173,7 @@ class Engine {
         same_length(block, wanted.size());
         Found found(wanted.size());
         std::vector<sp_cut> cuts;
-        for (const auto& [key, before] : wanted) cuts.push_back({key, before});
+        for (const auto& [key, before] : wanted) cuts.push_back({sizeof(sp_cut), key, before});
         void* to = out.mutable_data();
         released([&] { return sp_apply(engine_.get(), &block.block, cuts.data(), to, &found.report); });
         return report(found);
@@ -178,7 +184,7 @@ class Engine {
         const Block block(given);
         same_length(block, quotas.size());
         Found found(quotas.size());
-        std::vector<sp_cut> cuts(quotas.size());
+        std::vector<sp_cut> cuts(quotas.size(), {sizeof(sp_cut), 0, 0});
         void* to = out.mutable_data();
         released(
             [&] { return sp_merge(engine_.get(), &block.block, quotas.data(), to, cuts.data(), &found.report); });
@@ -249,7 +255,7 @@ std::tuple<int64_t, int64_t, int64_t> fix_settle(const py::array& rows, const py
     for (size_t k = 0; k < planes.size(); ++k) {
         if (planes[k]) run.planes[k] = static_cast<const uint8_t*>(planes[k]->data());
     }
-    sp_fix_tally tally{};
+    sp_fix_tally tally{sizeof tally, 0, 0, 0};
     void *at = entries.mutable_data(), *before = olds.mutable_data(), *after = news.mutable_data();
     released([&] { return sp_fix_settle(&run, at, goal, before, after, &tally); });
     return {tally.old_count, tally.new_count, tally.other_codes};

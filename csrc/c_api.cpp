@@ -1,75 +1,49 @@
 // The C interface: checks every argument that could lead out of bounds, and lets no exception through.
-#include <cstring>
-#include <new>
-#include <stdexcept>
-#include <string>
-#include <system_error>
-
+#include "block.h"
 #include "dispatch.h"
 #include "engine.h"
 #include "fix.h"
+#include "guard.h"
+#include "sized.h"
 
-struct sp_engine {
-    safepatch::Engine engine;
-};
+using safepatch::adopted;
+using safepatch::aligned;
+using safepatch::give;
+using safepatch::guarded;
+using safepatch::need;
+using safepatch::OwnBlock;
 
 namespace {
 
-thread_local std::string last_error;
-
-void need(bool good, const char* what) {
-    if (!good) throw std::invalid_argument(what);
-}
-
-bool aligned(const void* p, size_t size) { return reinterpret_cast<uintptr_t>(p) % size == 0; }
-
-void check(const sp_bits& bits, bool any, const char* what) {
-    need(bits.dtype >= SP_F32 && bits.dtype <= SP_BF16, what);
-    need(!any || (bits.data != nullptr && aligned(bits.data, bits.dtype == SP_F32 ? 4 : 2)), what);
-}
-
-void check(const sp_patch& patch, const sp_block& block) {
-    if (!patch.present) return;
-    const bool any = block.entries > 0;
-    need(patch.kind >= SP_CHECKPOINT && patch.kind <= SP_LORA, "patch kind");
-    need(patch.importance >= SP_MAGNITUDE && patch.importance <= SP_GRADIENTS, "patch importance");
-    need(patch.weight >= SP_WEIGHT_PATCHED && patch.weight <= SP_WEIGHT_DELTA, "patch weight");
-    if (patch.importance != SP_MAGNITUDE) check(patch.scores, any, "patch scores");
-    if (patch.kind != SP_LORA) {
-        check(patch.values, any, "patch values");
-        return;
+// A caller's report: filled on our side, handed over when all has gone well.
+class Findings {
+  public:
+    Findings(sp_report* report, size_t patches) : to_(report), own_{}, patches_(patches) {
+        safepatch::stride_of(report, "report");
+        if (patches > 0) safepatch::stride_of(report->patches, "report of a patch");
+        own_.patches = patches_.data();
     }
-    const sp_lora& lora = patch.lora;
-    need(lora.rank >= 0 && lora.rows >= 0 && lora.cols >= 0, "LoRA shape");
-    need(lora.rank == 0 || !any ||
-             (lora.a != nullptr && lora.b != nullptr && aligned(lora.a, 4) && aligned(lora.b, 4)),
-         "LoRA factors");
-    need(!any || (lora.cols > 0 && (block.start + block.entries - 1) / lora.cols < lora.rows),
-         "LoRA factors: the block ends beyond their product");
-}
+    sp_report& report() { return own_; }
+    void hand_over() {
+        sp_patch_report* to = to_->patches;
+        give(to, patches_);
+        own_.patches = to;
+        give(to_, own_);
+    }
 
-void check(const sp_engine* engine, const sp_block* block) {
-    need(engine != nullptr && block != nullptr, "null engine or block");
-    need(block->entries >= 0 && block->start >= 0 && block->start <= INT64_MAX - block->entries, "block range");
-    need(block->patch_count == 0 || block->patches != nullptr, "block patches");
-    need(block->acts >= SP_ALONE && block->acts <= SP_ELECTED, "block acts");
-    need(block->join >= SP_SUM && block->join <= SP_MEAN, "block join");
-    need(block->order >= SP_RETAIN_FIRST && block->order <= SP_SELECT_FIRST, "block order");
-    check(block->base, block->entries > 0, "block base");
-    for (size_t p = 0; p < block->patch_count; ++p) check(block->patches[p], *block);
-}
+  private:
+    sp_report* to_;
+    sp_report own_;
+    std::vector<sp_patch_report> patches_;
+};
 
-void check(const sp_block* block, const void* per_patch, const void* out, const sp_report* report) {
-    need(block->patch_count == 0 || (per_patch != nullptr && report != nullptr && report->patches != nullptr),
-         "null array");
-    need(report != nullptr, "null report");
-    need(block->entries == 0 || (out != nullptr && aligned(out, block->base.dtype == SP_F32 ? 4 : 2)), "output");
+void check_output(const sp_block& block, const void* out) {
+    need(block.entries == 0 || (out != nullptr && aligned(out, block.base.dtype == SP_F32 ? 4 : 2)), "output");
 }
 
 void check_width(int32_t width) { need(width == 1 || width == 2 || width == 4, "entry width"); }
 
 void check(const sp_fix_changes& out, int32_t width, int64_t start, int64_t entries) {
-    need(out.size >= sizeof out, "size of the changes");
     need(start >= 0 && entries >= 0 && start <= INT64_MAX - entries, "range of entries");
     if (entries == 0) return;
     need(out.counts != nullptr && out.at != nullptr && out.side != nullptr, "null array");
@@ -80,7 +54,6 @@ void check(const sp_fix_changes& out, int32_t width, int64_t start, int64_t entr
 
 // The table must fit the lengths and go upwards: then no array is left.
 void check(const sp_fix_run& run) {
-    need(run.size >= sizeof run, "size of the run");
     check_width(run.width);
     need(run.gap_width == 1 || run.gap_width == 2, "gap width");
     need(run.entries >= 0 && run.entries <= INT64_MAX - SP_FIX_BLOCK, "entries");
@@ -95,38 +68,6 @@ void check(const sp_fix_run& run) {
          "number of side bits");
     need(run.gap_count == 0 || (run.gap != nullptr && aligned(run.gap, run.gap_width)), "gap codes");
     need(run.side_count == 0 || run.side != nullptr, "side bits");
-}
-
-// Run `body`, and turn what it throws into a status with a text.
-template <class Body>
-sp_status guarded(const Body& body) {
-    const auto failed = [](sp_status status, const char* why) {
-        try {
-            last_error = why;
-        } catch (...) {
-            last_error.clear();
-        }
-        return status;
-    };
-    try {
-        body();
-        return SP_OK;
-    } catch (const std::bad_alloc&) {
-        return failed(SP_NO_MEMORY, "out of memory");
-    } catch (const safepatch::Broken& error) {
-        return failed(SP_BAD_DATA, error.what());
-    } catch (const safepatch::Unsupported& error) {
-        return failed(SP_UNSUPPORTED, error.what());
-    } catch (const std::invalid_argument& error) {
-        return failed(SP_BAD_ARGUMENT, error.what());
-    } catch (const std::system_error& error) {
-        const bool full = error.code() == std::errc::resource_unavailable_try_again;
-        return full ? failed(SP_NO_MEMORY, "no thread can be started") : failed(SP_INTERNAL, error.what());
-    } catch (const std::exception& error) {
-        return failed(SP_INTERNAL, error.what());
-    } catch (...) {
-        return failed(SP_INTERNAL, "unknown exception");
-    }
 }
 
 }  // namespace
@@ -156,11 +97,11 @@ const char* sp_strerror(sp_status status) {
             return "internal error";
         case SP_BAD_DATA:
             return "bad data";
+        case SP_STOPPED:
+            return "stopped by the caller";
     }
     return "unknown status";
 }
-
-const char* sp_last_error(void) { return last_error.c_str(); }
 
 int sp_isa_usable(const char* isa) { return isa != nullptr && safepatch::usable(isa); }
 
@@ -177,53 +118,67 @@ void sp_engine_close(sp_engine* engine) {
     if (engine != nullptr && !engine->engine.forked()) delete engine;
 }
 
-const char* sp_engine_isa(const sp_engine* engine) { return engine != nullptr ? engine->engine.isa().name : "none"; }
+const char* sp_engine_isa(const sp_engine* engine) { return engine == nullptr ? "none" : engine->engine.isa().name; }
 
-int32_t sp_engine_threads(const sp_engine* engine) { return engine != nullptr ? engine->engine.threads() : 0; }
+int32_t sp_engine_threads(const sp_engine* engine) { return engine == nullptr ? 0 : engine->engine.threads(); }
 
 size_t sp_scratch(const sp_engine* engine, int64_t entries, size_t patches) {
-    return engine != nullptr ? engine->engine.scratch(entries, patches) : 0;
+    return engine == nullptr || entries < 0 ? 0 : engine->engine.scratch(entries, patches);
 }
 
 sp_status sp_histogram(sp_engine* engine, const sp_block* block, const sp_window* windows, size_t count,
                        sp_report* report) {
     return guarded([&] {
-        check(engine, block);
-        need(report != nullptr && (block->patch_count == 0 || report->patches != nullptr), "null report");
+        need(engine != nullptr, "null engine");
+        const OwnBlock own(block);
+        Findings found(report, own.patch_count);
         need(count == 0 || windows != nullptr, "null windows");
-        for (size_t i = 0; i < count; ++i) {
-            need(windows[i].patch < block->patch_count, "window patch");
-            need(windows[i].shift <= 31, "window shift");
-            need(windows[i].bins == 0 || windows[i].counts != nullptr, "window counts");
+        const std::vector<sp_window> all = adopted(windows, count, "window");
+        for (const sp_window& window : all) {
+            need(window.patch < own.patch_count, "window patch");
+            need(window.shift <= 31, "window shift");
+            need(window.bins == 0 || (window.counts != nullptr && aligned(window.counts, 8)), "window counts");
         }
-        engine->engine.histogram(*block, windows, count, *report);
+        engine->engine.histogram(own, all.data(), count, found.report());
+        found.hand_over();
     });
 }
 
 sp_status sp_count_equal(sp_engine* engine, const sp_block* block, const uint32_t* keys, int64_t* counts) {
     return guarded([&] {
-        check(engine, block);
-        need(block->patch_count == 0 || (keys != nullptr && counts != nullptr), "null array");
-        engine->engine.count_equal(*block, keys, counts);
+        need(engine != nullptr, "null engine");
+        const OwnBlock own(block);
+        need(own.patch_count == 0 || (keys != nullptr && counts != nullptr), "null array");
+        engine->engine.count_equal(own, keys, counts);
     });
 }
 
 sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut* cuts, void* out, sp_report* report) {
     return guarded([&] {
-        check(engine, block);
-        check(block, cuts, out, report);
-        engine->engine.apply(*block, cuts, out, *report);
+        need(engine != nullptr, "null engine");
+        const OwnBlock own(block);
+        Findings found(report, own.patch_count);
+        need(own.patch_count == 0 || cuts != nullptr, "null array");
+        check_output(own, out);
+        engine->engine.apply(own, adopted(cuts, own.patch_count, "cut").data(), out, found.report());
+        found.hand_over();
     });
 }
 
 sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
                    sp_report* report) {
     return guarded([&] {
-        check(engine, block);
-        check(block, quotas, out, report);
-        for (size_t p = 0; p < block->patch_count; ++p) need(quotas[p] >= 0, "negative quota");
-        need(block->patch_count == 0 || cuts != nullptr, "null cuts");
-        engine->engine.merge(*block, quotas, out, cuts, *report);
+        need(engine != nullptr, "null engine");
+        const OwnBlock own(block);
+        Findings found(report, own.patch_count);
+        need(own.patch_count == 0 || (quotas != nullptr && cuts != nullptr), "null array");
+        check_output(own, out);
+        if (own.patch_count > 0) safepatch::stride_of(cuts, "cut");
+        for (size_t p = 0; p < own.patch_count; ++p) need(quotas[p] >= 0, "negative quota");
+        std::vector<sp_cut> chosen(own.patch_count);
+        engine->engine.merge(own, quotas, out, chosen.data(), found.report());
+        give(cuts, chosen);
+        found.hand_over();
     });
 }
 
@@ -231,11 +186,12 @@ sp_status sp_fix_find(int32_t width, const void* old_entries, const void* new_en
                       const sp_fix_changes* out, int64_t* found) {
     return guarded([&] {
         check_width(width);
-        need(out != nullptr && found != nullptr, "null output");
-        check(*out, width, start, entries);
+        need(found != nullptr, "null output");
+        const sp_fix_changes to = adopted(out, "changes");
+        check(to, width, start, entries);
         need(entries == 0 || (old_entries != nullptr && aligned(old_entries, width)), "old entries");
         need(entries == 0 || (new_entries != nullptr && aligned(new_entries, width)), "new entries");
-        *found = safepatch::find_changes(width, old_entries, new_entries, entries, start, *out);
+        *found = safepatch::find_changes(width, old_entries, new_entries, entries, start, to);
     });
 }
 
@@ -255,13 +211,16 @@ sp_status sp_fix_gaps(const uint16_t* at, const int64_t* counts, size_t blocks, 
 sp_status sp_fix_settle(const sp_fix_run* run, void* entries, int32_t goal, void* old_entries, void* new_entries,
                         sp_fix_tally* tally) {
     return guarded([&] {
-        need(run != nullptr && tally != nullptr, "null run or tally");
-        check(*run);
+        const sp_fix_run own = adopted(run, "run");
+        safepatch::stride_of(tally, "tally");
+        check(own);
         need(goal >= SP_FIX_KEEP && goal <= SP_FIX_NEW, "goal");
-        need(run->entries == 0 || (entries != nullptr && aligned(entries, run->width)), "entries");
+        need(own.entries == 0 || (entries != nullptr && aligned(entries, own.width)), "entries");
         for (const void* side : {old_entries, new_entries}) {
-            need(run->changes == 0 || (side != nullptr && aligned(side, run->width)), "old or new entries");
+            need(own.changes == 0 || (side != nullptr && aligned(side, own.width)), "old or new entries");
         }
-        safepatch::settle(*run, entries, goal, old_entries, new_entries, *tally);
+        sp_fix_tally found{};
+        safepatch::settle(own, entries, goal, old_entries, new_entries, found);
+        give(tally, found);
     });
 }

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <cstdlib>
 #include <cstring>
@@ -148,9 +149,11 @@ void Engine::sweep(const Pass& pass, const std::vector<Request>& requests,
     const std::vector<Task>& tasks = *pass.tasks;
     assert(std::all_of(tasks.begin(), tasks.end(), [](const Task& task) { return task.sound(); }));
     const auto listing = [](const Task& task) { return task.collect || task.eligible == Eligible::listed; };
-    prepare(*pass.block, requests, std::any_of(tasks.begin(), tasks.end(), listing));
-    const Chunks chunks(*pass.block);
+    const sp_block& block = *pass.block;
+    prepare(block, requests, std::any_of(tasks.begin(), tasks.end(), listing));
+    const Chunks chunks(block);
     const auto step = from_lists(pass) ? isa_.patch_up : isa_.visit;
+    std::atomic<int64_t> done{0};
     pool_.run(chunks.count(), [&](int i, int64_t slot) {
         Thread& thread = *threads_[static_cast<size_t>(i)];
         const Range range = chunks.at(slot);
@@ -158,6 +161,9 @@ void Engine::sweep(const Pass& pass, const std::vector<Request>& requests,
         if (after) after(thread, range);
         // Threads count in 32 bits.
         if ((thread.uncollected += range.n) > INT32_MAX && !requests.empty()) collect(thread, requests);
+        if (block.progress == nullptr) return;
+        const int64_t now = done += range.n;
+        if (i == 0 && block.progress(block.user, now, block.entries) != 0) throw Stopped();
     });
     if (requests.empty()) return;
     for (auto& thread : threads_) collect(*thread, requests);
@@ -189,8 +195,8 @@ void Engine::report_all(sp_report& report, size_t patches) const {
     report.changed = sum.changed;
     for (size_t p = 0; p < patches; ++p) {
         const Sink of = found(p);
-        report.patches[p] = {of.eligible,         of.selected,         of.applied,
-                             plain(of.bad_delta), plain(of.bad_score), plain(of.negative)};
+        report.patches[p] = {sizeof(sp_patch_report), of.eligible,         of.selected,       of.applied,
+                             plain(of.bad_delta),     plain(of.bad_score), plain(of.negative)};
     }
 }
 

@@ -62,6 +62,9 @@ struct Request {
     int64_t* above = nullptr;  // keys beyond the last bin, added to; may be null
 };
 
+// The caller's sp_progress wants the call to end.
+struct Stopped {};
+
 class Engine {
   public:
     Engine(int threads, const Isa& isa);
@@ -119,3 +122,7 @@ class Engine {
 };
 
 }  // namespace safepatch
+
+struct sp_engine {
+    safepatch::Engine engine;
+};

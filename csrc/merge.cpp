@@ -279,7 +279,7 @@ void Engine::place_cuts(const sp_block& block, std::deque<Search>& searches) {
     std::vector<Search*> tied, unlisted;
     for (Search& search : searches) {
         const Narrowing& n = search.narrowing;
-        search.cut = search.takes_all() ? sp_cut{0, SP_EVERY} : sp_cut{n.key, SP_EVERY};
+        search.cut = cut_of(search.takes_all() ? 0 : n.key, SP_EVERY);
         if (search.takes_all() || n.rank == n.greater + n.equal) continue;
         notes_[search.patch].ties.room<int64_t>(static_cast<size_t>(chunks.count()));
         tied.push_back(&search);
@@ -355,9 +355,9 @@ void Engine::merge(const sp_block& block, const int64_t* quotas, void* out, sp_c
     std::deque<Search> searches;
     for (size_t p = 0; p < block.patch_count; ++p) {
         if (!block.patches[p].present || quotas[p] == 0) {
-            cuts[p] = {SP_NO_KEY, 0};
+            cuts[p] = cut_of(SP_NO_KEY, 0);
         } else if (quotas[p] >= block.entries) {
-            cuts[p] = {0, SP_EVERY};
+            cuts[p] = cut_of(0, SP_EVERY);
         } else {
             searches.emplace_back(p, quotas[p]);
         }

@@ -29,6 +29,8 @@ inline constexpr int kSlack = 64;
 // Keys of finite scores lie below.
 inline constexpr uint32_t kInfinity = 0x7f800000;
 
+inline sp_cut cut_of(uint32_t key, int64_t before) { return {sizeof(sp_cut), key, before}; }
+
 // Philox4x32-10 with its round keys spelled out.
 struct Random {
     uint64_t rounds[10][2];
@@ -91,7 +93,7 @@ struct Task {
     uint32_t floor = 0;
     uint64_t* save = nullptr;  // where to save the eligible bits
 
-    sp_cut cut{SP_NO_KEY, 0};
+    sp_cut cut = cut_of(SP_NO_KEY, 0);
 
     // What `eligible` names is there, and nothing else.
     bool sound() const {

@@ -2,26 +2,10 @@
 
 #include <chrono>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "plain_float.h"
 
 namespace safepatch {
 namespace {
-
-// The contract is plain IEEE arithmetic, whatever flush or rounding mode the host program has set.
-class PlainFloat {
-  public:
-#if defined(__x86_64__)
-    PlainFloat() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-    ~PlainFloat() { _mm_setcsr(saved_); }
-
-  private:
-    unsigned saved_;
-#else
-    PlainFloat() {}
-#endif
-};
 
 // A merge is a handful of short loops: the next one mostly follows within microseconds, and waking a thread
 // takes tens of them on a virtual machine.

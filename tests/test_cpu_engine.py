@@ -34,6 +34,7 @@ from safepatch_core.backends.contract import (
 from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.errors import UsageError
+from safepatch_core.library import get_library_dir
 from safepatch_core.spec import COMBINE, EVERY, KEEP_ALL, Acts, Dtype, Importance, Join, Kind, Order, Rule, Weight
 
 _engine = pytest.importorskip("safepatch_core._engine", reason="the extension isn't built")
@@ -490,18 +491,17 @@ def test_wrong_calls_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def machine_code() -> dict[str, str]:
-    """Disassembly of the extension by function."""
+    """Disassembly of the library by function."""
     if shutil.which("objdump") is None:
         pytest.skip("objdump isn't installed")
     if os.uname().machine != "x86_64":
         pytest.skip("the vector code is x86-64's")
-    run = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", _engine.__file__], check=True, capture_output=True, text=True
-    )
+    library = Path(get_library_dir()) / f"libsafepatch.so.{_engine.abi_version()}"
+    run = subprocess.run(["objdump", "-d", "--no-show-raw-insn", library], check=True, capture_output=True, text=True)
     parts = re.split(r"^[0-9a-f]+ <(.*)>:$", run.stdout, flags=re.M)
     functions = dict(zip(parts[1::2], parts[2::2], strict=True))
     if not any("avx512" in name for name in functions):
-        pytest.skip("the extension is stripped, or built by another compiler than GCC")
+        pytest.skip("the library is stripped, or built by another compiler than GCC")
     return functions
 
 

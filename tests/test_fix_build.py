@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from tests import fix_oracle
 from tests.fix_cases import changed, random_tensor, write_both
 from tests.oracle import Tensor, load_checkpoint, save_file
 from tests.recipes import write_random
+from tests.test_ranks import ROOT, model, torchrun
+from tests.test_ranks import recipe as rank_recipe
 
 RECIPES = int(os.environ.get("SAFEPATCH_RANDOM_RECIPES", "60"))
 
@@ -142,3 +145,16 @@ def test_large_tensors_within_the_smallest_limit(tmp_path: Path) -> None:
         assert streamed.read_bytes() == between.read_bytes()
     with pytest.raises(SafepatchError, match="at least 32MiB"):
         build(recipe, tmp_path / "x.safetensors", memory_limit="16MiB")
+
+
+@pytest.mark.parametrize(("scope", "ranks"), [("model", 2), ("tensor", 3)])
+def test_any_number_of_ranks_gives_the_same_file(tmp_path: Path, scope: str, ranks: int) -> None:
+    pytest.importorskip("torch", reason="ranks talk through torch.distributed")
+    model(tmp_path, 300)
+    made = rank_recipe(tmp_path, scope)
+    build(made, tmp_path / "one.safetensors", backend="cpu", threads=1)
+    command = torchrun(ranks, 64, made, "-o", tmp_path / "out" / "many.safetensors")
+    command[command.index("merge")] = "build"
+    subprocess.run([*command, "--backend", "cpu", "--threads", "1"], cwd=ROOT, check=True, timeout=240)
+    assert (tmp_path / "out" / "many.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    assert os.listdir(tmp_path / "out") == ["many.safetensors"]

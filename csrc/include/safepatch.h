@@ -3,7 +3,13 @@
  * Arrays and numbers in, bits and counts out: the engine never sees a file or a recipe. Every call but
  * sp_engine_close may be made from several threads at once on the same engine; they take turns.
  * The caller owns every buffer it passes in, and the engine keeps no pointer to one after the call.
- * Buffers need the natural alignment of their entries. No call throws or aborts on bad data. */
+ * Buffers need the natural alignment of their entries. No call throws or aborts on bad data or a bad argument; where
+ * a pointer may be NULL, its call says so, and elsewhere NULL is a bad argument.
+ *
+ * A struct that a caller allocates begins with its size, so that fields can be added to its end: set `size` to sizeof
+ * the struct and the rest to zero. In an array the first element's size counts for all. A program and a library of
+ * one ABI understand each other, whichever is newer: a field that the caller does not know is taken as 0, and one
+ * that only the caller knows must be 0. sp_bits, sp_lora and sp_fault are parts of others, and never change. */
 #ifndef SAFEPATCH_H
 #define SAFEPATCH_H
 
@@ -39,7 +45,8 @@ typedef enum sp_status {
     SP_UNSUPPORTED = 2,  /* this machine lacks the instruction set that was asked for */
     SP_NO_MEMORY = 3,    /* or no thread can be started */
     SP_INTERNAL = 4,     /* a bug in the engine */
-    SP_BAD_DATA = 5      /* what lies in a fix breaks a rule of its encoding */
+    SP_BAD_DATA = 5,     /* what lies in a fix breaks a rule of its encoding */
+    SP_STOPPED = 6       /* by the caller's own sp_progress */
 } sp_status;
 
 /* Values of the int32_t fields below. */
@@ -52,6 +59,11 @@ enum { SP_SUM = 0, SP_MEAN = 1 };                                        /* join
 enum { SP_RETAIN_FIRST = 0, SP_SELECT_FIRST = 1 };                       /* order */
 
 typedef struct sp_engine sp_engine;
+
+/* What a call tells between steps, on the calling thread: `done` of `total` entries of the block in the pass that is
+ * under way; a call makes one to four, each from 0. Not 0 ends the call with SP_STOPPED, and the output is undefined.
+ * It must return, and may not call the same engine. */
+typedef int (*sp_progress)(void* user, int64_t done, int64_t total);
 
 /* Entries of a tensor as they lie in a file: 4 bytes each for F32, 2 for F16 and BF16. */
 typedef struct sp_bits {
@@ -72,6 +84,7 @@ typedef struct sp_lora {
 
 /* One patch's share of a block. */
 typedef struct sp_patch {
+    size_t size;        /* sizeof(sp_patch) */
     int32_t present;    /* 0: the patch has nothing for this tensor, and no other field is read */
     int32_t kind;       /* which of `values` (checkpoint, delta) and `lora` is read */
     int32_t importance; /* `scores` holds scores or gradients; it isn't read for magnitude */
@@ -82,24 +95,28 @@ typedef struct sp_patch {
     uint64_t random_key; /* of Philox */
     uint64_t keep;       /* an entry is retained iff its 32-bit random number is smaller */
     float scale;
+    int32_t reserved; /* 0 */
 } sp_patch;
 
 /* Entries [start, start + entries) of one tensor, in row-major order. */
 typedef struct sp_block {
+    size_t size; /* sizeof(sp_block) */
     sp_bits base;
     int64_t entries;
     int64_t start;
     const sp_patch* patches;
     size_t patch_count;
-    int32_t
-        acts; /* who acts where several patches select an entry: none of them, all, or those of the elected sign */
+    int32_t acts; /* where several patches select an entry: none of them acts, all, those of the elected sign */
     int32_t join; /* what becomes of their steps scale * delta: each is added to the entry, or the mean of all is */
     int32_t order;
+    sp_progress progress; /* NULL: none */
+    void* user;           /* handed to `progress` */
 } sp_block;
 
 /* Selected are the eligible entries with key > `key`, or key == `key` and index in the tensor < `before`.
  * A key is the bit pattern of a float32 score. */
 typedef struct sp_cut {
+    size_t size; /* sizeof(sp_cut) */
     uint32_t key;
     int64_t before;
 } sp_cut;
@@ -107,6 +124,7 @@ typedef struct sp_cut {
 /* Histogram request for one patch: counts[(key - lo) >> shift] += 1 for keys in [lo, lo + (bins << shift)).
  */
 typedef struct sp_window {
+    size_t size; /* sizeof(sp_window) */
     size_t patch;
     uint32_t lo;
     uint32_t shift; /* at most 31 */
@@ -121,6 +139,7 @@ typedef struct sp_fault {
 } sp_fault;
 
 typedef struct sp_patch_report {
+    size_t size; /* sizeof(sp_patch_report) */
     int64_t eligible;
     int64_t selected;
     int64_t applied;
@@ -129,12 +148,12 @@ typedef struct sp_patch_report {
     sp_fault negative;  /* finite negative score where the delta is finite */
 } sp_patch_report;
 
-/* `patches` is the caller's array of block->patch_count; a call overwrites all of it. */
 typedef struct sp_report {
-    sp_patch_report* patches;
-    sp_fault overflow; /* acted on, finite before, not finite after rounding; such an entry keeps its bits */
-    int64_t acted;     /* entries on which any patch acts */
-    int64_t changed;   /* those of them whose bits in the output are not the base's: what survives rounding */
+    size_t size;              /* sizeof(sp_report) */
+    sp_patch_report* patches; /* the caller's array of block->patch_count; a call overwrites all of it */
+    sp_fault overflow;        /* acted on, finite before, not finite after rounding; such an entry keeps its bits */
+    int64_t acted;            /* entries on which any patch acts */
+    int64_t changed;          /* those of them whose bits in the output are not the base's: what survives rounding */
 } sp_report;
 
 /* @return of the library that is loaded: its version, like "0.1.0" (static text), SP_ABI_VERSION, SP_SPEC_VERSION. */
@@ -162,14 +181,14 @@ SP_API sp_status sp_engine_open(int32_t threads, const char* isa, sp_engine** en
  * child, where an engine of the parent goes on with one thread, this does nothing. */
 SP_API void sp_engine_close(sp_engine* engine);
 
-/* @return the instruction set in use, "none" of NULL; static text. */
+/* @return the instruction set in use, "none" for NULL; static text. */
 SP_API const char* sp_engine_isa(const sp_engine* engine);
 
-/* @return the number of threads, the caller's own included; 0 of NULL. */
+/* @return the number of threads, the caller's own included; 0 for NULL. */
 SP_API int32_t sp_engine_threads(const sp_engine* engine);
 
-/* @return upper bound, in bytes, of what the engine holds after an sp_merge of this many entries and patches.
- * The memory is reused by later calls and freed by sp_engine_close. 0 of NULL. */
+/* @return upper bound, in bytes, of what the engine holds after an sp_merge of this many entries and patches;
+ * 0 for NULL or fewer than 0 entries. The memory is reused by later calls and freed by sp_engine_close. */
 SP_API size_t sp_scratch(const sp_engine* engine, int64_t entries, size_t patches);
 
 /* Count eligible keys into `windows` (`count` of them; a patch may have several or none; counts are added
@@ -192,6 +211,75 @@ SP_API sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut
  * @return SP_OK with the cuts and a full *report, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
 SP_API sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
                           sp_report* report);
+
+/* The numbers that a recipe's settings come down to; no engine needed.
+ *
+ * The random key of a patch's tensor: BLAKE2b-64 of the seed and both names, UTF-8 without a NUL inside.
+ * @return SP_OK, or SP_BAD_ARGUMENT for NULL. */
+SP_API sp_status sp_random_key(uint64_t seed, const char* patch, const char* tensor, uint64_t* random_key);
+
+/* `keep` of the share of entries that is retained: 0 and more, 1 retains all.
+ * @return SP_OK, or SP_BAD_ARGUMENT for NULL, a negative share or NaN. */
+SP_API sp_status sp_keep(double retain, uint64_t* keep);
+
+/* The quota that `top` of so many entries comes to: the product in double, rounded half to even.
+ * @return SP_OK, or SP_BAD_ARGUMENT for NULL, fewer than 0 entries or a share outside of [0, 1]. */
+SP_API sp_status sp_quota(double top, int64_t entries, int64_t* quota);
+
+/* Exact selection from streams: the cuts of tensors, or of whole models, that are never in memory at once.
+ *
+ * Tensors are numbered in bytewise order of their names, which is the order in which equal keys are taken. While
+ * sp_select_pending: sweep over all blocks of all tensors, in any order and cut, with sp_histogram and the windows of
+ * sp_select_windows; then call sp_select_advance. One sweep does mostly, three at most. Then take the cuts of each
+ * tensor's blocks for sp_apply, in order of position. Processes that share a sweep add up their counts before
+ * sp_select_advance, every array once. After SP_NO_MEMORY a selection can only be closed.
+ * Calls on one selection are made by one thread at a time, or by several on blocks of different engines if each
+ * counts into windows of its own. */
+typedef struct sp_select sp_select;
+
+/* The most windows that a patch has at once. */
+#define SP_SELECT_WINDOWS 3
+
+/* Select the quotas[p] best of each patch among `entries`, which lie in `tensors` tensors.
+ * @return SP_OK, SP_BAD_ARGUMENT or SP_NO_MEMORY. On success the caller owns *select and ends it with
+ * sp_select_close; otherwise *select is NULL. */
+SP_API sp_status sp_select_open(size_t tensors, int64_t entries, const int64_t* quotas, size_t patches,
+                                sp_select** select);
+
+/* Free a selection; NULL is allowed. */
+SP_API void sp_select_close(sp_select* select);
+
+/* Before the first sweep, if at all: blocks that stand for all entries, such as a few from every tensor. A guess
+ * costs a sweep over them and mostly saves one over everything; whatever they are, the result is the same.
+ * @return SP_OK, SP_BAD_ARGUMENT, SP_NO_MEMORY or SP_STOPPED. */
+SP_API sp_status sp_select_guess(sp_select* select, sp_engine* engine, const sp_block* sample, size_t blocks);
+
+/* @return 1 if there is a sweep to do, else 0; 0 for NULL. */
+SP_API int sp_select_pending(const sp_select* select);
+
+/* What to count in a block of this tensor in the present sweep. `windows` has room for SP_SELECT_WINDOWS per patch;
+ * their counts belong to the selection.
+ * @return SP_OK with the number of them in *count, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
+SP_API sp_status sp_select_windows(sp_select* select, size_t tensor, sp_window* windows, size_t* count);
+
+/* A sweep has ended.
+ * @return SP_OK, SP_BAD_ARGUMENT where none is pending, or SP_NO_MEMORY. */
+SP_API sp_status sp_select_advance(sp_select* select);
+
+/* When no sweep is pending: the key of a patch's cut, and how many entries that equal it a tensor may still take
+ * (SP_EVERY: all).
+ * @return SP_OK or SP_BAD_ARGUMENT. */
+SP_API sp_status sp_select_tally(const sp_select* select, size_t tensor, size_t patch, uint32_t* key, int64_t* left);
+
+/* When no sweep is pending: the cuts of the next block of a tensor, in order of position from 0.
+ * @return SP_OK, SP_BAD_ARGUMENT, SP_NO_MEMORY or SP_STOPPED. */
+SP_API sp_status sp_select_cuts(sp_select* select, sp_engine* engine, size_t tensor, const sp_block* block,
+                                sp_cut* cuts);
+
+/* Merge known inputs on every instruction set that this machine has and compare with known results: what a build with
+ * other compilers and flags must pass. Takes a fraction of a second.
+ * @return SP_OK, SP_INTERNAL with what differs in sp_last_error, or SP_NO_MEMORY. */
+SP_API sp_status sp_selftest(void);
 
 /* The fix file, at the level of buffers: what two versions of a tensor differ in, found, encoded, told and undone.
  * These calls need no engine, run on the calling thread, and may be made from any number of threads at once.
@@ -231,6 +319,7 @@ typedef struct sp_fix_run {
 } sp_fix_run;
 
 typedef struct sp_fix_tally {
+    size_t size;       /* sizeof(sp_fix_tally) */
     int64_t old_count; /* touched entries that were on the old side */
     int64_t new_count;
     int64_t other_codes; /* codes that the changes would take with the other gap width */

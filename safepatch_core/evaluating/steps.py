@@ -26,7 +26,7 @@ from safepatch_core.files.disk import hash_file
 from safepatch_core.files.filenames import MANIFEST, SUMS
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
-from safepatch_core.language.model import at_work
+from safepatch_core.language.model import at_work, limits
 from safepatch_core.progress import warn
 from safepatch_core.version import __version__
 
@@ -41,6 +41,7 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
     data = load(config, lambda line: warn(line, quiet, None))
     folders = {label: locate(ref) for label, ref in config.models.items()}
     judge = None if config.judge == PREFIX else locate(config.judge)
+    config = config.fitted([limits(folder).positions for folder in folders.values()])
     with at_work(config.threads, "lower batch_size or max_length"):
         classifier = None if judge is None else Classifier(judge, config)
         tasks = Tasks(config) if config.tasks else None

@@ -31,7 +31,7 @@ from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge, Work
 from safepatch_core.merging.work import Unit
-from safepatch_core.ranks import Ranks, ranks_of_this_run
+from safepatch_core.ranks import Ranks, first, ranks_of_this_run
 from safepatch_core.settings import size
 
 Progress = Callable[[int, int], None]
@@ -137,9 +137,22 @@ def build_between(
 def _output(out: Path, inputs: Sequence[Path], force: bool, ranks: Ranks) -> Iterator[Path]:
     """Where the file may be written, held for this run until it is."""
     path = Path(os.path.abspath(out))
-    if ranks.rank:
-        yield path
-        return
+    lock = first(ranks, lambda: _claim(path, inputs, force))
+    try:
+        with failures_named(path, go_on=AGAIN):
+            yield path
+    except BaseException:
+        if ranks.rank == 0:
+            with contextlib.suppress(OSError):
+                staged_name(path).unlink(missing_ok=True)
+        raise
+    finally:
+        if ranks.rank == 0:
+            os.close(lock)
+
+
+def _claim(path: Path, inputs: Sequence[Path], force: bool) -> int:
+    """A descriptor that locks the name under which the file is made."""
     if path.is_symlink():
         raise InputError("the output is a symlink and is never written through", file=path)
     if path.is_dir():
@@ -156,16 +169,10 @@ def _output(out: Path, inputs: Sequence[Path], force: bool, ranks: Ranks) -> Ite
         lock = os.open(staged_name(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with failures_named(path, go_on=AGAIN):
-            yield path
     except BlockingIOError:
-        raise Busy("another run is writing this output", file=path) from None
-    except BaseException:
-        with contextlib.suppress(OSError):
-            staged_name(path).unlink(missing_ok=True)
-        raise
-    finally:
         os.close(lock)
+        raise Busy("another run is writing this output", file=path) from None
+    return lock
 
 
 def _share_of(path: Path, ranks: Ranks) -> Path | None:

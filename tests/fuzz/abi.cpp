@@ -96,6 +96,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     // The plain engine and one of the others.
     const size_t other = in.take<uint8_t>() % engines.size();
     sp_block block{};
+    block.size = sizeof block;
     block.entries = in.number(kMost);
     block.start = in.number(1 << 16);
     const int32_t rule = in.choice(6);
@@ -107,6 +108,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     block.base = bits(in, block.entries);
     std::vector<sp_patch> patches(static_cast<size_t>(in.take<uint8_t>() % 5));
     for (sp_patch& patch : patches) {
+        patch.size = sizeof patch;
         patch.present = in.choice(4) != 0;
         patch.kind = in.choice(3);
         patch.importance = in.choice(3);
@@ -137,15 +139,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::vector<int64_t> quotas(patches.size());
     std::vector<uint32_t> keys(patches.size());
     for (size_t p = 0; p < patches.size(); ++p) {
-        cuts[p] = {in.take<uint32_t>(), in.number(1 << 16)};
+        cuts[p] = {sizeof(sp_cut), in.take<uint32_t>(), in.number(1 << 16)};
         quotas[p] = in.number(kMost);
         keys[p] = in.take<uint32_t>();
     }
     std::vector<std::vector<int64_t>> counts;
     std::vector<sp_window> windows(static_cast<size_t>(in.take<uint8_t>() % 4));
     for (sp_window& window : windows) {
-        window = {static_cast<size_t>(in.choice(4)), in.take<uint32_t>(), static_cast<uint32_t>(in.choice(32)), 0,
-                  nullptr};
+        window = {sizeof window, static_cast<size_t>(in.choice(4)), in.take<uint32_t>(),
+                  static_cast<uint32_t>(in.choice(32)), 0, nullptr};
         window.bins = in.take<uint8_t>();
         counts.emplace_back(window.bins);
         window.counts = counts.back().data();
@@ -164,7 +166,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     for (sp_engine* engine : {engines[0], engines[other]}) {
         Outcome o{SP_OK, std::vector<uint8_t>(bytes), std::vector<sp_patch_report>(patches.size()), {}, {}};
         auto out = std::make_unique<uint8_t[]>(bytes);
-        sp_report report{o.reports.data(), {}};
+        for (sp_patch_report& of : o.reports) of.size = sizeof of;
+        sp_report report{sizeof report, o.reports.data(), {}, 0, 0};
         if (what == 0) {
             for (auto& of : counts) std::fill(of.begin(), of.end(), 0);
             o.status = sp_histogram(engine, &block, windows.data(), windows.size(), &report);
@@ -175,7 +178,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         } else if (what == 2) {
             o.status = sp_apply(engine, &block, cuts.data(), out.get(), &report);
         } else {
-            std::vector<sp_cut> found(patches.size());
+            std::vector<sp_cut> found(patches.size(), {sizeof(sp_cut), 0, 0});
             o.status = sp_merge(engine, &block, quotas.data(), out.get(), found.data(), &report);
             for (size_t p = 0; o.status == SP_OK && p < found.size(); ++p) {
                 if (o.reports[p].selected > std::max<int64_t>(quotas[p], 0)) wrong("more selected than the quota");

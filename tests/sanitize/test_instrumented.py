@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from safepatch_core import _engine
+from safepatch_core import _engine, get_library_dir
 
 SANITIZED = os.environ.get("SAFEPATCH_SANITIZED")
 pytestmark = pytest.mark.skipif(not SANITIZED, reason="only under make test-asan")
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not SANITIZED, reason="only under make test-asan
 def test_the_instrumented_engine_is_loaded() -> None:
     assert SANITIZED is not None
     assert Path(_engine.__file__).is_relative_to(Path(SANITIZED).resolve())
-    assert b"__asan_init" in Path(_engine.__file__).read_bytes()
+    library = Path(get_library_dir()) / f"libsafepatch.so.{_engine.abi_version()}"
+    assert library.is_relative_to(Path(SANITIZED).resolve()) and b"__asan_init" in library.read_bytes()
     assert hasattr(ctypes.CDLL(None), "__asan_init"), "the runtime is not preloaded"
 
 
@@ -31,15 +32,16 @@ from safepatch_core import _engine
 class Bits(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
 class Block(ctypes.Structure):
-    _fields_ = [("base", Bits), ("entries", ctypes.c_int64), ("start", ctypes.c_int64), ("patches", ctypes.c_void_p),
-                ("count", ctypes.c_size_t), ("acts", ctypes.c_int32), ("join", ctypes.c_int32),
-                ("order", ctypes.c_int32)]
+    _fields_ = [("size", ctypes.c_size_t), ("base", Bits), ("entries", ctypes.c_int64), ("start", ctypes.c_int64),
+                ("patches", ctypes.c_void_p), ("count", ctypes.c_size_t), ("acts", ctypes.c_int32),
+                ("join", ctypes.c_int32), ("order", ctypes.c_int32), ("progress", ctypes.c_void_p),
+                ("user", ctypes.c_void_p)]
 lib, libc = ctypes.CDLL(_engine.__file__), ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 base, out, engine = libc.malloc(4096), libc.malloc(4096), ctypes.c_void_p()
 assert lib.sp_engine_open(1, b"scalar", ctypes.byref(engine)) == 0
-block = Block(Bits(base, 0), 1025, 0, None, 0, 0, 0, 0)
-report = (ctypes.c_int64 * 8)()
+block = Block(ctypes.sizeof(Block), Bits(base, 0), 1025, 0, None, 0, 0, 0, 0, None, None)
+report = (ctypes.c_int64 * 6)(48)
 lib.sp_apply(engine, ctypes.byref(block), None, ctypes.c_void_p(out), ctypes.byref(report))
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

@@ -54,24 +54,30 @@ struct Job {
             base[i] = static_cast<uint16_t>(0x3f00 | (seed >> 25));
             patched[i] = static_cast<uint16_t>(base[i] ^ ((seed >> 20) & 7));
         }
+        patch.size = sizeof patch;
         patch.present = 1;
         patch.kind = SP_CHECKPOINT;
         patch.values = {patched.data(), SP_BF16};
         patch.random_key = 42;
         patch.keep = SP_KEEP_ALL / 2;
         patch.scale = 0.5f;
-        block = {{base.data(), SP_BF16}, static_cast<int64_t>(entries), 0, &patch, 1, SP_ALONE, SP_SUM,
-                 SP_RETAIN_FIRST};
+        block.size = sizeof block;
+        block.base = {base.data(), SP_BF16};
+        block.entries = static_cast<int64_t>(entries);
+        block.patches = &patch;
+        block.patch_count = 1;
+        found.size = sizeof found;
+        report.size = sizeof report;
         report.patches = &found;
     }
 
     void merge(sp_engine* engine) {
         const int64_t quota = block.entries / 10;
-        sp_cut cut{};
+        sp_cut cut{sizeof cut, 0, 0};
         require(sp_merge(engine, &block, &quota, out.data(), &cut, &report) == SP_OK, sp_last_error());
         require(found.selected <= quota, "a quota");
         std::vector<int64_t> counts(256);
-        sp_window window{0, 0, 23, counts.size(), counts.data()};
+        sp_window window{sizeof window, 0, 0, 23, counts.size(), counts.data()};
         require(sp_histogram(engine, &block, &window, 1, &report) == SP_OK, sp_last_error());
         require(std::accumulate(counts.begin(), counts.end(), int64_t{0}) == found.eligible, "a histogram");
     }

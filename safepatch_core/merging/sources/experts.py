@@ -5,8 +5,9 @@ The engine takes factors of one matrix, so deltas are decoded into the ring, by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources.contract import Range, align
 from safepatch_core.merging.sources.decoding import F32Array, as_bits, placed, product, read_matrix, rectangles
 from safepatch_core.merging.sources.factors import Factors, require_fit
-from safepatch_core.merging.sources.folder import INSTEAD, Folder, Part
+from safepatch_core.merging.sources.folder import INSTEAD, Entries, Folder, Found, Part, Shape
 from safepatch_core.merging.sources.orientation import model_type
 from safepatch_core.spec import Kind
 
 # Models whose experts are stored [experts, in, out], as transformers' classes say of themselves.
 _TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
 Nested = tuple[str, TensorEntry, TensorEntry]  # module, A, B
+Scaled = Callable[[str], tuple[int, float]]  # rank and scale of a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,9 @@ class HeldExperts:
         return as_bits(out)
 
 
+Pairs = ExpertFactors | Factors
+
+
 class Parameters:
     """The parameters that an adapter names as such (`target_parameters`), of experts and of plain matrices.
 
@@ -115,53 +120,42 @@ class Parameters:
         bare = module.replace(".base_layer", "")
         return [f"{bare}.{leaf}" for tail, _, leaf in self._targets if f".{bare}".endswith(f".{tail}")]
 
-    def parts(self, nested: list[Nested], scaled: Callable[[str], tuple[int, float]]) -> dict[str, Part]:
-        """What each parameter gets, by the base's names."""
+    def read(self, nested: list[Nested], scaled: Scaled) -> Found:
+        """What the pairs of these modules change."""
         modules: dict[str, list[Nested]] = {}
         for item in nested:
             modules.setdefault(item[0].replace(".base_layer", ""), []).append(item)
-        parts: dict[str, ExpertFactors | Factors] = {}
-        for module, items in modules.items():
-            found = list(self._assigned(self.adapted(module), items, scaled))
-            if len(found) != 1:
-                raise self._refuse(items[0], self.adapted(module), several=bool(found))
-            parts |= found[0]
-        if self._targets and not parts:
+        if self._targets and not modules:
             raise self._folder.fault(
                 "target_parameters, but the file has no factors of them",
                 self._folder.names("target_parameters"),
                 "an adapter as PEFT saves it",
             )
+        fits = {
+            name: self._shapes(name, items, scaled)
+            for module, items in modules.items()
+            for name in self.adapted(module)
+        }
+        taken = frozenset(entry.name for _, *pair in nested for entry in pair)
+        return Found(fits, taken, partial(self._parts, modules, scaled))
+
+    def _shapes(self, name: str, items: list[Nested], scaled: Scaled) -> list[Shape]:
+        _, a, b = items[0]
+        rank, _ = scaled(name)
+        nominal = (a.shape[0] // rank, b.shape[0], a.shape[1])
+        return self._folder.shapes(nominal, lambda s: any(_fitted(s, a, b, rank, 1.0) for _, a, b in items))
+
+    def _parts(self, modules: Mapping[str, list[Nested]], scaled: Scaled, there: Entries) -> dict[str, Part]:
+        parts: dict[str, Pairs] = {}
+        for module, items in modules.items():
+            names = self.adapted(module)
+            found = list(_assigned(there, names, items, scaled))
+            if len(found) != 1:
+                raise self._refuse(there, items[0], names, several=bool(found))
+            parts |= found[0]
         return {name: self._turned(part, parts.values()) for name, part in parts.items()}
 
-    def _assigned(
-        self, names: list[str], items: list[Nested], scaled: Callable[[str], tuple[int, float]]
-    ) -> Iterator[dict[str, ExpertFactors | Factors]]:
-        """The ways in which the pairs of one module fit its parameters."""
-        for order in permutations(names, len(items)):
-            found: dict[str, ExpertFactors | Factors] = {}
-            for name, (_, a, b) in zip(order, items, strict=True):
-                part = self._fitted(name, a, b, *scaled(name))
-                if part is not None:
-                    found[name] = part
-            if len(found) == len(items):
-                yield found
-
-    def _fitted(
-        self, name: str, a: TensorEntry, b: TensorEntry, rank: int, scale: float
-    ) -> ExpertFactors | Factors | None:
-        """Factors of the parameter `name`, if these can be its."""
-        entry = self._folder.base.tensors.get(name)
-        shape = () if entry is None else entry.shape
-        out, into = b.shape[0], a.shape[1]
-        if len(shape) == 2 and shape == (out, into) and a.shape[0] == b.shape[1] == rank:
-            return Factors(a, b, rank, scale, False)
-        stacked = len(shape) == 3 and a.shape[0] == b.shape[1] == rank * shape[0]
-        if stacked and shape[1:] in ((out, into), (into, out)):
-            return ExpertFactors(a, b, shape[0], rank, scale, shape[1:] != (out, into))
-        return None
-
-    def _turned(self, part: ExpertFactors | Factors, others: Iterable[ExpertFactors | Factors]) -> Part:
+    def _turned(self, part: Pairs, others: Iterable[Pairs]) -> Part:
         """A square one is transposed as the base's architecture, or else the adapter's other experts, say."""
         if isinstance(part, Factors) or part.shape[1] != part.shape[2]:
             return part
@@ -178,15 +172,38 @@ class Parameters:
             )
         return replace(part, transposed=told.pop())
 
-    def _refuse(self, item: Nested, names: list[str], several: bool) -> InputError:
+    def _refuse(self, there: Entries, item: Nested, names: list[str], several: bool) -> InputError:
         _, a, b = item
-        known = {name: list(entry.shape) for name in names if (entry := self._folder.base.tensors.get(name))}
+        known = [f"{name} {list(there[name].shape)}" for name in names if name in there]
         if several:
-            what, expected = "fits several parameters", "parameters of different shapes"
+            what, expected = "it fits several parameters", "parameters of different shapes"
         elif known:
-            what, expected = "an adapter of another base", ", ".join(f"{n} {s}" for n, s in known.items())
+            what, expected = "an adapter of another base", ", ".join(known)
         else:
             what = f"the base has no tensor '{names[0]}'"
             expected = f"a base that keeps all experts in one tensor (else {INSTEAD})"
         found = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
         return InputError(what, file=self._folder.file, tensor=a.name, found=found, expected=expected)
+
+
+def _assigned(there: Entries, names: list[str], items: list[Nested], scaled: Scaled) -> Iterator[dict[str, Pairs]]:
+    """The ways in which the pairs of one module fit its parameters."""
+    for order in permutations(names, len(items)):
+        found: dict[str, Pairs] = {}
+        for name, (_, a, b) in zip(order, items, strict=True):
+            part = _fitted(there[name].shape, a, b, *scaled(name)) if name in there else None
+            if part is not None:
+                found[name] = part
+        if len(found) == len(items):
+            yield found
+
+
+def _fitted(shape: Shape, a: TensorEntry, b: TensorEntry, rank: int, scale: float) -> Pairs | None:
+    """Factors of a parameter of that shape, if these can be its."""
+    out, into = b.shape[0], a.shape[1]
+    if len(shape) == 2 and shape == (out, into) and a.shape[0] == b.shape[1] == rank:
+        return Factors(a, b, rank, scale, False)
+    stacked = len(shape) == 3 and a.shape[0] == b.shape[1] == rank * shape[0]
+    if stacked and shape[1:] in ((out, into), (into, out)):
+        return ExpertFactors(a, b, shape[0], rank, scale, shape[1:] != (out, into))
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +31,10 @@ HARMLESS = frozenset(
 USED = frozenset({"peft_type", "bias", "modules_to_save", "fan_in_fan_out"})
 
 
+Shape = tuple[int, ...]
+Entries = Mapping[str, TensorEntry]  # the base's tensors by the model's names, as far as it has them
+
+
 class Part(Protocol):
     """What an adapter says about one tensor, before it meets the base's."""
 
@@ -39,7 +43,7 @@ class Part(Protocol):
         """Its tensor in the adapter's file, or one of them."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """That of the base's tensor, as far as it is known."""
 
     def fit(self, entry: TensorEntry) -> PatchTensor:
@@ -47,10 +51,21 @@ class Part(Protocol):
 
 
 class Found(NamedTuple):
-    """What the rule of one kind makes of an adapter's file."""
+    """What the rule of one kind makes of an adapter's file, by the model's names."""
 
-    parts: dict[str, Part]  # by the base's names
-    taken: frozenset[str]  # the tensors of the file that they are made of
+    fits: Mapping[str, Sequence[Shape]]  # of what it changes, the shapes that a tensor of the base may have
+    taken: frozenset[str]  # the tensors of the file that it is made of
+    parts: Callable[[Entries], Mapping[str, Part]]  # of what it changes, once the base's tensors are known
+
+
+def together(*found: Found) -> Found:
+    """All of it as one."""
+
+    def parts(there: Entries) -> dict[str, Part]:
+        return {name: part for one in found for name, part in one.parts(there).items()}
+
+    fits = {name: shapes for one in found for name, shapes in one.fits.items()}
+    return Found(fits, frozenset().union(*(one.taken for one in found)), parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,10 @@ class Folder:
         """PEFT's name of the method, or nothing."""
         kind = self.config.get("peft_type")
         return kind if isinstance(kind, str) else ""
+
+    def shapes(self, nominal: Shape, fits: Callable[[Shape], bool]) -> list[Shape]:
+        """The shapes among the base's that fit, or the nominal one."""
+        return sorted({t.shape for t in self.base.tensors.values() if fits(t.shape)}) or [nominal]
 
     def fault(self, what: str, value: object, expected: str) -> InputError:
         """Something in the config."""

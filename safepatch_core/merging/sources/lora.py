@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +16,9 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.files.filenames import ADAPTER_CONFIG
 from safepatch_core.merging.sources.dora import Directions
-from safepatch_core.merging.sources.experts import Parameters
+from safepatch_core.merging.sources.experts import Parameters, Scaled
 from safepatch_core.merging.sources.factors import Bias, Factors
-from safepatch_core.merging.sources.folder import PREFIX, Folder, Found, Part
+from safepatch_core.merging.sources.folder import PREFIX, Entries, Folder, Found, Part, Shape, together
 from safepatch_core.merging.sources.foreign import refuse_ungathered
 from safepatch_core.merging.sources.orientation import Orientation
 from safepatch_core.merging.sources.tokens import trained_rows
@@ -72,37 +72,57 @@ class Pair(NamedTuple):
         return "embedding_A" in self.sides or "embedding_B" in self.sides
 
 
-def lora_parts(folder: Folder) -> Found:
-    """What each tensor of the base gets from the adapter's factors, by the base's names."""
+def read_lora(folder: Folder) -> Found:
+    """What the adapter's factors change."""
     _check_config(folder)
     pairs, parameters, scaled = _sorted_out(folder), Parameters(folder), _scales(folder)
-    of_layers = [pair for pair in pairs if not parameters.adapted(pair.module)]
-    parts = _layers(folder, of_layers, scaled)
+    layers = [pair for pair in pairs if not parameters.adapted(pair.module)]
     nested = [(pair.module, *_halves(folder, pair)) for pair in pairs if parameters.adapted(pair.module)]
-    parts |= parameters.parts(nested, scaled)
     rows = trained_rows(folder, folder.config.get("trainable_token_indices"), "trainable_token_indices")
-    taken = rows.taken.union(entry.name for pair in pairs for entry in pair.sides.values())
-    return Found({**parts, **rows.parts}, taken)
+    return together(_read_layers(folder, layers, scaled), parameters.read(nested, scaled), rows)
 
 
-def _layers(folder: Folder, pairs: list[Pair], scaled: Callable[[str], tuple[int, float]]) -> dict[str, Part]:
+def _read_layers(folder: Folder, pairs: list[Pair], scaled: Scaled) -> Found:
     """Linear layers and embeddings."""
-    halves = {pair.target: _halves(folder, pair) for pair in pairs}
-    linear = {pair.target: halves[pair.target] for pair in pairs if not pair.embedding}
-    shapes = {target: (b.shape[0], a.shape[1]) for target, (a, b) in linear.items()}
-    layers = Orientation(folder.base, shapes, folder.flag("fan_in_fan_out"))
-    parts: dict[str, Part] = {}
-    for pair in pairs:
-        a, b = halves[pair.target]
-        rank, scale = scaled(pair.module)
-        _require_rank(folder, pair.target, a, b, rank)
-        turned = pair.embedding or layers.transposed(pair.target, shapes[pair.target])
-        factors = Factors(a, b, rank, scale, turned)
-        parts[pair.target] = _directions(folder, pair, factors) if folder.flag("use_dora") else factors
+    given = [_factors(folder, pair, *scaled(pair.module)) for pair in pairs]
+    fits: dict[str, list[Shape]] = {}
+    for pair, factors in zip(pairs, given, strict=True):
+        fits[pair.target] = [factors.shape] if pair.embedding else [factors.shape, factors.shape[::-1]]
         if "bias" in pair.sides:
             folder.require_shape(pair.sides["bias"], 1, "LoRA bias")
-            parts[f"{pair.module}.bias"] = Bias(pair.sides["bias"], scale)
-    return parts
+            fits[f"{pair.module}.bias"] = [pair.sides["bias"].shape]
+    taken = frozenset(entry.name for pair in pairs for entry in pair.sides.values())
+
+    def parts(there: Entries) -> dict[str, Part]:
+        linear = {p.target: f.shape for p, f in zip(pairs, given, strict=True) if not p.embedding}
+        layers = Orientation(folder.base, there, linear, folder.flag("fan_in_fan_out"))
+        found: dict[str, Part] = {}
+        for pair, factors in zip(pairs, given, strict=True):
+            turned = pair.embedding or layers.transposed(pair.target)
+            factors = replace(factors, transposed=turned)
+            found[pair.target] = _directions(folder, pair, factors) if folder.flag("use_dora") else factors
+            if "bias" in pair.sides:
+                found[f"{pair.module}.bias"] = Bias(pair.sides["bias"], factors.scale)
+        return found
+
+    return Found(fits, taken, parts)
+
+
+def _factors(folder: Folder, pair: Pair, rank: int, scale: float) -> Factors:
+    """A module's factors, those of a linear layer as if it were stored [out, in]."""
+    a, b = _halves(folder, pair)
+    fits = a.shape[0] == rank == b.shape[1]
+    for entry in (a, b):
+        refuse_ungathered(folder.file, entry, not fits)
+    if not fits:
+        raise InputError(
+            "rank of the factors",
+            file=folder.file,
+            tensor=pair.target,
+            found=f"lora_A {list(a.shape)} and lora_B {list(b.shape)}",
+            expected=f"rank {rank} as in {ADAPTER_CONFIG}",
+        )
+    return Factors(a, b, rank, scale, pair.embedding)
 
 
 def _directions(folder: Folder, pair: Pair, factors: Factors) -> Directions:
@@ -122,7 +142,7 @@ def _check_config(folder: Folder) -> None:
         raise folder.fault("init_lora_weights alters the base", init, f"true, false or one of {known}")
 
 
-def _scales(folder: Folder) -> Callable[[str], tuple[int, float]]:
+def _scales(folder: Folder) -> Scaled:
     """Rank and scale of a module, the latter a float32 value."""
     rslora = folder.flag("use_rslora")
     ranks, alphas = folder.by_module("r", "rank_pattern"), folder.by_module("lora_alpha", "alpha_pattern")
@@ -164,17 +184,3 @@ def _halves(folder: Folder, pair: Pair) -> tuple[TensorEntry, TensorEntry]:
     for entry in (a, b):
         folder.require_shape(entry, 2, "LoRA factor")
     return a, b
-
-
-def _require_rank(folder: Folder, target: str, a: TensorEntry, b: TensorEntry, rank: int) -> None:
-    fits = a.shape[0] == rank == b.shape[1]
-    for entry in (a, b):
-        refuse_ungathered(folder.file, entry, not fits)
-    if not fits:
-        raise InputError(
-            "rank of the factors",
-            file=folder.file,
-            tensor=target,
-            found=f"lora_A {list(a.shape)} and lora_B {list(b.shape)}",
-            expected=f"rank {rank} as in {ADAPTER_CONFIG}",
-        )

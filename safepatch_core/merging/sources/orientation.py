@@ -10,14 +10,12 @@ import os
 from collections.abc import Mapping
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, read_json
+from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, read_json
 from safepatch_core.files.filenames import CONFIG
 
 _FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})  # layers of those families
 _HEADS = frozenset({"lm_head", "score", "classifier"})  # linear layers also there
-
-Shape = tuple[int, ...]
 
 
 class Orientation:
@@ -25,33 +23,34 @@ class Orientation:
 
     Args:
         base: the base.
+        there: its tensors, by the model's names.
         layers: [out, in] of each adapted linear layer, by its tensor's name.
         flag: what the adapter's config says, for what nothing else tells.
     """
 
-    def __init__(self, base: Checkpoint, layers: Mapping[str, tuple[int, int]], flag: bool) -> None:
-        self._shapes = {name: base.tensors[name].shape for name in layers if name in base.tensors}
-        self._base = base
-        told = [self._by_shape(name, shape) for name, shape in layers.items()]
-        self._some, self._all = True in told, True in told and False not in told
-        self._none, self._flag = False in told and True not in told, flag
+    def __init__(
+        self, base: Checkpoint, there: Mapping[str, TensorEntry], layers: Mapping[str, tuple[int, int]], flag: bool
+    ) -> None:
+        self._base, self._there, self._layers, self._flag = base, there, layers, flag
+        self._told = {self._by_shape(name) for name in layers} - {None}
 
-    def transposed(self, name: str, shape: tuple[int, int]) -> bool:
-        """Whether the base's tensor `name`, whose factors give [out, in] = `shape`, is stored as [in, out]."""
-        told, leaf = self._by_shape(name, shape), name.removesuffix(".weight").rpartition(".")[2]
+    def transposed(self, name: str) -> bool:
+        """Whether the base stores the layer as [in, out]."""
+        told, leaf = self._by_shape(name), name.removesuffix(".weight").rpartition(".")[2]
         if told is not None:
             return told
-        if name not in self._shapes or set(self._shapes[name]) != set(shape):
+        if name not in self._there or set(self._there[name].shape) != set(self._layers[name]):
             return self._flag  # it fits neither way, or the base lacks it: the flag is for the message
-        if model_type(self._base) in _FAMILIES or (self._some and leaf in _CONV1D):
+        if model_type(self._base) in _FAMILIES or (True in self._told and leaf in _CONV1D):
             return leaf in _CONV1D
-        if self._all:
+        if self._told == {True}:
             return leaf not in _HEADS
-        return self._flag and not self._none
+        return self._flag and self._told != {False}
 
-    def _by_shape(self, name: str, shape: tuple[int, int]) -> bool | None:
+    def _by_shape(self, name: str) -> bool | None:
         """As far as the shape tells; None where it fits both ways, or none."""
-        there = self._shapes.get(name)
+        shape = self._layers[name]
+        there = self._there[name].shape if name in self._there else ()
         if shape[0] == shape[1] or there not in (shape, shape[::-1]):
             return None
         return there != shape

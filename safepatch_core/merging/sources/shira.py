@@ -16,7 +16,7 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources.contract import Range, align
 from safepatch_core.merging.sources.decoding import F32Array, as_bits, placed, read_float32
 from safepatch_core.merging.sources.factors import require_fit
-from safepatch_core.merging.sources.folder import PREFIX, Folder, Found, Part
+from safepatch_core.merging.sources.folder import PREFIX, Folder, Found, Shape
 from safepatch_core.spec import Kind
 
 USED = frozenset({"r"})
@@ -30,7 +30,7 @@ class SparseDelta:
 
     values: TensorEntry  # [n]
     indices: TensorEntry  # I32 [2, n]: rows, columns
-    base: TensorEntry | None
+    shape: Shape = (0, 0)  # the base's, once it is known
     form: Kind = "delta"
     entry_bytes: int = 0
     ring_bytes: int = 4
@@ -44,10 +44,6 @@ class SparseDelta:
         return self.values.name
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (0, 0) if self.base is None else self.base.shape
-
-    @property
     def once_bytes(self) -> int:
         return self.values.nbytes + self.indices.nbytes
 
@@ -57,7 +53,7 @@ class SparseDelta:
 
     def fit(self, entry: TensorEntry) -> SparseDelta:
         require_fit(self.values, (*entry.shape[:2],), entry)
-        return replace(self, base=entry)
+        return replace(self, shape=entry.shape)
 
     def ranges(self, lo: int, hi: int) -> list[Range]:
         return [(entry, 0, entry.nbytes) for entry in (self.values, self.indices)] if lo == 0 else []
@@ -104,18 +100,16 @@ class HeldSparse:
         return as_bits(out)
 
 
-def shira_parts(folder: Folder) -> Found:
-    """What each tensor of the base gets, by the base's names."""
+def read_shira(folder: Folder) -> Found:
+    """What the adapter's values change."""
     folder.require_known(USED, HARMLESS)
     modules: dict[str, dict[str, TensorEntry]] = {}
     for entry in folder.shard.tensors:
         if key := _KEY.fullmatch(entry.name):
             modules.setdefault(key[1], {})[key[2]] = entry
-    parts: dict[str, Part] = {}
-    for module, sides in modules.items():
-        values, indices = _checked(folder, sides)
-        parts[f"{module}.weight"] = SparseDelta(values, indices, folder.base.tensors.get(f"{module}.weight"))
-    return Found(parts, frozenset(entry.name for sides in modules.values() for entry in sides.values()))
+    parts = {f"{module}.weight": SparseDelta(*_checked(folder, sides)) for module, sides in modules.items()}
+    taken = frozenset(entry.name for sides in modules.values() for entry in sides.values())
+    return Found(dict.fromkeys(parts, folder.shapes((0, 0), lambda s: len(s) == 2)), taken, lambda there: parts)
 
 
 def _checked(folder: Folder, sides: dict[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry]:

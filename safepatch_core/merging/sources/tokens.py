@@ -18,7 +18,7 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources.contract import Range, align
 from safepatch_core.merging.sources.decoding import F32Array, as_bits, placed, read_float32, read_matrix
 from safepatch_core.merging.sources.factors import require_fit
-from safepatch_core.merging.sources.folder import PREFIX, Folder, Found, Part
+from safepatch_core.merging.sources.folder import PREFIX, Folder, Found, Shape
 from safepatch_core.spec import ITEMSIZE, Kind
 
 USED = frozenset({"token_indices"})
@@ -41,6 +41,9 @@ class TokenRows:
     def shape(self) -> tuple[int, int]:
         """The least that holds them."""
         return (max(self.tokens, default=-1) + 1, self.rows.shape[1])
+
+    def may_be(self, shape: Shape) -> bool:
+        return len(shape) == 2 and shape[0] >= self.shape[0] and shape[1] == self.shape[1]
 
     def fit(self, entry: TensorEntry) -> ReplacedRows:
         there = entry.shape[:1] if self.shape[0] <= entry.shape[0] else self.shape[:1]
@@ -103,7 +106,7 @@ class HeldRows:
         return as_bits(out)
 
 
-def token_parts(folder: Folder) -> Found:
+def read_tokens(folder: Folder) -> Found:
     """An adapter that is nothing but trained rows."""
     folder.require_known(USED, HARMLESS)
     return trained_rows(folder, folder.config.get("token_indices"), "token_indices")
@@ -111,27 +114,24 @@ def token_parts(folder: Folder) -> Found:
 
 def trained_rows(folder: Folder, indices: object, key: str) -> Found:
     """The trained rows of the file, which the config's `key` gives `indices`: a list, or one per module."""
-    parts: dict[str, Part] = {}
-    taken = []
+    rows: dict[str, TokenRows] = {}
     for entry in folder.shard.tensors:
-        found = _KEY.fullmatch(entry.name)
-        if found is None:
-            continue
-        folder.require_shape(entry, 2, "trained rows")
-        tokens = _tokens(folder, found[1], indices, key)
-        if len(tokens) != entry.shape[0]:
+        if found := _KEY.fullmatch(entry.name):
+            folder.require_shape(entry, 2, "trained rows")
+            rows[f"{found[1]}.weight"] = TokenRows(entry, _tokens(folder, found[1], indices, key))
+    for of in rows.values():
+        if len(of.tokens) != of.rows.shape[0]:
             raise InputError(
                 f"other rows than {key} names",
                 file=folder.file,
-                tensor=entry.name,
-                found=list(entry.shape),
-                expected=f"{len(tokens)} rows",
+                tensor=of.stored,
+                found=list(of.rows.shape),
+                expected=f"{len(of.tokens)} rows",
             )
-        parts[f"{found[1]}.weight"] = TokenRows(entry, tokens)
-        taken.append(entry.name)
-    if indices and not parts:
+    if indices and not rows:
         raise folder.fault(f"{key}, but the file has no trained rows", indices, "an adapter as PEFT saves it")
-    return Found(parts, frozenset(taken))
+    fits = {name: folder.shapes(of.shape, of.may_be) for name, of in rows.items()}
+    return Found(fits, frozenset(of.stored for of in rows.values()), lambda there: rows)
 
 
 def _tokens(folder: Folder, module: str, indices: object, key: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources.contract import Range, align
 from safepatch_core.merging.sources.decoding import Ready, placed, read_float32
 from safepatch_core.merging.sources.factors import require_fit
-from safepatch_core.merging.sources.folder import PREFIX, Folder, Found, Part
+from safepatch_core.merging.sources.folder import PREFIX, Entries, Folder, Found, Part, Shape
 from safepatch_core.merging.sources.orientation import Orientation
 from safepatch_core.spec import ITEMSIZE, Kind
 
@@ -91,28 +92,36 @@ class VeraFactors:
         return Ready(Lora(right, left, 1.0))
 
 
-def vera_parts(folder: Folder) -> Found:
-    """What each tensor of the base gets, by the base's names."""
+def read_vera(folder: Folder) -> Found:
+    """What the adapter's vectors change."""
     folder.require_known(USED, HARMLESS)
-    shared, vectors = _sorted_out(folder)
-    if vectors and set(shared) != {"A", "B"}:
+    shared, modules = _sorted_out(folder)
+    if modules and set(shared) != {"A", "B"}:
         raise InputError(
             "the random matrices of VeRA were not saved: they would have to be guessed from a seed",
             file=folder.file,
             expected="an adapter trained with save_projection: true",
         )
-    sizes = {f"{module}.weight": _sizes(folder, module, pair) for module, pair in vectors.items()}
-    layers = Orientation(folder.base, sizes, folder.flag("fan_in_fan_out"))
-    parts: dict[str, Part] = {}
-    for module, pair in vectors.items():
-        target = f"{module}.weight"
-        out, into = sizes[target]
-        turned = layers.transposed(target, (out, into))
-        _require_room(folder, target, shared["A"], shared["B"], pair["d"].entries, (out, into))
-        shape = (into, out) if turned else (out, into)
-        parts[target] = VeraFactors(shared["A"], shared["B"], pair["d"], pair["b"], shape, turned)
-    taken = [*shared.values(), *(entry for pair in vectors.values() for entry in pair.values())]
-    return Found(parts, frozenset(entry.name for entry in taken))
+    vectors = {f"{module}.weight": _vectors(folder, sides) for module, sides in modules.items()}
+    fits = {name: folder.shapes((b.entries, 0), partial(_may_be, b.entries)) for name, (_, b) in vectors.items()}
+    taken = [*shared.values(), *(entry for pair in vectors.values() for entry in pair)]
+
+    def parts(there: Entries) -> dict[str, Part]:
+        sizes = {name: (b.entries, _inputs(there, name, b.entries)) for name, (_, b) in vectors.items()}
+        layers = Orientation(folder.base, there, sizes, folder.flag("fan_in_fan_out"))
+        found: dict[str, Part] = {}
+        for name, (d, b) in vectors.items():
+            _require_room(folder, name, shared["A"], shared["B"], d.entries, sizes[name])
+            turned = layers.transposed(name)
+            shape = sizes[name][::-1] if turned else sizes[name]
+            found[name] = VeraFactors(shared["A"], shared["B"], d, b, shape, turned)
+        return found
+
+    return Found(fits, frozenset(entry.name for entry in taken), parts)
+
+
+def _may_be(out: int, shape: Shape) -> bool:
+    return len(shape) == 2 and out in shape
 
 
 def _sorted_out(folder: Folder) -> tuple[dict[str, TensorEntry], dict[str, dict[str, TensorEntry]]]:
@@ -129,15 +138,18 @@ def _sorted_out(folder: Folder) -> tuple[dict[str, TensorEntry], dict[str, dict[
     return shared, vectors
 
 
-def _sizes(folder: Folder, module: str, pair: dict[str, TensorEntry]) -> tuple[int, int]:
-    """[out, in] of a module: the file says how many outputs it has, only the base how many inputs."""
-    if len(pair) != 2:
-        (side, entry), *_ = pair.items()
+def _vectors(folder: Folder, sides: dict[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry]:
+    """The vectors d [rank] and b [out] of a module."""
+    if len(sides) != 2:
+        (side, entry), *_ = sides.items()
         raise InputError(f"vera_lambda_{side} without its other half", file=folder.file, tensor=entry.name)
-    out, base = pair["b"].entries, folder.base.tensors.get(f"{module}.weight")
-    if base is None or len(base.shape) != 2:
-        return out, 0
-    return out, base.shape[1] if base.shape[0] == out else base.shape[0]
+    return sides["d"], sides["b"]
+
+
+def _inputs(there: Entries, name: str, out: int) -> int:
+    """How many inputs a layer of so many outputs has: only the base tells."""
+    shape = there[name].shape if name in there and len(there[name].shape) == 2 else (out, 0)
+    return shape[1] if shape[0] == out else shape[0]
 
 
 def _require_room(

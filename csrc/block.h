@@ -1,0 +1,25 @@
+// A caller's block on our side: of this version's size, and checked, so that no call can lead out of its buffers.
+#pragma once
+
+#include <vector>
+
+#include "safepatch.h"
+
+namespace safepatch {
+
+struct OwnBlock : sp_block {
+    std::vector<sp_patch> held;  // what `patches` points to
+
+    // Throws std::invalid_argument.
+    explicit OwnBlock(const sp_block* from);
+    OwnBlock(const OwnBlock&) = delete;
+    OwnBlock(OwnBlock&&) = default;
+
+    // Its entries [lo, hi).
+    OwnBlock part(int64_t lo, int64_t hi) const;
+
+  private:
+    OwnBlock(const sp_block& block, std::vector<sp_patch> patches);
+};
+
+}  // namespace safepatch

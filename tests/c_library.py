@@ -1,0 +1,143 @@
+"""libsafepatch by ctypes, its structs read from the header: what a program in another language sees."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import safepatch_core
+from safepatch_core.backends.contract import Bits, Block, Cut, Lora, PatchData
+from safepatch_core.spec import Dtype, Importance, Kind, Order, Weight, numbers
+
+LIB = Path(safepatch_core.get_library_dir())
+HEADER = (Path(safepatch_core.get_include()) / "safepatch.h").read_text()
+PLAIN = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
+# Structs that are parts of others, and begin with no size.
+PARTS = ("sp_bits", "sp_lora", "sp_fault")
+NUMBERS = {
+    "size_t": ctypes.c_size_t,
+    "int32_t": ctypes.c_int32,
+    "uint32_t": ctypes.c_uint32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+}
+Progress = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+def fields() -> dict[str, list[tuple[str, str]]]:
+    """Struct → (field, its type as written, with the length of an array behind it)."""
+    found = {}
+    for name, body in re.findall(r"typedef struct (\w+) \{(.*?)\}", PLAIN, re.S):
+        lines = [line.strip() for line in body.split(";") if line.strip()]
+        parsed = [re.fullmatch(r"(.*?)(\w+)(\[\d+\])?", line, re.S) for line in lines]
+        found[name] = [(m[2], m[1].strip() + (m[3] or "")) for m in parsed if m]
+    return found
+
+
+def _ctype(text: str, known: dict[str, Any]) -> Any:
+    if array := re.fullmatch(r"(.*)\[(\d+)\]", text):
+        return _ctype(array[1], known) * int(array[2])
+    return ctypes.c_void_p if "*" in text or text not in known else known[text]
+
+
+def _structs() -> dict[str, Any]:
+    known: dict[str, Any] = {**NUMBERS, "sp_progress": Progress}
+    for name, of in fields().items():
+        members = [(field, _ctype(text, known)) for field, text in of]
+        known[name] = type(name, (ctypes.Structure,), {"_fields_": members})
+    return known
+
+
+STRUCTS = _structs()
+
+
+def constant(name: str) -> int:
+    """A macro's or an enumerator's number."""
+    found = re.search(rf"(?:#define )?\b{name}(?: =)? (\d+)", PLAIN)
+    assert found is not None, name
+    return int(found[1])
+
+
+def library() -> Any:
+    """The library that the Python package runs."""
+    lib = ctypes.CDLL(str(LIB / f"libsafepatch.so.{constant('SP_ABI_VERSION')}"))
+    for name in ("sp_last_error", "sp_strerror", "sp_engine_isa", "sp_version_string"):
+        getattr(lib, name).restype = ctypes.c_char_p
+    lib.sp_scratch.restype = ctypes.c_size_t
+    return lib
+
+
+def made(name: str, count: int = 0, **values: Any) -> Any:
+    """A struct, or an array of them, that says its size and is zero but for what is given."""
+    kind = STRUCTS[name]
+    if count:
+        array = (kind * count)()
+        array[0].size = ctypes.sizeof(kind)
+        return array
+    return kind(size=ctypes.sizeof(kind), **values)
+
+
+def address(array: NDArray[Any]) -> int:
+    return int(array.ctypes.data)
+
+
+def bits_of(bits: Bits | None) -> Any:
+    return STRUCTS["sp_bits"](address(bits.data), numbers(Dtype)[bits.dtype]) if bits else STRUCTS["sp_bits"]()
+
+
+def patch_of(patch: PatchData, cols: int) -> Any:
+    given = made("sp_patch", present=1, kind=numbers(Kind)[patch.kind], scores=bits_of(patch.scores))
+    given.importance, given.weight = numbers(Importance)[patch.importance], numbers(Weight)[patch.weight]
+    given.random_key, given.keep, given.scale = patch.random_key, patch.keep, patch.scale
+    if isinstance(patch.values, Lora):
+        a, b, scale = patch.values
+        given.lora = STRUCTS["sp_lora"](address(a), address(b), a.shape[0], b.shape[0], cols, scale)
+    else:
+        given.values = bits_of(patch.values)
+    return given
+
+
+class CBlock:
+    """A block in the header's words, and the arrays it points to."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, n = block, max(len(block.patches), 1)
+        self.patches = made("sp_patch", n)
+        for p, patch in enumerate(block.patches):
+            if patch is not None:
+                self.patches[p] = patch_of(patch, block.cols)
+        self.c = made("sp_block", base=bits_of(block.base), entries=len(block), start=block.start)
+        self.c.patches, self.c.patch_count = ctypes.addressof(self.patches), len(block.patches)
+        self.c.acts, self.c.join = block.rule
+        self.c.order = numbers(Order)[block.order]
+        self.reports = made("sp_patch_report", n)
+        self.report = made("sp_report", patches=ctypes.addressof(self.reports))
+
+
+class CEngine:
+    """An engine of the library, with what the tests call."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self.lib, self.engine = library(), ctypes.c_void_p()
+        assert self.lib.sp_engine_open(threads, None, ctypes.byref(self.engine)) == 0
+
+    def close(self) -> None:
+        self.lib.sp_engine_close(self.engine)
+
+    def apply(self, block: CBlock, cuts: Any, out: NDArray[Any]) -> int:
+        """Status; `cuts` is an array of sp_cut."""
+        given = ctypes.byref(block.c), cuts, ctypes.c_void_p(address(out)), ctypes.byref(block.report)
+        return int(self.lib.sp_apply(self.engine, *given))
+
+    def merge(self, block: CBlock, quotas: list[int], out: NDArray[Any]) -> tuple[int, list[Cut]]:
+        k = np.array(quotas, np.int64)
+        cuts = made("sp_cut", max(len(quotas), 1))
+        given = ctypes.c_void_p(address(k)), ctypes.c_void_p(address(out)), cuts, ctypes.byref(block.report)
+        status = self.lib.sp_merge(self.engine, ctypes.byref(block.c), *given)
+        return status, [Cut(cuts[p].key, cuts[p].before) for p in range(len(quotas))]
