@@ -215,10 +215,7 @@ def test_an_adapter_directory_is_lora(tmp_path: Path, base: Checkpoint) -> None:
     assert (found.a.shape, found.b.shape) == ((2, 4), (6, 2))
     assert look_up(source, base, "model.layers.1.q.weight") is None
     assert source.config is not None and source.config["lora_alpha"] == 4
-    # Asked for by kind, the same directory is a plain checkpoint that lacks the base's tensors.
-    assert (
-        "adapter_model" in open_source("p", root, "checkpoint", base, relative_to=None).checkpoints[0].shards[0].file
-    )
+    refuse(base, root, "an adapter, not a checkpoint", "expected kind: lora", kind="checkpoint")
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

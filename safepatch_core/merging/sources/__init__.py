@@ -8,11 +8,11 @@ from pathlib import Path
 
 from safepatch_core.errors import UsageError
 from safepatch_core.files.checkpoint import Checkpoint, locate, open_checkpoint
-from safepatch_core.files.filenames import ADAPTER_CONFIG
 from safepatch_core.merging.names import Takes
 from safepatch_core.merging.sources.adapter import open_adapter
 from safepatch_core.merging.sources.contract import Origin, Source
 from safepatch_core.merging.sources.dense import open_checkpoints, open_deltas
+from safepatch_core.merging.sources.foreign import is_adapter
 from safepatch_core.spec import Kind
 
 KINDS: dict[Kind, Callable[[Origin], Source]] = {
@@ -34,15 +34,15 @@ def open_source(
 ) -> Source:
     """Open the patch `name` of `base`: a fine-tuned checkpoint, a delta checkpoint or a LoRA adapter.
 
-    With `kind` None a directory that has an adapter_config.json is a LoRA adapter, anything else a checkpoint. The
-    change of a checkpoint is measured from the checkpoint `minus`, or from the base. Names are resolved with what the
-    rule `takes` in view.
+    With `kind` None a directory that has an adapter_config.json is an adapter (unless only the weights of a full
+    model lie beside it), and so is its file of weights; anything else is a checkpoint. The change of a checkpoint is
+    measured from the checkpoint `minus`, or from the base. Names are resolved with what the rule `takes` in view.
     Raises InputError naming file and tensor; UsageError for a hub id without huggingface_hub, or a `minus` that does
     not go with the kind.
     """
     path, revision = locate(ref, relative_to=relative_to)
     if kind is None:
-        kind = "lora" if os.path.lexists(path / ADAPTER_CONFIG) else "checkpoint"
+        kind = "lora" if is_adapter(path) else "checkpoint"
     if minus is not None and kind != "checkpoint":
         raise UsageError(f"patch '{name}': minus goes with checkpoints", file=path, found=f"kind {kind}")
     reference = None if minus is None else open_checkpoint(minus, relative_to=relative_to)

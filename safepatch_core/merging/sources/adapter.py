@@ -77,7 +77,7 @@ def open_adapter(origin: Origin) -> AdapterSource:
     checkpoint = Checkpoint(origin.ref, folder.file.parent, (folder.shard,), entries, None, origin.revision)
     found = KINDS[folder.kind](folder)
     if not found.fits:
-        refuse_kohya(folder.file, list(entries))
+        refuse_kohya(folder.file, entries)
         first = next(iter(entries), None)
         raise InputError("no LoRA factors in the adapter", file=folder.file, tensor=first, expected="those of PEFT")
     others = [(_model_name(folder, entry), entry) for entry in entries.values() if entry.name not in found.taken]

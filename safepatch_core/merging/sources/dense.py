@@ -18,6 +18,7 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
 from safepatch_core.merging.sources.decoding import PIECE
+from safepatch_core.merging.sources.foreign import refuse_factors, refuse_ungathered
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
 
 
@@ -170,6 +171,8 @@ def open_deltas(origin: Origin) -> DenseSource:
 
 def _opened(origin: Origin) -> Named:
     checkpoint = replace(open_checkpoint(origin.path), ref=origin.ref, revision=origin.revision)
+    if len(checkpoint.shards) == 1:
+        refuse_factors(checkpoint.shards[0].path, checkpoint.tensors)
     return Named.of(checkpoint, origin.base, origin.takes)
 
 
@@ -186,6 +189,7 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             expected=f"{list(entry.shape)} as in the base (or missing: skip)",
         )
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
+    refuse_ungathered(file, found, found.shape != entry.shape)
     if found.shape != entry.shape:
         raise InputError(
             f"{what} has another shape than the base",
