@@ -45,6 +45,7 @@ demo: develop $(if $(wildcard $(MODEL)),,$(filter models/%,$(MODEL)))
 test: develop
 	# One thread a test: two processes of spinning OpenMP threads on two cores are several times slower.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 
 lint: develop
 	$(BIN)/ruff check .
