@@ -17,7 +17,7 @@ from safepatch_core.merging.recipe import load_recipe
 from tests import fix_oracle
 from tests.fix_cases import changed, random_tensor, write_both
 from tests.oracle import Tensor, load_checkpoint, save_file
-from tests.recipes import write_random
+from tests.recipes import write_working
 from tests.test_ranks import ROOT, model, torchrun
 from tests.test_ranks import recipe as rank_recipe
 
@@ -31,7 +31,7 @@ def base_of(recipe: Path) -> Path:
 @pytest.mark.parametrize("seed", range(RECIPES // 2))
 def test_random_recipes(tmp_path: Path, seed: int) -> None:
     """Built on any engine and in any chunks; from base and merge; and by the oracle: the same bytes."""
-    recipe = write_random(tmp_path / "r", 5000 + seed)
+    recipe = write_working(tmp_path / "r", 5000 + seed)
     merge(recipe, tmp_path / "merged", backend="reference")
     chunk = None if seed % 3 else (64, 7, 1)[seed // 3 % 3]
     try:
@@ -56,7 +56,7 @@ def test_random_recipes(tmp_path: Path, seed: int) -> None:
 
 
 def test_the_recipe_is_told(tmp_path: Path) -> None:
-    recipe = write_random(tmp_path / "r", 5001)
+    recipe = write_working(tmp_path / "r", 5001)
     result = build(recipe, tmp_path / "fix.safetensors", backend="reference")
     with open_fix(result.out) as fix:
         assert fix.id == result.id and fix.changes == result.changes and len(fix.tensors) == result.tensors

@@ -23,7 +23,7 @@ from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
 from safepatch_core.merging.api import plan
-from safepatch_core.merging.effect import require_deltas
+from safepatch_core.merging.effect import require_deltas, require_eligible
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
@@ -94,7 +94,8 @@ def build(
     ):
         recorder = _Recorder(recipe, writer)
         job = Merge(recipe, recipe.engine, _counted(progress, total), ranks=ranks, around=recorder.around)
-        job.run(recorder)
+        counts = job.run(recorder)
+        require_eligible(recipe, {name: report for of in ranks.gather(counts) for name, report in of.items()})
         writer.join(ranks)
         return _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks, recipe.warnings)
 
