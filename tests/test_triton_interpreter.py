@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["kernels", "engine", "pipeline", "merge", "importance", "gpu_bench"])
+@pytest.mark.parametrize("name", ["kernels", "engine", "pipeline", "merge", "importance", "fix", "gpu_bench"])
 def test_interpreted(name: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
