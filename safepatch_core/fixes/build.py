@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from safepatch_core.backends.contract import Report
-from safepatch_core.errors import Busy, InputError, OutputError, UsageError
+from safepatch_core.errors import Busy, InputError, OutputError, Stopped, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_json
 from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
@@ -138,17 +138,20 @@ def build_between(
 def _output(out: Path, inputs: Sequence[Path], force: bool, ranks: Ranks) -> Iterator[Path]:
     """Where the file may be written, held for this run until it is."""
     path = Path(os.path.abspath(out))
-    lock = first(ranks, lambda: _claim(path, inputs, force))
+    lock = -1
     try:
+        lock = first(ranks, lambda: _claim(path, inputs, force))
         with failures_named(path, go_on=AGAIN):
             yield path
-    except BaseException:
-        if ranks.rank == 0:
+    except BaseException as error:
+        if ranks.rank == 0 and lock >= 0:
             with contextlib.suppress(OSError):
                 staged_name(path).unlink(missing_ok=True)
+        if isinstance(error, Stopped):
+            raise Stopped(f"stopped; {AGAIN}") from None
         raise
     finally:
-        if ranks.rank == 0:
+        if ranks.rank == 0 and lock >= 0:
             os.close(lock)
 
 
