@@ -118,7 +118,7 @@ void sp_engine_close(sp_engine* engine) {
     if (engine != nullptr && !engine->engine.forked()) delete engine;
 }
 
-const char* sp_engine_isa(const sp_engine* engine) { return engine == nullptr ? "" : engine->engine.isa().name; }
+const char* sp_engine_isa(const sp_engine* engine) { return engine == nullptr ? "none" : engine->engine.isa().name; }
 
 int32_t sp_engine_threads(const sp_engine* engine) { return engine == nullptr ? 0 : engine->engine.threads(); }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -23,7 +24,9 @@ Random random_of(const sp_patch& patch) {
     return random;
 }
 
-// Can the pass be done without another look at all entries?
+// Can the pass be done without another look at all entries? Then it costs as little as there are entries to write:
+// `patch_up` says what it needs. Of steps that are joined by a mean, or by whose sum is the elected sign, it knows
+// nothing.
 bool from_lists(const Pass& pass) {
     const std::vector<Task>& tasks = *pass.tasks;
     const int32_t acts = pass.block->acts;
@@ -32,7 +35,8 @@ bool from_lists(const Pass& pass) {
            std::all_of(tasks.begin(), tasks.end(), [](const Task& task) {
                if (task.patch == nullptr) return true;
                const bool delta_at_hand = task.patch->importance == SP_MAGNITUDE || task.patch->kind != SP_LORA;
-               return task.list != nullptr && delta_at_hand && (task.random.all || !task.retain_selected);
+               return task.eligible == Eligible::listed && delta_at_hand &&
+                      (task.random.all || !task.retain_selected);
            });
 }
 
@@ -143,8 +147,9 @@ void Engine::collect(Thread& thread, const std::vector<Request>& requests) {
 void Engine::sweep(const Pass& pass, const std::vector<Request>& requests,
                    const std::function<void(Thread&, const Range&)>& after) {
     const std::vector<Task>& tasks = *pass.tasks;
-    const auto listing = [](const Task& task) { return task.collect || task.list != nullptr; };
     const sp_block& block = *pass.block;
+    assert(std::all_of(tasks.begin(), tasks.end(), [](const Task& task) { return task.sound(); }));
+    const auto listing = [](const Task& task) { return task.collect || task.eligible == Eligible::listed; };
     prepare(block, requests, std::any_of(tasks.begin(), tasks.end(), listing));
     const Chunks chunks(block);
     const auto step = from_lists(pass) ? isa_.patch_up : isa_.visit;

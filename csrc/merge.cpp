@@ -117,7 +117,8 @@ void Engine::count_list(const uint32_t* keys, int64_t n, Narrowing& narrowing) {
     }
 }
 
-// Choose floors and windows from a sample of the keys. Retention doesn't depend on keys, so it isn't sampled.
+// Choose floors and windows from a sample of the keys: without one, the pass over the inputs would have to count or
+// list all of them. Retention doesn't depend on keys, so it isn't sampled.
 void Engine::guess(const sp_block& block, std::deque<Search>& searches) {
     std::vector<Task> tasks = fresh_tasks(block);
     for (Task& task : tasks) task.patch = nullptr;
@@ -178,7 +179,9 @@ void Engine::guess(const sp_block& block, std::deque<Search>& searches) {
     }
 }
 
-// The pass over the inputs: what is eligible, the faults, and marks with a list or a histogram.
+// The pass over the inputs: what is eligible, the faults, and marks with a list or a histogram. It is the only one
+// that must look at every byte, so it takes along all that the later ones need: random numbers and scores are dear, a
+// list of a few percent of the keys is cheap.
 void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
     const Chunks chunks(block);
     const int64_t capacity = list_capacity(block.entries);
@@ -228,6 +231,7 @@ Request Engine::request(Search& search) {
 void Engine::recall(const sp_block& block, const Search& search, Task& task) {
     Notes& notes = notes_[search.patch];
     task.patch = &block.patches[search.patch];
+    task.eligible = search.listed ? Eligible::listed : Eligible::stored;
     if (search.listed) {
         task.list = notes.keys.get<uint32_t>();
         task.places = notes.places.get<uint16_t>();
@@ -237,7 +241,8 @@ void Engine::recall(const sp_block& block, const Search& search, Task& task) {
     }
 }
 
-// Find the exact key at which each quota is filled.
+// Find the exact key at which each quota is filled, through windows that get narrower. Lists are counted as often as
+// it takes; for patches without one each window is another pass over the inputs, all of them in the same.
 void Engine::narrow(const sp_block& block, std::deque<Search>& searches) {
     std::vector<Search*> left;
     for (Search& search : searches) {
@@ -261,7 +266,13 @@ void Engine::narrow(const sp_block& block, std::deque<Search>& searches) {
     }
 }
 
-// Find the last entry that is selected among those whose key is the cut's.
+// Find the last entry that is selected among those whose key is the cut's. Where not all of them are, the cut's
+// position lies behind it. In two steps, ties by chunk and then one chunk entry by entry:
+//
+//   keys                 ... greater ... | equal | less ...        `greater` + some of `equal` = the quota
+//   ties of each chunk   3   0   5   2 ...                         left = quota - greater = 6
+//   left at each         6   3   3 -> the third tie of chunk 2 is the last
+//
 void Engine::place_cuts(const sp_block& block, std::deque<Search>& searches) {
     const Chunks chunks(block);
     std::vector<Task> tasks(block.patch_count);
@@ -312,7 +323,7 @@ void Engine::place_cuts(const sp_block& block, std::deque<Search>& searches) {
     }
 }
 
-// Where in its chunk the n-th entry with the cut's key is.
+// Where in its chunk the n-th entry with the cut's key is: from its list, or by marking those of the chunk anew.
 int64_t Engine::last_tie(const sp_block& block, const Search& search, const Range& chunk, int64_t n) {
     const Notes& notes = notes_[search.patch];
     const uint32_t key = search.narrowing.key;

@@ -65,18 +65,24 @@ struct Span {
     int64_t n;
 };
 
-// What a pass wants from one patch. Unless `stored` or `list` say which entries are eligible, it finds out
-// and reports.
+// How a pass learns which entries are eligible.
+enum class Eligible {
+    find,    // from the inputs: it scores them, draws random numbers, and reports what it finds
+    stored,  // from the bits that an earlier pass saved: it scores, and draws and reports nothing
+    listed   // from the list of keys that an earlier pass made: it reads the inputs for their deltas at most
+};
+
+// What a pass wants from one patch.
 struct Task {
     const sp_patch* patch = nullptr;  // null: nothing is eligible
     Random random{};
+    Eligible eligible = Eligible::find;
     bool retain_eligible = false;  // only retained entries are eligible
     bool retain_selected = false;  // only retained entries of T are selected
 
-    const uint64_t* stored = nullptr;  // eligible bits that an earlier pass saved
-    // Or the list of them that it made: keys and places within their chunks, in order, and where each chunk's
-    // are. With magnitude importance a key keeps the sign of its delta, so that it stands for the delta as
-    // well.
+    const uint64_t* stored = nullptr;  // one bit per entry, by chunks
+    // Keys and places within their chunks, in order, and where each chunk's are. With magnitude importance a key
+    // keeps the sign of its delta, so that it stands for the delta as well.
     const uint32_t* list = nullptr;
     const uint16_t* places = nullptr;
     const Span* spans = nullptr;
@@ -88,6 +94,12 @@ struct Task {
     uint64_t* save = nullptr;  // where to save the eligible bits
 
     sp_cut cut = cut_of(SP_NO_KEY, 0);
+
+    // What `eligible` names is there, and nothing else.
+    bool sound() const {
+        return (stored != nullptr) == (eligible == Eligible::stored) &&
+               (list != nullptr) == (eligible == Eligible::listed) && (list == nullptr || (places && spans));
+    }
 };
 
 struct Pass {
@@ -137,11 +149,18 @@ struct alignas(64) Lane {
 };
 
 // One thread's working memory.
+//
+// Steps work on whole words of 64 entries. Where a tile ends within a word (only the last of a chunk does), its
+// inputs are copied here and padded with zeros, and its output is copied out of here:
+//
+//   tile of 130 entries    |0 ... 63|64 ... 127|128 129 0 0 ... 0|
+//
+// Elsewhere inputs and output are used where they lie. Zeros are never eligible, so that no step asks how long its
+// tile is. `bits` is any patch's values or scores: good until the next of them is looked at.
 struct alignas(64) Workspace {
     float base[kTile];
-    float weight[kTile];
-    uint32_t index[kTile + kSlack];
-    // Inputs and output of a tile that isn't a multiple of 64 entries, padded with zeros.
+    float weight[kTile];             // x of |x * gradient|
+    uint32_t index[kTile + kSlack];  // bins of keys; slack because vectors are packed and stored whole
     uint32_t base_bits[kTile];
     uint32_t bits[kTile];
     uint32_t out_bits[kTile];

@@ -7,6 +7,7 @@
 using Bits = uint64_t;
 
 constexpr uint32_t kMagnitude = 0x7fffffff;
+constexpr uint32_t kAllLanes = static_cast<uint32_t>((1ULL << SP_LANES) - 1);
 
 SP_OP const void* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
 SP_OP void* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
@@ -53,8 +54,10 @@ constexpr uint32_t magnitude_bits() {
 
 // ---- random retention ----
 
-// Which of the 256 entries from index 4 * counter are retained. Several chains of multiplications run side by
-// side: one alone would spend its time waiting for itself.
+// Which of the 256 entries from index 4 * counter are retained: bit i of word w is entry 64 * w + i. A counter makes
+// four words a, b, c, d, of its four entries in this order; every Q holds one of them for kLanesQ counters, which
+// `below` puts in order. Several chains of multiplications run side by side: one alone would spend its time waiting
+// for itself.
 static void draw(const Random& random, uint64_t counter, Bits* kept) {
     constexpr int kChains = SP_LANES == 16 ? 8 : 4;
     constexpr int kEntries = 4 * kLanesQ;
@@ -105,9 +108,19 @@ static void widen(const void* p, float* to, int words) {
     for (int i = 0; i < 64 * words; i += SP_LANES) store_f(to + i, value<D>(p, i));
 }
 
+// Of a patch that isn't a LoRA.
+template <int D, bool kCheckpoint>
+SP_OP F dense_delta(const void* p, const float* base, int i) {
+    const F given = value<D>(p, i);
+    return kCheckpoint ? sub(given, load_f(base + i)) : given;
+}
 template <int D>
-static void subtract(const void* p, const float* base, float* to, int words) {
-    for (int i = 0; i < 64 * words; i += SP_LANES) store_f(to + i, sub(value<D>(p, i), load_f(base + i)));
+static void dense_deltas(int32_t kind, const void* p, const float* base, float* to, int words) {
+    if (kind == SP_DELTA) {
+        widen<D>(p, to, words);
+        return;
+    }
+    for (int i = 0; i < 64 * words; i += SP_LANES) store_f(to + i, dense_delta<D, true>(p, base, i));
 }
 
 // out[row, col...] of kRows rows and kVectors vectors of columns; the factor `a` is read once for all rows.
@@ -206,7 +219,8 @@ static bool score_magnitudes(const float* d, uint32_t floor, Marks& marks, int w
     return any_odd(top, set_u(0));
 }
 
-// The common case in one loop: widen the values, subtract the base from a checkpoint's, and score.
+// The common case in one loop: widen the values, subtract the base from a checkpoint's, and score. A key is a delta
+// here, so that one which isn't finite shows as a large key; only then is a second look taken.
 template <int D, bool kCheckpoint>
 static bool score_values(const void* p, const float* base, float* d, uint32_t floor, Marks& marks, int words) {
     U top = set_u(0);
@@ -214,8 +228,7 @@ static bool score_values(const void* p, const float* base, float* d, uint32_t fl
         Bits found = 0, high = 0;
         for (int i = 0; i < 64; i += SP_LANES) {
             const int j = 64 * w + i;
-            const F given = value<D>(p, j);
-            const F delta = kCheckpoint ? sub(given, load_f(base + j)) : given;
+            const F delta = dense_delta<D, kCheckpoint>(p, base, j);
             const U key = magnitude(delta);
             store_f(d + j, delta);
             top = max_u(top, key);
@@ -229,12 +242,10 @@ static bool score_values(const void* p, const float* base, float* d, uint32_t fl
 }
 
 template <int D>
-static bool score_checkpoint(const void* p, const float* base, float* d, uint32_t floor, Marks& marks, int words) {
-    return score_values<D, true>(p, base, d, floor, marks, words);
-}
-template <int D>
-static bool score_delta(const void* p, const float* base, float* d, uint32_t floor, Marks& marks, int words) {
-    return score_values<D, false>(p, base, d, floor, marks, words);
+static bool score_dense(int32_t kind, const void* p, const float* base, float* d, uint32_t floor, Marks& marks,
+                        int words) {
+    return kind == SP_CHECKPOINT ? score_values<D, true>(p, base, d, floor, marks, words)
+                                 : score_values<D, false>(p, base, d, floor, marks, words);
 }
 
 template <int D>
@@ -322,7 +333,8 @@ static void mark_equal(const void* keys, uint32_t limit, Bits* marks, int words)
     }
 }
 
-// Count the marked keys of a tile into a window: vectors find the bins, then scalar increments.
+// Count the marked keys of a tile into a window: vectors find the bins and pack those of marked keys, then come
+// scalar increments, to two halves in turn (see Window).
 static void count_marked(const void* keys, const Bits* marks, int words, uint32_t* index, Window& window) {
     const uint64_t span = static_cast<uint64_t>(window.bins) << window.shift;
     const U lo = set_u(window.lo);
@@ -332,8 +344,7 @@ static void count_marked(const void* keys, const Bits* marks, int words, uint32_
         if (marks[w] == 0) continue;
         for (int i = 0; i < 64; i += SP_LANES) {
             const U offset = sub_u(key_at(keys, 64 * w + i), lo);
-            const uint32_t marked =
-                static_cast<uint32_t>(marks[w] >> i) & static_cast<uint32_t>((1ULL << SP_LANES) - 1);
+            const uint32_t marked = static_cast<uint32_t>(marks[w] >> i) & kAllLanes;
             const uint32_t within = bits(less(offset, size));
             const uint32_t below_lo = bits(less(offset, set_u(0)));
             window.above += count_bits(marked & ~within);
@@ -390,13 +401,32 @@ static void list_marked(const void* keys, const Bits* marks, int words, int64_t 
     sink.listed += n;
 }
 
-// T: eligible keys above the cut, and those at the cut whose index lies before `cut.before`.
+// A cut as the n entries from `index` of the tensor see it: keys above `key` are selected, and of the first `ties`
+// entries those equal to it.
+//
+//   where `before` is     |<- index      index + n ->|
+//   no tie is selected    *                                key = cut.key, ties = 0
+//   some are                         *                     key = cut.key, ties = before - index
+//   all are                                          *     key = cut.key - 1, ties = 0: a tie is as good as a greater
+//   key
+//
+// Nearly always it is the first or the last, and one comparison will do.
+struct Limit {
+    uint32_t key;
+    int64_t ties;
+};
+static Limit limit_of(const sp_cut& cut, int64_t index, int64_t n) {
+    const uint32_t key = cut.key < kMagnitude ? cut.key : kMagnitude;
+    const int64_t ties = cut.before > index ? cut.before - index : 0;
+    if (ties < n) return {key, ties};
+    return {key > 0 ? key - 1 : 0, 0};
+}
+
+// T of a tile.
 static void cut_tile(Lane& lane, const sp_cut& cut, int64_t index, int words) {
-    uint32_t limit = cut.key < kMagnitude ? cut.key : kMagnitude;
-    const int64_t ties = cut.before - index;       // how many of the tile's entries come before
-    if (ties >= 64 * words && limit > 0) --limit;  // all: then a tie is as good as a greater key
+    const auto [limit, ties] = limit_of(cut, index, 64 * words);
     mark_above(lane.k, limit, lane.selected, words);
-    if (ties > 0 && ties < 64 * words) {
+    if (ties > 0) {
         Bits equals[kWords];
         mark_equal(lane.k, limit, equals, words);
         for (int w = 0; w < words; ++w) {
@@ -490,8 +520,13 @@ static void let_alone(std::vector<Lane>& lanes, int w) {
 // sign: then all act, and what they make is not finite either.
 static void elect(std::vector<Lane>& lanes, int w) {
     const F zero = set_f(0);
-    for (Lane& lane : lanes) lane.acts[w] = 0;
+    Bits any = 0;
+    for (Lane& lane : lanes) {
+        any |= lane.selected[w];
+        lane.acts[w] = 0;
+    }
     for (int i = 0; i < 64; i += SP_LANES) {
+        if ((any >> i & kAllLanes) == 0) continue;
         const auto step = [w, i](const Lane& lane) { return mul(set_f(lane.scale), load_f(lane.d + 64 * w + i)); };
         F total = zero;
         for (const Lane& lane : lanes) {
@@ -559,11 +594,7 @@ static void find_deltas(const sp_patch& patch, const Tile& tile, const float* ba
         return;
     }
     const void* p = padded(patch.values, tile, space.bits);
-    if (patch.kind == SP_CHECKPOINT) {
-        SP_BY_DTYPE(patch.values.dtype, subtract, p, base, lane.delta, tile.words);
-    } else {
-        SP_BY_DTYPE(patch.values.dtype, widen, p, lane.delta, tile.words);
-    }
+    SP_BY_DTYPE(patch.values.dtype, dense_deltas, patch.kind, p, base, lane.delta, tile.words);
 }
 
 // x of |x * gradient|.
@@ -587,13 +618,8 @@ static void score(const sp_patch& patch, const Tile& tile, const float* base, co
                   Workspace& space, Lane& lane, Marks& marks, Sink* sink) {
     bool odd = false;
     if (patch.importance == SP_MAGNITUDE && patch.kind != SP_LORA) {
-        const int32_t dtype = patch.values.dtype;
         const void* p = padded(patch.values, tile, space.bits);
-        if (patch.kind == SP_CHECKPOINT) {
-            odd = SP_BY_DTYPE(dtype, score_checkpoint, p, base, lane.delta, floor, marks, tile.words);
-        } else {
-            odd = SP_BY_DTYPE(dtype, score_delta, p, base, lane.delta, floor, marks, tile.words);
-        }
+        odd = SP_BY_DTYPE(patch.values.dtype, score_dense, patch.kind, p, base, lane.delta, floor, marks, tile.words);
         lane.k = lane.d = lane.delta;
     } else if (patch.importance == SP_MAGNITUDE) {
         find_deltas(patch, tile, base, lora, space, lane);
@@ -642,24 +668,24 @@ static void visit_patch(const Task& task, const Tile& tile, const float* base, c
                         Workspace& space, Lane& lane, Sink& sink) {
     const int words = tile.words;
     const int64_t first_word = range.word + tile.within / 64;
-    if (task.list != nullptr) {
+    if (task.eligible == Eligible::listed) {
         spread_list(task, tile, base, lora, range, space, lane);
         return;
     }
 
     Marks marks;
-    const Bits* stored = task.stored == nullptr ? nullptr : task.stored + first_word;
-    score(*task.patch, tile, base, lora, task.floor, space, lane, marks, stored == nullptr ? &sink : nullptr);
+    const bool find = task.eligible == Eligible::find;
+    score(*task.patch, tile, base, lora, task.floor, space, lane, marks, find ? &sink : nullptr);
     if (task.patch->kind != SP_LORA) prefetch_next(task.patch->values, tile);
     if (task.patch->importance != SP_MAGNITUDE) prefetch_next(task.patch->scores, tile);
-    const Bits* wanted = stored != nullptr ? stored : marks.positive;
+    const Bits* wanted = find ? marks.positive : task.stored + first_word;
     Bits restricted[kWords];
     if (task.only) {
         mark_equal(lane.k, task.only_key, restricted, words);
         for (int w = 0; w < words; ++w) restricted[w] &= wanted[w];
         wanted = restricted;
     }
-    if (task.retain_eligible && stored == nullptr && !task.random.all) {
+    if (task.retain_eligible && find && !task.random.all) {
         retain(task.random, tile.index, wanted, lane.eligible, words);
     } else {
         for (int w = 0; w < words; ++w) lane.eligible[w] = wanted[w];
@@ -676,21 +702,53 @@ static void visit_patch(const Task& task, const Tile& tile, const float* base, c
     }
 }
 
-static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written) {
-    const sp_block& block = *pass.block;
+// What the patches need of the whole chunk: where their lists begin, and a LoRA's deltas.
+static void begin_chunk(const Pass& pass, const Range& range, Workspace& space) {
     const std::vector<Task>& tasks = *pass.tasks;
-    const int64_t size = width(block.base.dtype);
-
     for (size_t p = 0; p < tasks.size(); ++p) {
         const sp_patch* patch = tasks[p].patch;
         if (patch == nullptr) continue;
-        const bool listed = tasks[p].list != nullptr;
+        const bool listed = tasks[p].eligible == Eligible::listed;
         if (listed) space.lanes[p].next = tasks[p].spans[range.slot].begin;
         if (patch->kind == SP_LORA && !(listed && patch->importance == SP_MAGNITUDE)) {
-            lora_deltas(patch->lora, block.start + range.begin, range.n, space.lora[p]);
+            lora_deltas(patch->lora, pass.block->start + range.begin, range.n, space.lora[p]);
         }
     }
+}
 
+// T of a patch, on a tile whose eligible entries are found.
+static void select_patch(const Task& task, const Tile& tile, const float* base, Lane& lane, Sink& sink) {
+    if (task.patch == nullptr) {
+        for (int w = 0; w < tile.words; ++w) lane.selected[w] = 0;
+        lane.d = base;  // anything readable
+        lane.scale = 0;
+        return;
+    }
+    lane.scale = task.patch->scale;
+    cut_tile(lane, task.cut, tile.index, tile.words);
+    if (task.retain_selected && !task.random.all) {
+        retain(task.random, tile.index, lane.selected, lane.selected, tile.words);
+    }
+    sink.selected += count_marks(lane.selected, tile.words);
+}
+
+static void write_tile(const Pass& pass, const Tile& tile, const float* base, const void* base_bits, Workspace& space,
+                       Sink* sinks, Written& written) {
+    const sp_block& block = *pass.block;
+    const int64_t size = width(block.base.dtype);
+    void* out = at(pass.out, tile.offset * size);
+    void* to = tile.n == 64 * tile.words ? out : space.out_bits;
+    settle(space.lanes, block.acts, tile.words);
+    SP_BY_DTYPE(block.base.dtype, write, block.join, space.lanes, base, base_bits, to, tile.index, tile.words,
+                written);
+    if (to != out) __builtin_memcpy(out, to, static_cast<size_t>(tile.n * size));
+    for (size_t p = 0; p < space.lanes.size(); ++p) sinks[p].applied += count_marks(space.lanes[p].acts, tile.words);
+}
+
+static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written) {
+    const sp_block& block = *pass.block;
+    const std::vector<Task>& tasks = *pass.tasks;
+    begin_chunk(pass, range, space);
     for (int64_t within = 0; within < range.n; within += kTile) {
         const int n = range.n - within < kTile ? static_cast<int>(range.n - within) : kTile;
         const int64_t rest = range.n - within - n;
@@ -707,36 +765,15 @@ static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, 
         } else {
             SP_BY_DTYPE(block.base.dtype, widen, base_bits, space.base, tile.words);
         }
-
         prefetch_next(block.base, tile);
         for (size_t p = 0; p < tasks.size(); ++p) {
             Lane& lane = space.lanes[p];
             if (tasks[p].patch != nullptr) {
                 visit_patch(tasks[p], tile, base, space.lora[p], range, space, lane, sinks[p]);
             }
-            if (pass.out == nullptr) continue;
-            if (tasks[p].patch == nullptr) {
-                for (int w = 0; w < tile.words; ++w) lane.selected[w] = 0;
-                lane.d = base;  // anything readable
-                lane.scale = 0;
-                continue;
-            }
-            lane.scale = tasks[p].patch->scale;
-            cut_tile(lane, tasks[p].cut, tile.index, tile.words);
-            if (tasks[p].retain_selected && !tasks[p].random.all) {
-                retain(tasks[p].random, tile.index, lane.selected, lane.selected, tile.words);
-            }
-            sinks[p].selected += count_marks(lane.selected, tile.words);
+            if (pass.out != nullptr) select_patch(tasks[p], tile, base, lane, sinks[p]);
         }
-        if (pass.out == nullptr) continue;
-
-        void* out = at(pass.out, tile.offset * size);
-        void* to = n == 64 * tile.words ? out : space.out_bits;
-        settle(space.lanes, block.acts, tile.words);
-        SP_BY_DTYPE(block.base.dtype, write, block.join, space.lanes, base, base_bits, to, tile.index, tile.words,
-                    written);
-        if (to != out) __builtin_memcpy(out, to, static_cast<size_t>(n * size));
-        for (size_t p = 0; p < tasks.size(); ++p) sinks[p].applied += count_marks(space.lanes[p].acts, tile.words);
+        if (pass.out != nullptr) write_tile(pass, tile, base, base_bits, space, sinks, written);
     }
 }
 
@@ -753,22 +790,19 @@ static void put(const void* from, const uint16_t* places, int64_t n, void* to) {
         __builtin_memcpy(at(to, places[i] * sizeof(T)), at(from, i * sizeof(T)), sizeof(T));
 }
 
-// The selected ones of a chunk's list, as places (and keys) in the sink's own.
+// T of a chunk, from its list, as places (and keys) in the sink's own.
 static void cut_list(const Task& task, const Range& range, int64_t index, Sink& sink) {
     const Span span = task.spans[range.slot];
     const uint32_t* keys = task.list + span.begin;
     const uint16_t* places = task.places + span.begin;
-    uint32_t limit = task.cut.key < kMagnitude ? task.cut.key : kMagnitude;
-    const int64_t ties = task.cut.before - index;
-    if (ties >= range.n && limit > 0) --limit;
-    const bool straddles = ties > 0 && ties < range.n;
+    const auto [limit, ties] = limit_of(task.cut, index, range.n);
     sink.listed = 0;
     for (int64_t done = 0; done < span.n; done += kTile) {
         const int n = span.n - done < kTile ? static_cast<int>(span.n - done) : kTile;
         const int words = (n + 63) / 64;
         Bits selected[kWords];
         mark_above(keys + done, limit, selected, words);
-        for (int i = 0; straddles && i < n; ++i) {
+        for (int i = 0; ties > 0 && i < n; ++i) {
             if ((keys[done + i] & kMagnitude) == limit && places[done + i] < ties)
                 selected[i / 64] |= Bits{1} << i % 64;
         }
@@ -802,11 +836,7 @@ static void write_listed(const sp_patch& patch, const Range& range, int64_t inde
             const void* values = at(patch.values.data, range.begin * width(dtype));
             if (dtype == SP_F32) take<uint32_t>(values, places, n, space.bits);
             if (dtype != SP_F32) take<uint16_t>(values, places, n, space.bits);
-            if (patch.kind == SP_CHECKPOINT) {
-                SP_BY_DTYPE(dtype, subtract, space.bits, space.base, lane.delta, words);
-            } else {
-                SP_BY_DTYPE(dtype, widen, space.bits, lane.delta, words);
-            }
+            SP_BY_DTYPE(dtype, dense_deltas, patch.kind, space.bits, space.base, lane.delta, words);
             d = lane.delta;
         }
         U same = set_u(0);

@@ -7,6 +7,19 @@
 //   Q      SP_LANES / 2 uint64 lanes (at least one), for random numbers
 //
 // Arithmetic is one IEEE operation each; -ffp-contract=off keeps the compiler from fusing two of them.
+//
+// Random numbers come as four words per counter, entries 4k to 4k + 3 being a, b, c, d of counter k. Multiplications
+// of 32 bits by 32 need lanes of 64 bits, so each word of several counters is a Q, in the low halves of its lanes.
+// `below` makes entries in a row of them. With AVX2 (64-bit lanes, left is low; a0 is word a of counter 0):
+//
+//   a, b, c, d      a0    a2    a1    a3     ...     the order of `counters`
+//   ab              a0 b0 a2 b2 | a1 b1 a3 b3        b's low halves moved up, blended into a's high ones
+//   cd              c0 d0 c2 d2 | c1 d1 c3 d3
+//   unpacklo(64)    a0 b0 c0 d0 | a1 b1 c1 d1        entries 0 to 7
+//   unpackhi(64)    a2 b2 c2 d2 | a3 b3 c3 d3        entries 8 to 15
+//
+// Unpacking stays within 128 bits, which hold two counters: the first of each go to the front, the second behind.
+// Hence the order 0, 2, 1, 3, and with AVX-512 0, 4, 1, 5, 2, 6, 3, 7.
 
 #define SP_OP static inline __attribute__((always_inline))
 
@@ -78,7 +91,6 @@ SP_OP Q mul_q(Q a, Q b) { return _mm512_mul_epu32(a, b); }  // of the low halves
 SP_OP Q high(Q a) { return _mm512_srli_epi64(a, 32); }
 SP_OP Q xor_q(Q a, Q b) { return _mm512_xor_si512(a, b); }
 SP_OP Q xor_q(Q a, Q b, Q c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-// Counters in the order that lets `below` unpack them into entries in a row.
 SP_OP Q counters() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 // Which of the four words of each counter (low halves) are smaller than `limit`, as bits in order of entries.
 SP_OP uint64_t below(Q a, Q b, Q c, Q d, uint32_t limit) {

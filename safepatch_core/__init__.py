@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from safepatch_core.fixes.build import build_between as build_between
     from safepatch_core.fixes.log import LogResult as LogResult
     from safepatch_core.fixes.log import log as log
+    from safepatch_core.fixes.memory import Applied as Applied
+    from safepatch_core.fixes.memory import apply_ as apply_
+    from safepatch_core.fixes.memory import revert_ as revert_
     from safepatch_core.fixes.reading import Fix as Fix
     from safepatch_core.fixes.reading import open_fix as open_fix
     from safepatch_core.library import get_cmake_dir as get_cmake_dir
@@ -70,6 +73,7 @@ _HOMES = {
     "fixes.apply": ("ApplyResult", "apply", "revert"),
     "fixes.build": ("BuildResult", "build", "build_between"),
     "fixes.log": ("LogResult", "log"),
+    "fixes.memory": ("Applied", "apply_", "revert_"),
     "fixes.reading": ("Fix", "open_fix"),
     "merging.api": ("MergeResult", "describe", "merge", "plan", "prepare"),
     "merging.engine": ("EngineOptions",),

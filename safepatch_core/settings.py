@@ -149,7 +149,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     options = {e["msg"].removeprefix("Input should be ") for e in complaints if e["loc"][:1] == first["loc"][:1]}
     if len(options) > 1 and first["loc"][:1] in (("targets",),):
-        message = "Input should be 'linear', 'all' or {include: [globs], exclude: [globs]}"
+        message = "Input should be 'linear', 'language', 'all' or {include: [globs], exclude: [globs]}"
     elif "importance" in parts and parts[-1] == "importance":
         message = "Input should be magnitude, {scores: PATH} or {gradients: PATH, weight: patched|base|delta}"
     text = f"key '{key}': {message[0].lower()}{message[1:]}"

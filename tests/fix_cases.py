@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tests.fix_oracle import BITS, encode
 from tests.oracle import Tensor, save_file
 
 BLOCK = 65536
+STEM = "model-0000{}-of-00002.safetensors"
 
 
 def unsigned(t: Tensor) -> np.ndarray[Any, Any]:
@@ -55,3 +57,27 @@ def write_both(root: Path, base: Mapping[str, Tensor], merged: Mapping[str, Tens
     for path, tensors in zip(paths, (base, merged), strict=True):
         save_file(path, tensors)
     return paths
+
+
+def write_checkpoint(root: Path, tensors: Mapping[str, Tensor], *, config: bool = True) -> Path:
+    """Two shards, an index and small files."""
+    root.mkdir()
+    names = sorted(tensors)
+    half = len(names) // 2
+    weight_map = {}
+    for shard, part in ((1, names[:half]), (2, names[half:])):
+        save_aligned(root / STEM.format(shard), {n: tensors[n] for n in part})
+        weight_map.update(dict.fromkeys(part, STEM.format(shard)))
+    index = {"metadata": {"total_size": sum(len(t.data) for t in tensors.values())}, "weight_map": weight_map}
+    (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    if config:
+        (root / "config.json").write_text('{"model_type": "llama"}\n')
+    return root
+
+
+def save_aligned(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Data start at a multiple of 8, as other writers lay them out."""
+    for pad in range(8):
+        save_file(path, tensors, pad)
+        if int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0:
+            return

@@ -200,6 +200,7 @@ class Patch:
     top: float
     retain: float
     c: np.float32
+    minus: dict[str, Tensor] | None
 
     def module(self, name: str) -> str:
         return "base_model.model." + name.removesuffix(".weight")
@@ -207,21 +208,21 @@ class Patch:
     def touches(self, name: str) -> bool:
         if self.kind == "lora":
             return name.endswith(".weight") and self.module(name) + ".lora_A.weight" in self.tensors
-        return name in self.tensors
+        return name in self.tensors and (self.minus is None or name in self.minus)
 
     def ranks(self, name: str) -> bool:
         return self.weight == "magnitude" or name in self.importance
 
-    def touched(self) -> list[str]:
-        """The base's names of all float tensors that this patch would change."""
+    def touched(self) -> dict[str, Tensor]:
+        """All float tensors that this patch would change by the base's names; of an adapter, one of both factors."""
         if self.kind != "lora":
-            return [n for n, t in self.tensors.items() if t.dtype in FLOATS]
+            return {n: t for n, t in self.tensors.items() if t.dtype in FLOATS}
         ending = ".lora_A.weight"
-        return [
-            n.removesuffix(ending).removeprefix("base_model.model.") + ".weight"
-            for n in self.tensors
+        return {
+            n.removesuffix(ending).removeprefix("base_model.model.") + ".weight": t
+            for n, t in self.tensors.items()
             if n.endswith(ending)
-        ]
+        }
 
     def delta(self, name: str, base: Tensor) -> F32Array:
         if self.kind == "lora":
@@ -229,7 +230,12 @@ class Patch:
         t = self.tensors[name]
         if t.shape != base.shape:
             raise BadInput(f"{name}: shape {t.shape}, the base has {base.shape}")
-        return to_f32(t) - to_f32(base) if self.kind == "checkpoint" else to_f32(t)
+        if self.kind == "delta":
+            return to_f32(t)
+        before = base if self.minus is None else self.minus[name]
+        if before.shape != base.shape:
+            raise BadInput(f"{name}: measured from shape {before.shape}, the base has {base.shape}")
+        return to_f32(t) - to_f32(before)
 
     def lora(self, name: str, base: Tensor) -> F32Array:
         module = self.module(name)
@@ -265,7 +271,8 @@ class Patch:
         w = to_f32(base)
         factor = {"base": w, "delta": d}.get(self.weight)
         if factor is None:
-            factor = to_f32(self.tensors[name]) if self.kind == "checkpoint" else w + d
+            stored = self.kind == "checkpoint" and self.minus is None
+            factor = to_f32(self.tensors[name]) if stored else w + d
         product: F32Array = factor * x
         return np.abs(product)
 
@@ -297,7 +304,9 @@ def load_patch(entry: Mapping[str, Any], root: Path) -> Patch:
         scores = load_checkpoint(root / importance[given])
     retain, scale = float(entry.get("retain", 1.0)), float(entry.get("scale", 1.0))
     c = np.float32(scale / retain) if entry.get("rescale", False) else np.float32(scale)
-    return Patch(entry["name"], kind, tensors, adapter, weight, scores, float(entry.get("top", 1.0)), retain, c)
+    minus = load_checkpoint(root / entry["minus"]) if entry.get("minus") else None
+    top = float(entry.get("top", 1.0))
+    return Patch(entry["name"], kind, tensors, adapter, weight, scores, top, retain, c, minus)
 
 
 # The merge
@@ -341,7 +350,10 @@ def _merge(recipe_path: Path) -> Result:
             raise BadInput(f"{name}: a target of dtype {base[name].dtype}")
     skip_missing = recipe.get("missing", "error") == "skip"
     for p in patches:
-        extra = [n for n in p.touched() if n not in base]
+        rule = recipe.get("targets", "linear")
+        extra = [n for n, t in p.touched().items() if n not in base and is_target(n, t, rule)]
+        if not any(p.touches(n) and p.ranks(n) for n in targets):
+            raise BadInput(f"{p.name}: nothing of it is a target")
         missing = [n for n in targets if p.kind != "lora" and not p.touches(n)]
         if (extra or missing) and not skip_missing:
             raise BadInput(f"{p.name}: extra {extra}, missing {missing}")
@@ -383,6 +395,10 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
         if retain_first:
             e[name] &= r[name]
 
+    if not any(np.any(np.isfinite(x) & (x != 0)) for x in d.values()):
+        raise BadInput(f"{p.name}: every delta is zero")
+    if p.top > 0 and p.retain > 0 and p.c != 0 and not any(np.any(x) for x in e.values()):
+        raise BadInput(f"{p.name}: nothing is eligible")
     if recipe.get("scope", "tensor") == "tensor":
         T = {n: top_k(s[n], e[n], count_of_top(p.top, len(s[n]))) for n in targets}
     else:

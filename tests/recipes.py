@@ -260,6 +260,9 @@ class Generator:
             if self.hostile:
                 tensors = self.spoil(tensors, base)
             entry["source"] = self.store(f"patch-{name}", tensors)
+            if kind == "checkpoint" and self.chance(0.3):
+                minus = self.full_patch(kind, base)
+                entry["minus"] = self.store(f"minus-{name}", self.spoil(minus, base) if self.hostile else minus)
         if kind == "delta" or self.chance(0.3):
             entry["kind"] = kind
         importance = self.importance(name, base)

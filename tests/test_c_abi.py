@@ -48,6 +48,7 @@ int main(void) {
     }
 
     sp_engine *engine = NULL;
+    printf("%s %d %d\n", sp_engine_isa(NULL), (int)sp_engine_threads(NULL), (int)sp_scratch(NULL, N, 3));
     refuse(sp_engine_open(0, NULL, &engine), SP_BAD_ARGUMENT);
     refuse(sp_engine_open(1, "sse9", &engine), SP_BAD_ARGUMENT);
     if (engine != NULL || sp_engine_open(2, NULL, &engine) != SP_OK) return 1;
@@ -217,20 +218,21 @@ def test_a_c_program_gets_the_reference_bits(program: list[str]) -> None:
     expected = [
         f"{c.key} {c.before} {p.eligible} {p.selected} {p.applied}" for c, p in zip(cuts, report.patches, strict=True)
     ]
-    assert program[3:6] == expected
+    assert program[4:7] == expected
     ties = reference.count_equal(block, [cuts[0].key, 0, 0])[0]
-    assert program[6] == f"{ties} {report.patches[1].eligible}"
-    assert program[7] == "".join(f"{word:08x}" for word in out)
-    assert program[8] == f"{report.acted} {report.changed}" and 0 < report.changed <= report.acted
+    assert program[7] == f"{ties} {report.patches[1].eligible}"
+    assert program[8] == "".join(f"{word:08x}" for word in out)
+    assert program[9] == f"{report.acted} {report.changed}" and 0 < report.changed <= report.acted
 
 
 def test_a_c_program_is_told_what_is_wrong(program: list[str]) -> None:
-    assert program[:3] == [
+    assert program[:4] == [
+        "none 0 0",
         "refused: threads: expected at least 1",
         "refused: instruction set: found 'sse9', expected avx512, avx2 or scalar",
         f"version {__version__} 0 0, 2 threads, usable",
     ]
-    assert program[9:] == [
+    assert program[10:] == [
         "refused: null array",
         "refused: null engine",
         "refused: window patch",

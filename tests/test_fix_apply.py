@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from safepatch_core import merge, verify
+from safepatch_core.commands.cli import cli
 from safepatch_core.errors import Busy, InputError, OutputError, SafepatchError, UsageError
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.files.disk import hold
@@ -22,36 +24,11 @@ from safepatch_core.fixes.reading import open_fix
 from safepatch_core.merging.recipe import load_recipe
 from tests import fix_oracle
 from tests.faults.harness import contents
-from tests.fix_cases import changed, random_tensor, write_fix
+from tests.fix_cases import STEM, changed, random_tensor, save_aligned, write_checkpoint, write_fix
 from tests.oracle import Tensor, load_checkpoint, save_file
 from tests.recipes import write_random
 
 Table = dict[str, Tensor]
-STEM = "model-0000{}-of-00002.safetensors"
-
-
-def write_checkpoint(root: Path, tensors: Table, *, config: bool = True) -> Path:
-    """Two shards, an index and small files."""
-    root.mkdir()
-    names = sorted(tensors)
-    half = len(names) // 2
-    weight_map = {}
-    for shard, part in ((1, names[:half]), (2, names[half:])):
-        save_aligned(root / STEM.format(shard), {n: tensors[n] for n in part})
-        weight_map.update(dict.fromkeys(part, STEM.format(shard)))
-    index = {"metadata": {"total_size": sum(len(t.data) for t in tensors.values())}, "weight_map": weight_map}
-    (root / "model.safetensors.index.json").write_text(json.dumps(index))
-    if config:
-        (root / "config.json").write_text('{"model_type": "llama"}\n')
-    return root
-
-
-def save_aligned(path: Path, tensors: Table) -> None:
-    """Data start at a multiple of 8, as other writers lay them out."""
-    for pad in range(8):
-        save_file(path, tensors, pad)
-        if int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0:
-            return
 
 
 def table(rng: np.random.Generator) -> Table:
@@ -365,3 +342,53 @@ def test_a_lost_ledger_loses_no_fix(case: Case) -> None:
     revert(id_, case.ckpt, in_place=True)
     assert contents(case.ckpt) == case.before
     assert not (case.ckpt / BUSY).exists()
+
+
+# On the command line
+
+
+def run(*args: object, status: int = 0) -> str:
+    """stdout, or the line of the failure."""
+    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    if status:
+        assert isinstance(result.exception, SafepatchError) and result.exception.status == status, result.output
+        return str(result.exception)
+    assert result.exit_code == 0, result.output
+    return str(result.stdout)
+
+
+def test_the_commands(case: Case) -> None:
+    fix = case.root / "built.safetensors"
+    merged = write_checkpoint(case.root / "merged", case.one)
+    built = json.loads(run("build", "--from", case.ckpt, "--to", merged, "-o", fix, "--json"))
+    assert built["output"] == str(fix) and built["size"] == fix.stat().st_size and built["changes"] == 9000
+    assert "2 tensors change (5.00%)" in run("build", "--from", case.ckpt, "--to", merged, "-o", fix, "--force")
+    assert "either a RECIPE, or" in run("build", "--from", case.ckpt, "-o", fix, status=64)
+    assert run("apply", fix, "--to", case.ckpt, "-o", case.root / "out", "--quiet") == ""
+    told = json.loads(run("apply", fix, "--to", case.ckpt, "--in-place", "--date", "today", "--json"))
+    assert told == {"output": str(case.ckpt), "id": built["id"], "direction": "apply", "tensors": 2} | {
+        "changes": 9000,
+        "resumed": False,
+        "fixes": [built["id"]],
+    }
+    assert run("log", case.ckpt) == f"1. {built['id']}  today\n"
+    listed = json.loads(run("log", case.ckpt, "--probe", fix, "--probe", case.fix2, "--json"))
+    assert [probe["state"] for probe in listed["probes"]] == ["carried", "not carried"]
+    assert listed["fixes"][0]["date"] == "today" and not listed["hidden"] and listed["under_way"] is None
+    assert "carries fix" in run("apply", fix, "--to", case.ckpt, "--in-place", status=65)
+    assert "taken out: 9,000 entries" in run("revert", built["id"], "--from", case.ckpt, "--in-place")
+    assert "no fixes in the ledger" in run("log", case.ckpt) and contents(case.ckpt) == case.before
+
+
+def test_probing_tells_sides_without_a_ledger(case: Case) -> None:
+    mixed = {**case.base, "a.weight": case.one["a.weight"]}
+    states = {"carried": case.one, "not carried": case.base, "mixed": mixed, "something else": table_of_another()}
+    for name, tensors in states.items():
+        save_file(case.root / "probed.safetensors", tensors)
+        (probe,) = json.loads(run("log", case.root / "probed.safetensors", "--probe", case.fix1, "--json"))["probes"]
+        assert probe["state"] == name
+    assert "'a.weight': carries something else" in probe["reason"]
+
+
+def table_of_another() -> Table:
+    return table(np.random.default_rng(99))

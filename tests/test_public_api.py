@@ -12,14 +12,13 @@ import safepatch_core
 from safepatch_core import SafepatchError
 
 FUNCTIONS = (
-    "apply build build_between describe derive evaluate get_cmake_dir get_include get_library_dir load_recipe log "
-    "merge open_backend open_checkpoint open_fix plan prepare revert run sweep verify"
+    "apply apply_ build build_between derive describe evaluate get_cmake_dir get_include get_library_dir load_recipe "
+    "log merge open_backend open_checkpoint open_fix plan prepare revert revert_ run sweep verify"
 ).split()
 TYPES = (
-    "ApplyResult Backend BuildResult Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig EvalResult "
-    "Fix IOFailure InputError LogResult "
-    "MergeResult OutputError Plan Recipe RunConfig RunResult SafepatchError SweepConfig SweepResult UsageError "
-    "VerifyResult"
+    "Applied ApplyResult Backend BuildResult Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig "
+    "EvalResult Fix IOFailure InputError LogResult MergeResult OutputError Plan Recipe RunConfig RunResult "
+    "SafepatchError SweepConfig SweepResult UsageError VerifyResult"
 ).split()
 
 
@@ -41,7 +40,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         safepatch_core.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["plan", "merge", "verify"])
+@pytest.mark.parametrize("name", ["plan", "merge", "verify", "build", "apply", "revert", "log"])
 def test_merging_imports_no_torch(name: str) -> None:
     script = f"import sys, safepatch_core; safepatch_core.{name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

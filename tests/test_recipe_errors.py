@@ -183,6 +183,8 @@ PATCH_LEVEL: list[tuple[str, Any, tuple[str, ...]]] = [
     ("scale", 1e39, ()),  # infinite in float32
     ("scale", "big", ()),
     ("scale", True, ()),
+    ("minus", "", ()),
+    ("minus", 3, ()),
     ("rescale", "maybe", ()),
     ("rescale", 2, ()),
     ("rescale", 1.0, ()),
@@ -218,6 +220,14 @@ def test_nothing_retained_can_not_be_rescaled(refused: Refusal, tmp_path: Path) 
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     line = refused(tmp_path / "recipe.yaml", 64)
     assert "rescale" in line and "retain" in line
+
+
+@pytest.mark.parametrize("kind", ["delta", "lora"])
+def test_only_checkpoints_are_measured_from_another(kind: str, refused: Refusal, tmp_path: Path) -> None:
+    recipe = write_valid(tmp_path)
+    recipe["patches"][0] |= {"kind": kind, "minus": "base.safetensors"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "minus goes with kind: checkpoint" in refused(tmp_path / "recipe.yaml", 64)
 
 
 def test_names_of_patches_are_unique(refused: Refusal, tmp_path: Path) -> None:

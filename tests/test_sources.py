@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from safepatch_core.backends.contract import Lora
-from safepatch_core.errors import InputError, IOFailure
+from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources import open_source
@@ -146,6 +146,28 @@ def test_lookup_shape_and_dtype(tmp_path: Path, base: Checkpoint) -> None:
         message = str(caught.value)
         assert caught.value.status == 65 and str(path) in message and f"tensor '{name}'" in message
         assert f"found {found}, expected {expected}" in message
+
+
+def test_a_reference_is_looked_up_like_the_patch(tmp_path: Path, base: Checkpoint) -> None:
+    q0, q1 = "model.layers.0.q.weight", "model.layers.1.q.weight"
+    save(tmp_path / "p.safetensors", {q0: ("F16", (6, 4)), q1: ("F16", (6, 4))})
+    save(tmp_path / "before.safetensors", {q0: ("BF16", (6, 4)), "conv.weight": ("F32", (1,))})
+    source = open_source("p", "p.safetensors", None, base, relative_to=tmp_path, minus="before.safetensors")
+    assert [c.ref for c in source.checkpoints] == ["p.safetensors", "before.safetensors"]
+    found = look_up(source, base, q0)
+    assert (found.form, found.entry_bytes, found.ring_bytes) == ("delta", 4, 4)
+    with pytest.raises(InputError, match=r"before\.safetensors.*layers\.1.*missing from what patch 'p' is measured"):
+        look_up(source, base, q1)
+    assert look_up(source, base, q1, "skip") is None
+    save(tmp_path / "before.safetensors", {q0: ("BF16", (4, 6))})
+    source = open_source("p", "p.safetensors", None, base, relative_to=tmp_path, minus="before.safetensors")
+    with pytest.raises(InputError, match=r"measured from has another shape than the base: found \[4, 6\]"):
+        look_up(source, base, q0)
+
+
+def test_a_reference_goes_with_checkpoints_alone(tmp_path: Path, base: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="minus goes with checkpoints: found kind lora"):
+        open_source("p", adapter(tmp_path / "a"), None, base, relative_to=None, minus="before.safetensors")
 
 
 def test_only_float_tensors_change_anything(tmp_path: Path, base: Checkpoint) -> None:

@@ -181,7 +181,7 @@ SP_API sp_status sp_engine_open(int32_t threads, const char* isa, sp_engine** en
  * child, where an engine of the parent goes on with one thread, this does nothing. */
 SP_API void sp_engine_close(sp_engine* engine);
 
-/* @return the instruction set in use, "" for NULL; static text. */
+/* @return the instruction set in use, "none" for NULL; static text. */
 SP_API const char* sp_engine_isa(const sp_engine* engine);
 
 /* @return the number of threads, the caller's own included; 0 for NULL. */

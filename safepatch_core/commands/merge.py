@@ -56,4 +56,6 @@ def command(
                 f"stored bits changed at {result.changed:,d} of {result.acted:,d} entries that patches act on "
                 f"({result.surviving:.1%}){lost}"
             )
+        for note in result.notes:
+            click.echo(printable(note))
         click.echo(f"written: {printable(result.out)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -25,6 +26,7 @@ from safepatch_core.deriving.sharding import full_tensor
 from safepatch_core.errors import UsageError
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from safepatch_core.language.model import first_line
+from safepatch_core.merging.recipe import NOT_LANGUAGE
 from safepatch_core.ranks import Ranks
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
@@ -46,6 +48,7 @@ def add_adapter(model: Any, config: DeriveConfig) -> Any:
                     lora_alpha=config.lora_alpha,
                     lora_dropout=config.lora_dropout,
                     target_modules=list(modules) if isinstance(modules, list) else modules,
+                    exclude_modules=f".*({'|'.join(map(re.escape, NOT_LANGUAGE))}).*",
                     task_type="CAUSAL_LM",
                 ),
             )

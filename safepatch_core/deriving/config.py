@@ -88,8 +88,8 @@ class DeriveConfig(Strict):
     )
     trainable: Literal["targets", "all"] = Field(
         default="targets",
-        description="With method full: train only what a merge with targets: linear uses, or everything. "
-        "Default targets.",
+        description="With method full: train only what a merge with targets: linear uses, or everything; of a model "
+        "that sees or hears, of its language model. Default targets.",
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
         default="none",

@@ -45,9 +45,10 @@ from safepatch_core.language.model import (
     load_tokenizer,
     quiet_libraries,
     save_tokenizer,
+    try_out,
 )
 from safepatch_core.language.rows import read_rows
-from safepatch_core.merging.recipe import Recipe, parse_recipe
+from safepatch_core.merging.recipe import Recipe, of_language, parse_recipe
 from safepatch_core.merging.sources import open_source
 from safepatch_core.pictures import can_draw, picture
 from safepatch_core.progress import Progress, Report, warn
@@ -105,7 +106,7 @@ class Job:
         if config.dtype == "bfloat16" and config.rounding == "nearest":
             warn("rounding to nearest bfloat16: an update below half a step of its weight vanishes", quiet, report)
         self._base, self._root = open_backbone(config.model)
-        self._recipe = make_recipe(config, self._base.revision)
+        self._recipe = make_recipe(config, self._base)
         self._targets = targets(self._base, self._recipe.is_target)
         columns = {"question": config.question_column, "answer": config.answer_column}
         tell = partial(warn, quiet=quiet, report=report)
@@ -198,8 +199,9 @@ class Job:
         return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
 
     def _prove(self, model: Any, folder: Path) -> None:
-        """Tries in `folder`, before a step is taken, how the patch will be saved and read, all but its weights."""
+        """Tries before a step is taken, in `folder`, how the patch will be saved and read, all but its weights."""
         config = self._config
+        try_out(model, self._root, None if config.method == "full" else "other target_modules")
         if self._ranks.rank == 0:
             self._save_companions(folder)
         if config.method == "lora":
@@ -333,18 +335,20 @@ class Job:
             return add_adapter(model, self._config)
         everything = self._config.trainable == "all"
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(everything or self._recipe.is_target(name, parameter.ndim))
+            trained = (everything and of_language(name)) or self._recipe.is_target(name, parameter.ndim)
+            parameter.requires_grad_(trained)
         return model
 
 
-def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
+def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
     """The recipe of the run's two patches. A relative path of the base becomes relative to RUN.
 
-    A hub id is pinned to the commit that was trained: against any other, the patches would be other deltas.
+    A hub id is pinned to the commit that was trained: against any other, the patches would be other deltas. Of a
+    model that sees or hears, only the language model is trained and merged.
     """
     base = config.model
-    if revision is not None:
-        base = f"{base.partition('@')[0]}@{revision}"
+    if backbone.revision is not None:
+        base = f"{base.partition('@')[0]}@{backbone.revision}"
     elif not os.path.isabs(base):
         base = os.path.relpath(os.path.abspath(base), os.path.realpath(config.out))
     patches = []
@@ -361,7 +365,8 @@ def make_recipe(config: DeriveConfig, revision: str | None) -> Recipe:
                 "scale": patch.scale,
             }
         )
-    return parse_recipe({"base": base, "patches": patches, "seed": config.seed})
+    targets = "linear" if all(map(of_language, backbone.tensors)) else "language"
+    return parse_recipe({"base": base, "patches": patches, "targets": targets, "seed": config.seed})
 
 
 def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:

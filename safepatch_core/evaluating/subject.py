@@ -18,7 +18,7 @@ from safepatch_core.evaluating.config import EvalConfig
 from safepatch_core.evaluating.spans import Span
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.language.chat import Format
-from safepatch_core.language.model import limits, load_model, load_tokenizer, quiet_libraries
+from safepatch_core.language.model import limits, load_model, load_tokenizer, quiet_libraries, try_out
 from safepatch_core.progress import Progress
 
 # Logits are the widest tensor of a pass: a batch is cut so that they stay below this many floats (512 MiB).
@@ -204,6 +204,7 @@ def opened(folder: Path, config: EvalConfig) -> Iterator[Subject]:
         except InputError as error:
             raise InputError(str(error), file=folder) from error
         model = load_model(folder, config.dtype, config.device).eval()
+        try_out(model, folder)
         if positions is not None and config.max_length > positions:
             raise UsageError(
                 "max_length is more than the model takes", found=config.max_length, expected=f"at most {positions}"

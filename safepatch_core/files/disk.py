@@ -47,7 +47,7 @@ def failures_named(
     kind: type[SafepatchError] = IOFailure,
     go_on: str = "go on with --resume",
 ) -> Iterator[None]:
-    """Turn an OSError into one line that names the file and says what to do, in the end to `go_on`."""
+    """Turn an OSError into one line that names the file and says what to do, in the end to `go_on`, if anything."""
     try:
         yield
     except OSError as error:
@@ -56,7 +56,7 @@ def failures_named(
             hints.append("raise the limit on file sizes (ulimit -f)")
         elif error.errno in _OUT_OF_ROOM:
             hints.append(f"{f'{needed} bytes are needed; ' if needed else ''}free some")
-        if kind is not OutputError:  # what could not be created leaves nothing to go on with
+        if go_on:
             hints.append(go_on)
         hint = f"; {' and '.join(hints)}" if hints else ""
         raise kind(f"{what}: {error.strerror or error}{hint}", file=path) from None

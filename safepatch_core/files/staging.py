@@ -146,7 +146,8 @@ class Staging:
 
     def _open(self, inputs: Sequence[Path], identity: RunIdentity, resume: bool) -> None:
         try:
-            with failures_named(self.out, self.needed, "cannot create the output", OutputError):
+            left = "go on with --resume" if self._journal_files() else ""
+            with failures_named(self.out, self.needed, "cannot create the output", OutputError, go_on=left):
                 self._may_be_replaced(inputs)
                 self._acquire()
                 self._prepare(identity, resume)

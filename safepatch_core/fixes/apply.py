@@ -20,7 +20,7 @@ from safepatch_core.files.disk import HashedFile, replacing
 from safepatch_core.files.filenames import INDEX, LEDGER, MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
-from safepatch_core.fixes.checking import GOAL, Advance, Direction, Sides, check, require, teller_of
+from safepatch_core.fixes.checking import GOAL, Advance, Direction, Sides, check, require, settling, teller_of
 from safepatch_core.fixes.inplace import carry, held, require_free
 from safepatch_core.fixes.ledger import Entry, Ledger, is_id, keep, kept_path, open_kept
 from safepatch_core.fixes.reading import WINDOW, Fix, open_fix
@@ -262,7 +262,7 @@ def _copy_touched(
     for lo, run in teller.windows():
         data = buffers.next(run.entries * teller.width)
         files.read(entry, lo * teller.width, data)
-        teller.settle(run, data.view(f"<u{teller.width}"), goal)
+        teller.settle(run, settling(data.view(f"<u{teller.width}"), goal))
         buffers.write(file, data)
     return teller.finish()
 

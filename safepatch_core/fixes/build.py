@@ -23,6 +23,7 @@ from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
 from safepatch_core.merging.api import plan
+from safepatch_core.merging.effect import require_deltas
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
@@ -83,6 +84,7 @@ def build(
             raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 32MiB")
         engine["memory_limit"] = limit // 2
         recipe = plan(recipe, **engine)
+    require_deltas(recipe)
     inputs = [shard.path for checkpoint in recipe.inputs for shard in checkpoint.shards]
     total = sum(target.entry_bytes * target.entry.entries for target in recipe.targets.values())
     with (

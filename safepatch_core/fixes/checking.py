@@ -15,12 +15,14 @@ from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.fixes import codec
 from safepatch_core.fixes.format import BLOCK, WIDTH, table_hash
 from safepatch_core.fixes.reading import Fix, Proof, Touched
-from safepatch_core.fixes.reference import Broken, Entries, Run
+from safepatch_core.fixes.reference import Broken, Entries, Run, Tally
 from safepatch_core.merging.inputs import Inputs
 
 Direction = Literal["apply", "revert"]
 GOAL = {"apply": codec.NEW, "revert": codec.OLD}
 Advance = Callable[[int], None]
+# What `codec.settle` does for entries that are known: gets a run and room for the old and the new entries.
+Settle = Callable[[Run, Entries, Entries], Tally]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,11 @@ class Teller:
         for first, last in self.touched.windows(self.width):
             yield first * BLOCK, self.fix.run(self.touched, self.width, first, last)
 
-    def settle(self, run: Run, entries: Entries, goal: int) -> None:
-        """The next window: leaves the side `goal` in its `entries`."""
-        old, new = (np.empty(run.changes, entries.dtype) for _ in range(2))
+    def settle(self, run: Run, settle: Settle) -> None:
+        """The next window: `settle` tells the sides of its entries, which it knows, and may set them."""
+        old, new = (np.empty(run.changes, f"<u{self.width}") for _ in range(2))
         try:
-            tally = codec.settle(run, entries, goal, old, new)
+            tally = settle(run, old, new)
         except Broken as error:
             self.fix.broken(str(error), self.touched)
         self._old.update(old.tobytes())
@@ -82,6 +84,11 @@ class Teller:
         if self._new.hexdigest() != self.touched.facts.new:
             self.fix.broken("its XORs don't lead to the entries that it promises", self.touched)
         return self.sides
+
+
+def settling(entries: Entries, goal: int) -> Settle:
+    """Settles a window whose `entries` are at hand, by leaving the side `goal` in them."""
+    return lambda run, old, new: codec.settle(run, entries, goal, old, new)
 
 
 def width_of(entry: TensorEntry) -> int:
@@ -139,12 +146,10 @@ def check(fix: Fix, checkpoint: Checkpoint, advance: Advance = lambda n: None) -
 
 def _check(teller: Teller, files: Inputs, entry: TensorEntry) -> Sides:
     for lo, run in teller.windows():
-        entries = np.empty(run.entries if run.changes else 0, f"<u{teller.width}")
+        entries = np.empty(run.entries, f"<u{teller.width}")
         if run.changes:
             files.read(entry, lo * teller.width, entries.view(np.uint8))
-            teller.settle(run, entries, codec.KEEP)
-        else:
-            teller.settle(run, np.zeros(run.entries, entries.dtype), codec.KEEP)
+        teller.settle(run, settling(entries, codec.KEEP))
     return teller.finish()
 
 

@@ -31,6 +31,7 @@ from safepatch_core.fixes.checking import (
     check_table,
     overlap,
     require,
+    settling,
     teller_of,
     width_of,
 )
@@ -50,14 +51,16 @@ def held(root: Path) -> Iterator[Ledger]:
     """
     if not root.is_dir():
         raise InputError("only a checkpoint's directory can be changed in place", file=root)
-    lock = hold(root, "checkpoint")
+    lock = -1
     try:
+        lock = hold(root, "checkpoint")
         with failures_named(root, go_on=GO_ON):
             yield Ledger(root)
     except Stopped:
         raise Stopped(f"stopped; {GO_ON}") from None
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def carry(
@@ -237,7 +240,7 @@ def _rewrite_shard(fd: int, shard: Shard, fix: Fix, goal: int, summed: bool, adv
                 entries, at = np.zeros(run.entries, f"<u{teller.width}"), entry.start + lo * teller.width
                 if run.changes or summed:
                     read_exact(fd, entries, at, entry)
-                teller.settle(run, entries, goal)
+                teller.settle(run, settling(entries, goal))
                 data = entries.view(np.uint8).data
                 if run.changes:
                     _write(fd, data, at)

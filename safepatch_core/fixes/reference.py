@@ -133,7 +133,11 @@ def settle(run: Run, entries: Entries, goal: int, old: Entries, new: Entries) ->
     new[:] = old ^ xor
     if goal != KEEP:
         entries[at] = old if goal == OLD else new
+    return Tally(int(is_old.sum()), int(len(at) - is_old.sum()), other_codes(run, at))
+
+
+def other_codes(run: Run, at: NDArray[np.int64]) -> int:
+    """How many codes the changes of a run, at these positions in it, would take with the other type of gap."""
     most = 65535 if run.gap.dtype == np.uint8 else 255
     counts = np.diff(run.rows[:, 1]).astype(np.int64)
-    other = len(gaps((at % BLOCK).astype(np.uint16), counts, most)[0]) if len(at) else 0
-    return Tally(int(is_old.sum()), int(len(at) - is_old.sum()), other)
+    return len(gaps((at % BLOCK).astype(np.uint16), counts, most)[0]) if len(at) else 0

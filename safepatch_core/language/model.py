@@ -120,15 +120,41 @@ class Limits(NamedTuple):
 
 
 def limits(folder: Path) -> Limits:
-    """The limits in the checkpoint's config. Raises InputError if transformers doesn't know the model."""
+    """The limits in the checkpoint's config. Raises InputError if it is no language model that transformers knows."""
+    config = _config(folder)
+    _class_of(config, folder)
+    text: Any = config.get_text_config()
+    return Limits(getattr(text, "max_position_embeddings", None), int(text.vocab_size))
+
+
+def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        text: Any = config.get_text_config()
-        return Limits(getattr(text, "max_position_embeddings", None), int(text.vocab_size))
-    except Exception as error:  # as above
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a broken config makes the library raise
         raise InputError(f"config can't be opened ({first_line(error)})", file=folder) from error
+
+
+def _class_of(config: Any, folder: Path) -> str:
+    """The auto class that makes a decoder-only language model of the config; with towers for what else it reads.
+
+    Raises InputError if it makes something else.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    if getattr(config, "is_encoder_decoder", False):
+        found, expected = f"{config.model_type}, an encoder-decoder", "a decoder-only model"
+        raise InputError("not a language model of one stack", file=folder, found=found, expected=expected)
+    kinds = {
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        "AutoModelForMultimodalLM": auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
+    known = next((kind for kind, mapping in kinds.items() if type(config) in mapping), None)
+    if known is None:
+        raise InputError("not a language model", file=folder, found=f"model_type {config.model_type}")
+    return known
 
 
 def load_model(
@@ -136,10 +162,11 @@ def load_model(
     dtype: str,
     device: str,
     *,
-    kind: str = "AutoModelForCausalLM",
+    kind: str | None = None,
     quantization_config: Any = None,
 ) -> Any:
-    """A model of one of transformers' auto classes, on its device, in the dtype named as torch's.
+    """A model of one of transformers' auto classes (None: a language model's), on its device, in the dtype named as
+    torch's.
 
     On the device `meta` it has shapes alone, and no weight is read.
 
@@ -150,6 +177,7 @@ def load_model(
     import transformers
 
     where = find_device(device)
+    kind = kind or _class_of(_config(folder), folder)
     if dtype == "auto" and where.type == "cpu":
         dtype = "float32"
     # A quantised model can't be moved: it is made where it will be. So is one without weights.
@@ -174,6 +202,19 @@ def load_model(
         missing = info["missing_keys"]
         raise InputError(f"{len(missing)} tensors of the model are missing", file=folder, tensor=min(missing))
     return model if placed else model.to(where)
+
+
+@torch.no_grad()
+def try_out(model: Any, folder: Path, hint: str | None = None) -> None:
+    """Lets a model that was loaded from `folder` read one token, in eval mode.
+
+    Raises InputError, which expects `hint`, for what transformers (or an adapter) can't do with it after all.
+    """
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        model.eval()(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(f"model can't be run ({first_line(error)})", file=folder, expected=hint) from error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from safepatch_core.files.checkpoint import Identity, identify
 from safepatch_core.files.filenames import INDEX, MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
+from safepatch_core.merging.effect import require_deltas, require_eligible
 from safepatch_core.merging.engine import EngineOptions, open_engine
 from safepatch_core.merging.pipeline import Trace
 from safepatch_core.merging.plan import Plan, make_plan
@@ -43,6 +44,7 @@ class MergeResult:
     bytes_read: int
     bytes_written: int
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]  # what patches may bring beside the targets
     # Over all targets:
     acted: int  # entries on which at least one patch acts
     changed: int  # those of them whose stored bits are not the base's
@@ -85,6 +87,7 @@ def merge(
         Busy: another run holds the output.
     """
     plan = planned(recipe, engine)
+    require_deltas(plan)
     inputs = [shard.path for checkpoint in plan.inputs for shard in checkpoint.shards]
     inputs += [checkpoint.root for checkpoint in plan.inputs if checkpoint.root is not None]
     # A sparse output takes what its base takes, and a little more where patches act: it is not asked for up front.
@@ -110,6 +113,7 @@ def merge(
         job = Merge(plan, plan.engine, advance, ranks=ranks, trace=trace)
         job.run(sink)
         counts = from_facts(staging.join(to_facts(sink.counts)))
+        require_eligible(plan, counts)
         if ranks.rank == 0:
             if plan.index is not None:
                 staging.add(INDEX, plan.index)
@@ -123,9 +127,16 @@ def merge(
             staging.publish()
         bytes_read = sum(ranks.gather(job.bytes_read))
     acted, changed = (sum(getattr(report, name) for report in counts.values()) for name in ("acted", "changed"))
+    warnings = plan.warnings + (() if changed else (_unchanged(acted),))
     return MergeResult(
-        staging.out, totals(plan, counts), bytes_read, plan.bytes_to_write, plan.warnings, acted, changed
+        staging.out, totals(plan, counts), bytes_read, plan.bytes_to_write, warnings, plan.notes, acted, changed
     )
+
+
+def _unchanged(acted: int) -> str:
+    if acted:
+        return "the output equals the base: rounding into its dtype took every step back"
+    return "the output equals the base: no patch acts on any entry"
 
 
 def plan(recipe: str | os.PathLike[str] | Recipe, **engine: Unpack[EngineOptions]) -> Plan:
@@ -171,7 +182,8 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "engine": plan.engine.describe(),
         "patches": [
             {"name": spec.name, "kind": kind, "top": spec.top, "retain": spec.retain, "scale": spec.factor}
-            for spec, kind in zip(plan.recipe.patches, plan.kinds, strict=True)
+            | {"beside": other.facts()}
+            for spec, kind, other in zip(plan.recipe.patches, plan.kinds, plan.beside, strict=True)
         ],
         "scope": plan.recipe.scope,
         "combine": plan.recipe.combine,
@@ -251,6 +263,7 @@ def manifest(plan: Plan, counts: Mapping[str, Report], files: Mapping[str, Mappi
             {
                 "name": name,
                 "kind": plan.kinds[p],
+                "beside": plan.beside[p].facts(),
                 "total": sums[name],
                 "tensors": {
                     t: {
@@ -279,7 +292,8 @@ def model_card(plan: Plan) -> str:
         "tags": ["safepatch", "merge", "safety", "post-safety-alignment"],
     }
     patches = "\n".join(
-        f"- `{p['name']}` ({p['kind']} `{p['source']}`): top {p['top']}, retain {p['retain']}, scale {p['scale']}"
+        f"- `{p['name']}` ({p['kind']} `{p['source']}`{f' minus `{m}`' if (m := p['minus']) else ''}): "
+        f"top {p['top']}, retain {p['retain']}, scale {p['scale']}"
         for p in recipe["patches"]
     )
     return (

@@ -6,9 +6,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
@@ -124,65 +125,94 @@ def run(
     if trace is not None:
         take, read = traced("wait", take, trace), traced("read", read, trace)
         work, write = traced("work", work, trace), write and traced("write", write, trace)
-    loaded: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
-    failures: list[BaseException] = []
+    _Run(ring, work, write).all(partial(_read_all, units, room, take, read))
 
-    def guarded(stage: Callable[[], None]) -> None:
+
+def _read_all(
+    units: Iterable[T],
+    room: Callable[[T], int],
+    take: Callable[[int], Region],
+    read: Callable[[T, Region], U],
+) -> Iterator[tuple[Region, U]]:
+    for unit in units:
+        region = take(room(unit))
+        yield region, read(unit, region)
+
+
+class _Run(Generic[U]):
+    """One run of the three stages: two queues between them, and what went wrong."""
+
+    def __init__(
+        self, ring: Ring, work: Callable[[U], None], write: Callable[[U], Future[None] | None] | None
+    ) -> None:
+        self._ring, self._work, self._write = ring, work, write
+        self._loaded: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
+        self._failures: list[BaseException] = []
+
+    def all(self, read: Callable[[], Iterator[tuple[Region, U]]]) -> None:
+        threads = [self._thread("reader", partial(self._reader, read))]
+        if self._write is not None:
+            threads.append(self._thread("writer", partial(self._writer, self._write)))
+        try:
+            for thread in threads:
+                room_for_a_thread()
+                thread.start()
+            self._worker()
+        except BaseException:
+            self._ring.cancel()
+            raise
+        finally:
+            self._done.put(None)
+            for thread in threads:
+                if thread.ident is not None:  # it was started; memory may lack for that
+                    thread.join()
+        if self._failures:
+            raise self._failures[0]
+
+    def _thread(self, name: str, stage: Callable[[], None]) -> threading.Thread:
+        return threading.Thread(target=self._guarded, args=(stage,), name=f"safepatch-{name}", daemon=True)
+
+    def _guarded(self, stage: Callable[[], None]) -> None:
         try:
             stage()
         except Cancelled:
             pass
         except BaseException as error:
-            failures.append(error)
-            ring.cancel()
+            self._failures.append(error)
+            self._ring.cancel()
 
-    def reader() -> None:
+    def _reader(self, read: Callable[[], Iterator[tuple[Region, U]]]) -> None:
         try:
-            for unit in units:
-                if failures:
+            for item in read():
+                self._loaded.put(item)
+                if self._failures:
                     return
-                region = take(room(unit))
-                loaded.put((region, read(unit, region)))
         finally:
-            loaded.put(None)
+            self._loaded.put(None)
 
-    def writer() -> None:
-        assert write is not None
+    def _worker(self) -> None:
+        while (item := self._loaded.get()) is not None and not self._failures:
+            self._work(item[1])
+            if self._write is None:
+                self._ring.give(item[0])
+            else:
+                self._done.put(item)
+
+    def _writer(self, write: Callable[[U], Future[None] | None]) -> None:
         last: Future[None] | None = None
-        while (item := done.get()) is not None:
+        while (item := self._done.get()) is not None:
             region, unit = item
             last = write(unit)
             if last is None:
-                ring.give(region)
+                self._ring.give(region)
             else:
-                last.add_done_callback(lambda _, region=region: ring.give(region))  # type: ignore[misc]
+                last.add_done_callback(partial(self._give_back, region))
         if last is not None:
             last.result()
 
-    threads = [threading.Thread(target=guarded, args=(reader,), name="safepatch-reader", daemon=True)]
-    if write is not None:
-        threads.append(threading.Thread(target=guarded, args=(writer,), name="safepatch-writer", daemon=True))
-    try:
-        for thread in threads:
-            room_for_a_thread()
-            thread.start()
-        while (item := loaded.get()) is not None and not failures:
-            work(item[1])
-            if write is None:
-                ring.give(item[0])
-            else:
-                done.put(item)
-    except BaseException:
-        ring.cancel()
-        raise
-    finally:
-        done.put(None)
-        for thread in threads:
-            if thread.ident is not None:  # it was started; memory may lack for that
-                thread.join()
-    if failures:
-        raise failures[0]
+    def _give_back(self, region: Region, written: Future[None]) -> None:
+        self._ring.give(region)
 
 
 class Once(Generic[T]):

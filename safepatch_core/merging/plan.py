@@ -16,9 +16,10 @@ from typing import Any
 from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, companions, open_checkpoint
+from safepatch_core.merging.beside import Beside, beside
 from safepatch_core.merging.layout import OutputFile, OutputPart, lay_out
 from safepatch_core.merging.quantised import module_of, quantised, refuse_base, refuse_patch
-from safepatch_core.merging.recipe import Recipe, match_targets
+from safepatch_core.merging.recipe import PatchSpec, Recipe, match_targets
 from safepatch_core.merging.sources import open_source
 from safepatch_core.merging.sources.contract import ALIGN, Source, align
 from safepatch_core.merging.sources.dense import ImportanceFile
@@ -45,6 +46,8 @@ class Plan:
     engine: Backend
     kinds: tuple[Kind, ...]  # per patch
     adapters: tuple[Mapping[str, Any] | None, ...]  # per patch, a LoRA adapter's configuration
+    sources: tuple[Checkpoint, ...]  # per patch, its own files
+    beside: tuple[Beside, ...]  # per patch, what it brings and the output does not take
     base: Checkpoint
     inputs: tuple[Checkpoint, ...]  # everything that is read: base, sources, importance
     targets: Mapping[str, Target]
@@ -52,6 +55,7 @@ class Plan:
     index: bytes | None
     companions: tuple[Path, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]  # what is worth a line and no warning
     memory_limit: int
     ring_bytes: int
     beside_bytes: int  # the engine's scratch, or the LoRA factors that chunks share
@@ -67,6 +71,10 @@ class Plan:
         for patch, kind in zip(recipe["patches"], self.kinds, strict=True):
             patch["kind"] = kind
         return recipe
+
+    def asks_nothing(self, p: int) -> bool:
+        """Whether the recipe switches patch p off."""
+        return _is_off(self.recipe.patches[p])
 
     @property
     def whole_model(self) -> bool:
@@ -208,19 +216,24 @@ def make_plan(
     if limit < SMALLEST_LIMIT:
         raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 16MiB")
     base = open_checkpoint(recipe.base, relative_to=recipe.origin)
-    sources = [open_source(p.name, p.source, p.kind, base, relative_to=recipe.origin) for p in recipe.patches]
+    sources = [
+        open_source(p.name, p.source, p.kind, base, relative_to=recipe.origin, minus=p.minus) for p in recipe.patches
+    ]
     importance = [
         None if p.importance_path is None else ImportanceFile.open(p.importance_path, relative_to=recipe.origin)
         for p in recipe.patches
     ]
     names = _weights(recipe, base, sources)
-    warnings = _lost(recipe, base, sources)
-    if not names:
-        warnings.append("no tensor of the base is a target: the output will equal the base")
+    for spec, ranking in zip(recipe.patches, importance, strict=True):
+        if ranking is not None and not any(name in ranking.checkpoint.tensors for name in names):
+            raise _ranks_nothing(spec)
+    others = tuple(beside(recipe, base, source, frozenset(names)) for source in sources)
     targets = {
         name: _placed(_target(recipe, base.tensors[name], sources, importance), recipe, engine, limit, chunk_entries)
         for name in names
     }
+    _require_inputs(recipe, targets)
+    lines = [of.line(spec.name) for spec, of in zip(recipe.patches, others, strict=True)]
     outputs, index = lay_out(base, recipe.max_shard_size)
     ring_bytes, beside_bytes = _memory(targets, engine, limit)
     return Plan(
@@ -228,6 +241,8 @@ def make_plan(
         engine=engine,
         kinds=tuple(s.kind for s in sources),
         adapters=tuple(s.config for s in sources),
+        sources=tuple(s.checkpoints[0] for s in sources),
+        beside=others,
         base=base,
         inputs=(
             base,
@@ -238,7 +253,8 @@ def make_plan(
         outputs=outputs,
         index=index,
         companions=tuple(companions(base)),
-        warnings=tuple(warnings),
+        warnings=(*(lines[p] for p, of in enumerate(others) if of.sure), *_switched_off(recipe)),
+        notes=tuple(lines[p] for p, of in enumerate(others) if of.tensors and not of.sure),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -246,21 +262,31 @@ def make_plan(
     )
 
 
-def _lost(recipe: Recipe, base: Checkpoint, sources: Sequence[Source]) -> list[str]:
-    """What the patches bring that the base lacks, a line each. Raises InputError, unless that is to be skipped."""
-    lines = []
-    for source in sources:
-        lost = sorted(name for name in source.shapes if name not in base.tensors)
-        if lost and recipe.missing == "error":
-            raise InputError(
-                "the base has no such tensor, so the patch's change would be lost",
-                file=source.checkpoints[0].ref,
-                tensor=lost[0],
-                found=f"{len(lost)} such tensors" if len(lost) > 1 else None,
-                expected="a patch of this base (or missing: skip)",
-            )
-        lines += [f"patch {source.name}: tensor '{name}' is not in the base, ignored" for name in lost]
-    return lines
+def _require_inputs(recipe: Recipe, targets: Mapping[str, Target]) -> None:
+    """Raises InputError for a patch whose importance leaves nothing of it."""
+    for p, spec in enumerate(recipe.patches):
+        if not any(target.patches[p] for target in targets.values()):
+            raise _ranks_nothing(spec)
+
+
+def _switched_off(recipe: Recipe) -> list[str]:
+    return [
+        f"patch {spec.name} changes nothing, as its top, retain or scale of 0 asks"
+        for spec in recipe.patches
+        if _is_off(spec)
+    ]
+
+
+def _ranks_nothing(spec: PatchSpec) -> InputError:
+    return InputError(
+        f"the importance of patch '{spec.name}' has none of the targets that the patch has",
+        file=spec.importance_path,
+        expected="scores named as the base's tensors",
+    )
+
+
+def _is_off(spec: PatchSpec) -> bool:
+    return spec.top == 0 or spec.retain == 0 or spec.scale == 0
 
 
 def _target(
@@ -310,12 +336,12 @@ def _weights(recipe: Recipe, base: Checkpoint, sources: Sequence[Source]) -> lis
         if not names:
             raise refuse_base(base, held)
     for source in sources:
-        of = quantised(source.checkpoints[0])
-        for name in names:
-            if of is not None and name in of:
-                raise refuse_patch(
-                    f"the patch '{source.name}'", source.checkpoints[0], of.codes[module_of(name)].name, of
-                )
+        for checkpoint in source.checkpoints:
+            of = quantised(checkpoint)
+            for name in names:
+                if of is not None and name in of:
+                    what = f"the patch '{source.name}'"
+                    raise refuse_patch(what, checkpoint, of.codes[module_of(name)].name, of)
     return names
 
 

@@ -15,6 +15,18 @@ from safepatch_core.settings import Strict, explain, parse_size, read_yaml
 from safepatch_core.spec import Combine, Importance, Kind, Missing, NonFinite, Order, Scope, Weight
 
 NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "shared.weight")
+# What models that see or hear have beside the language model: towers, and what leads from them to it.
+NOT_LANGUAGE = (
+    *("visual.", "vision_tower.", "vision_model.", "vision_encoder.", "vqmodel.", "vpm.", "qformer."),
+    *("audio_tower.", "audio_model.", "audio_encoder.", "talker.", "token2wav."),
+    *("multi_modal_projector.", "mm_projector.", "language_projection.", "connector.", "aligner.", "resampler."),
+    *("vision_projector.", "audio_projector.", "image_newline"),
+)
+
+
+def of_language(name: str) -> bool:
+    """Whether a tensor of that name is the language model's, and not a tower's or a projector's."""
+    return not any(part in name for part in NOT_LANGUAGE)
 
 
 class Scores(Strict):
@@ -41,6 +53,13 @@ class PatchSpec(Strict):
     retain: Annotated[float, Field(ge=0, le=1)] = 1.0
     rescale: bool = False
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    minus: Annotated[str, Field(min_length=1)] | None = None  # what the change is measured from, if not the base
+
+    @model_validator(mode="after")
+    def _minus_is_of_a_checkpoint(self) -> PatchSpec:
+        if self.minus is not None and self.kind not in (None, "checkpoint"):
+            raise ValueError("minus goes with kind: checkpoint")
+        return self
 
     @model_validator(mode="after")
     def _factor_is_finite(self) -> PatchSpec:
@@ -88,7 +107,7 @@ class Recipe(Strict):
     combine: Combine = "difference"
     scope: Scope = "tensor"
     order: Order = "retain-first"
-    targets: Literal["linear", "all"] | Globs = "linear"
+    targets: Literal["linear", "language", "all"] | Globs = "linear"
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     nonfinite: NonFinite = "error"
     missing: Missing = "error"
@@ -115,8 +134,9 @@ class Recipe(Strict):
         """Whether a float tensor of that name and rank is patched."""
         if self.targets == "all":
             return True
-        if self.targets == "linear":
-            return dimensions >= 2 and not any(part in name for part in NOT_LINEAR)
+        if self.targets in ("linear", "language"):
+            linear = dimensions >= 2 and not any(part in name for part in NOT_LINEAR)
+            return linear and (self.targets == "linear" or of_language(name))
         assert isinstance(self.targets, Globs)
         return any(fnmatch.fnmatchcase(name, g) for g in self.targets.include) and not any(
             fnmatch.fnmatchcase(name, g) for g in self.targets.exclude
@@ -132,6 +152,7 @@ class Recipe(Strict):
         data["base"] = shown(data["base"])
         for patch in data["patches"]:
             patch["source"] = shown(patch["source"])
+            patch["minus"] = patch["minus"] and shown(patch["minus"])
             for key in ("scores", "gradients"):
                 if isinstance(patch["importance"], dict) and key in patch["importance"]:
                     patch["importance"][key] = shown(patch["importance"][key])

@@ -18,11 +18,13 @@ from typing import Any, NoReturn
 
 import safepatch_core.merging.verification
 from safepatch_core.backends import cpu, reference
-from safepatch_core.commands import cli
+from safepatch_core.commands import apply, cli, log, revert
+from safepatch_core.fixes import apply as fixes_apply
+from safepatch_core.fixes import log as fixes_log
 from safepatch_core.merging import api
 from tests.chunked import cut_into
 
-WARM = (api, cpu, reference, safepatch_core.merging.verification)
+WARM = (api, cpu, reference, safepatch_core.merging.verification, apply, log, revert, fixes_apply, fixes_log)
 shim = ctypes.CDLL(None)
 
 

@@ -238,6 +238,18 @@ int renameat2(int from_at, const char* from, int to_at, const char* to, unsigned
     return next(from_at, from, to_at, to, flags);
 }
 
+int link(const char* from, const char* to) {
+    NEXT(link);
+    FAIL_IF(path_below(AT_FDCWD, to, full), "link");
+    return next(from, to);
+}
+
+int linkat(int from_at, const char* from, int to_at, const char* to, int flags) {
+    NEXT(linkat);
+    FAIL_IF(path_below(to_at, to, full), "link");
+    return next(from_at, from, to_at, to, flags);
+}
+
 int unlink(const char* path) {
     NEXT(unlink);
     FAIL_IF(path_below(AT_FDCWD, path, full), "unlink");

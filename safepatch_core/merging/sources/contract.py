@@ -31,6 +31,7 @@ class Origin:
     ref: str  # as the user named it
     path: Path
     revision: str | None  # commit hash of a hub id
+    minus: Checkpoint | None  # what the change is measured from, where it is not the base
 
 
 class PatchTensor(Protocol):

@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.backends.contract import Bits
+from safepatch_core.backends.reference import to_float32
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
+
+PIECE = 1 << 16  # entries that are decoded at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +58,52 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """Patched values minus those of another checkpoint: subtracted here, so that the engine is handed deltas."""
+
+    patched: Dense
+    minus: Dense
+    form: Kind = "delta"
+    ring_bytes: int = 4
+    once_bytes: int = 0
+    held_bytes: int = 0
+
+    @property
+    def path(self) -> Path:
+        return self.patched.path
+
+    @property
+    def entry_bytes(self) -> int:
+        return self.patched.entry_bytes + self.minus.entry_bytes
+
+    def ranges(self, lo: int, hi: int) -> list[Range]:
+        return self.patched.ranges(lo, hi) + self.minus.ranges(lo, hi)
+
+    def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
+        """f32(patched) - f32(minus), rounded once; a piece at a time, so that little lies beside the ring."""
+        out = memory[: 4 * (hi - lo)].view(np.float32)
+        piece = np.empty(4 * PIECE, np.uint8)
+        with np.errstate(all="ignore"):  # what is not finite has a rule of its own
+            for at in range(lo, hi, PIECE):
+                end = min(at + PIECE, hi)
+                to = out[at - lo : end - lo]
+                to[:] = to_float32(self.patched.load(inputs, at, end, piece))
+                np.subtract(to, to_float32(self.minus.load(inputs, at, end, piece)), out=to)
+        return Bits(out.view(np.uint32), "F32")
+
+
+@dataclass(frozen=True, slots=True)
 class DenseSource:
     """A patch that is a whole checkpoint: patched values or deltas."""
 
     name: str
     kind: Kind
     checkpoint: Checkpoint
+    minus: Checkpoint | None = None
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        return (self.checkpoint,)
+        return (self.checkpoint,) if self.minus is None else (self.checkpoint, self.minus)
 
     @property
     def config(self) -> Mapping[str, Any] | None:
@@ -80,12 +119,17 @@ class DenseSource:
 
     def lookup(self, entry: TensorEntry, missing: Missing) -> PatchTensor | None:
         found = self.checkpoint.tensors.get(entry.name)
-        return fitted(self.checkpoint, found, entry, self.kind, missing, f"patch '{self.name}'")
+        tensor = fitted(self.checkpoint, found, entry, self.kind, missing, f"patch '{self.name}'")
+        if self.minus is None or tensor is None:
+            return tensor
+        found = self.minus.tensors.get(entry.name)
+        minus = fitted(self.minus, found, entry, self.kind, missing, f"what patch '{self.name}' is measured from")
+        return minus and Difference(tensor, minus)
 
 
 def open_checkpoints(origin: Origin, base: Checkpoint) -> DenseSource:
     """A fine-tuned checkpoint."""
-    return DenseSource(origin.name, "checkpoint", _opened(origin))
+    return DenseSource(origin.name, "checkpoint", _opened(origin), origin.minus)
 
 
 def open_deltas(origin: Origin, base: Checkpoint) -> DenseSource:
