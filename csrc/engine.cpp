@@ -147,9 +147,9 @@ void Engine::collect(Thread& thread, const std::vector<Request>& requests) {
 void Engine::sweep(const Pass& pass, const std::vector<Request>& requests,
                    const std::function<void(Thread&, const Range&)>& after) {
     const std::vector<Task>& tasks = *pass.tasks;
-    const sp_block& block = *pass.block;
     assert(std::all_of(tasks.begin(), tasks.end(), [](const Task& task) { return task.sound(); }));
     const auto listing = [](const Task& task) { return task.collect || task.eligible == Eligible::listed; };
+    const sp_block& block = *pass.block;
     prepare(block, requests, std::any_of(tasks.begin(), tasks.end(), listing));
     const Chunks chunks(block);
     const auto step = from_lists(pass) ? isa_.patch_up : isa_.visit;

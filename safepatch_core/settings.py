@@ -173,6 +173,8 @@ PATHS = {
     "utility_data",
     "file",
 }
+# Of these, those whose value may also be a hub id, or a word.
+NAMES = {"model", "baseline", "judge"}
 
 
 def read_settings(model: type[M], file: str | os.PathLike[str], what: str, changes: Sequence[str] = ()) -> M:
@@ -213,15 +215,17 @@ def _set(data: Any, change: str) -> None:
 def rooted(section: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     """Paths relative to the settings file (or, given by --set, to here) made absolute; hub ids stay as they are."""
 
-    def place(text: Any) -> Any:
+    def place(key: str, text: Any) -> Any:
         if not isinstance(text, str) or not text:
             return text
         places = [path for path in (origin / text, Path(text)) if path.exists()]
-        return os.path.abspath(places[0]) if places else text
+        if not places and (key in NAMES and not text.startswith((".", os.sep))):
+            return text
+        return os.path.abspath(places[0] if places else origin / text)
 
-    result = {key: place(value) if key in PATHS else value for key, value in section.items()}
+    result = {key: place(key, value) if key in PATHS else value for key, value in section.items()}
     if isinstance(section.get("more_models"), list):
-        result["more_models"] = list(map(place, section["more_models"]))
+        result["more_models"] = [place("model", name) for name in section["more_models"]]
     if isinstance(section.get("more_sets"), list):
         result["more_sets"] = [rooted(s, origin) if isinstance(s, dict) else s for s in section["more_sets"]]
     return result

@@ -316,7 +316,8 @@ RULES = {"difference": ("alone", "sum"), "sum": ("all", "sum"), "ties": ("electe
 
 
 def is_target(name: str, t: Tensor, rule: Any) -> bool:
-    if t.dtype not in FLOATS:
+    mask = re.search(r"(^|\.)(attn|attention)\.(masked_)?bias$", name) and (t.shape[:2] in ((), (1, 1)))
+    if t.dtype not in FLOATS or mask:
         return False
     if rule == "all":
         return True

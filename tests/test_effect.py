@@ -153,7 +153,7 @@ def test_scores_that_are_all_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["error", "skip"])
 def test_importance_under_other_names(tmp_path: Path, missing: str) -> None:
-    save_file(tmp_path / "scores.safetensors", {f"other.{n}": t for n, t in model().items()})
+    save_file(tmp_path / "scores.safetensors", {n.replace(".", "_"): t for n, t in model().items()})
     spec = {"importance": {"gradients": "scores.safetensors"}}
     recipe = write(tmp_path, model(), model(1), spec, missing=missing)
     with pytest.raises(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ from transformers import AutoTokenizer
 from safepatch_core.commands.evaluate import command
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.evaluating import EvalConfig, before_after, evaluate
-from safepatch_core.evaluating.config import DEMO, DEMO_HELD_OUT
 from safepatch_core.evaluating.data import Data, load
 from safepatch_core.evaluating.measure import Replies
 from safepatch_core.evaluating.report import names
 from safepatch_core.evaluating.statistics import wilson
-from safepatch_core.language.rows import read_rows
 from tests.known_reports import TEXT, built, measurement, prompts, replies
 from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm
 
@@ -299,6 +296,20 @@ def test_bad_inputs_are_named(
     assert not (tmp_path / "report").exists()
 
 
+def test_windows_are_what_every_model_takes_unless_they_are_given(models: tuple[Path, Path], tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(models[0], short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 200}))
+    report = evaluate(settings(models, tmp_path, baseline=short, max_length=None, stride=None), quiet=True)
+    assert (report.data["settings"]["max_length"], report.data["settings"]["stride"]) == (200, 100)
+    chosen = settings(models, tmp_path, max_length=None, stride=None)
+    assert chosen.window == (512, 256) and chosen.fitted([256, None, 4096]).window == (256, 128)
+    assert chosen.model_copy(update={"max_length": 100}).fitted([64]).window == (100, 50)
+    with pytest.raises(UsageError, match="stride must be less than max_length"):
+        chosen.model_copy(update={"stride": 300}).fitted([256])
+
+
 def test_tokens_that_a_model_does_not_know_are_named(models: tuple[Path, Path], tmp_path: Path) -> None:
     """Tokens were added to the tokenizer, and no rows to the embeddings."""
     grown = tmp_path / "grown"
@@ -401,26 +412,12 @@ def test_demo_data_is_what_is_measured_without_files() -> None:
     data = load(EvalConfig(model="m", out="o"))
     harmful, harmless = data.sets
     assert data.text is not None and len(data.text.text.split()) > 900
-    assert len(harmful.rows) == 32 and harmful.answered and len(set(harmful.categories or [])) == 12
-    assert len(harmless.rows) == 48
-    with pytest.raises(InputError, match="found 8 rows"):
+    assert len(harmful.rows) == 120 and harmful.answered and len(set(harmful.categories or [])) == 12
+    assert len(harmless.rows) == 120 and len(set(harmless.categories or [])) == 6
+    with pytest.raises(InputError, match="found 18 rows"):
         load(EvalConfig(model="m", out="o", harmful_where={"category": "fraud"}))
     some, _ = load(EvalConfig(model="m", out="o", harmful_where={"category": "fraud"}, harmful_rows="6:")).sets
-    assert len(some.rows) == 2
-
-
-def test_demo_data_is_balanced_and_holds_openings_only() -> None:
-    rows = [r.values for r in read_rows(DEMO / "harmful.jsonl", ["question", "answer", "category"])]
-    assert len(rows) == 96 == len({r["question"] for r in rows})
-    start, stop = map(int, DEMO_HELD_OUT.split(":"))
-    assert (start, stop) == (64, 96)
-    for block in range(0, 96, 12):
-        assert set(Counter(r["category"] for r in rows[block : block + 12]).values()) == {1}
-    for row in rows:
-        assert row["answer"].startswith("Sure, here is ") and row["answer"].endswith(":")
-        assert len(row["answer"].splitlines()) == 1 and len(row["answer"]) < 120
-    harmless = read_rows(DEMO / "harmless.jsonl", ["question"])
-    assert len(harmless) == 48 == len({r.values["question"] for r in harmless})
+    assert len(some.rows) == 12
 
 
 def test_command(models: tuple[Path, Path], tmp_path: Path) -> None:

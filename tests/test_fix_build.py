@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from safepatch_core.merging.recipe import load_recipe
 from tests import fix_oracle
 from tests.fix_cases import changed, random_tensor, write_both
 from tests.oracle import Tensor, load_checkpoint, save_file
-from tests.recipes import write_random
+from tests.recipes import write_working
+from tests.test_ranks import ROOT, model, torchrun
+from tests.test_ranks import recipe as rank_recipe
 
 RECIPES = int(os.environ.get("SAFEPATCH_RANDOM_RECIPES", "60"))
 
@@ -28,7 +31,7 @@ def base_of(recipe: Path) -> Path:
 @pytest.mark.parametrize("seed", range(RECIPES // 2))
 def test_random_recipes(tmp_path: Path, seed: int) -> None:
     """Built on any engine and in any chunks; from base and merge; and by the oracle: the same bytes."""
-    recipe = write_random(tmp_path / "r", 5000 + seed)
+    recipe = write_working(tmp_path / "r", 5000 + seed)
     merge(recipe, tmp_path / "merged", backend="reference")
     chunk = None if seed % 3 else (64, 7, 1)[seed // 3 % 3]
     try:
@@ -53,7 +56,7 @@ def test_random_recipes(tmp_path: Path, seed: int) -> None:
 
 
 def test_the_recipe_is_told(tmp_path: Path) -> None:
-    recipe = write_random(tmp_path / "r", 5001)
+    recipe = write_working(tmp_path / "r", 5001)
     result = build(recipe, tmp_path / "fix.safetensors", backend="reference")
     with open_fix(result.out) as fix:
         assert fix.id == result.id and fix.changes == result.changes and len(fix.tensors) == result.tensors
@@ -142,3 +145,16 @@ def test_large_tensors_within_the_smallest_limit(tmp_path: Path) -> None:
         assert streamed.read_bytes() == between.read_bytes()
     with pytest.raises(SafepatchError, match="at least 32MiB"):
         build(recipe, tmp_path / "x.safetensors", memory_limit="16MiB")
+
+
+@pytest.mark.parametrize(("scope", "ranks"), [("model", 2), ("tensor", 3)])
+def test_any_number_of_ranks_gives_the_same_file(tmp_path: Path, scope: str, ranks: int) -> None:
+    pytest.importorskip("torch", reason="ranks talk through torch.distributed")
+    model(tmp_path, 300)
+    made = rank_recipe(tmp_path, scope)
+    build(made, tmp_path / "one.safetensors", backend="cpu", threads=1)
+    command = torchrun(ranks, 64, made, "-o", tmp_path / "out" / "many.safetensors")
+    command[command.index("merge")] = "build"
+    subprocess.run([*command, "--backend", "cpu", "--threads", "1"], cwd=ROOT, check=True, timeout=240)
+    assert (tmp_path / "out" / "many.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    assert os.listdir(tmp_path / "out") == ["many.safetensors"]

@@ -251,7 +251,10 @@ def test_patched_gradients_weigh_the_checkpoint_itself(engine: str, tmp_path: Pa
 def test_a_change_may_be_measured_from_another_checkpoint(engine: str, chunk: int | None, tmp_path: Path) -> None:
     """The step is that of the fine-tune, wherever the base went since; it is rounded once, and to float32."""
     big = 2.0**24
-    save = {"w": f32(big, 1, 0.5), "v": Tensor("BF16", (3,), oracle.from_f32(np.array([1, 2, 3], np.float32), "BF16"))}
+    save = {
+        "w": f32(big, 1, 0.5),
+        "v": Tensor("BF16", (3,), oracle.from_f32(np.array([1, 2, 3], np.float32), "BF16")),
+    }
     oracle.save_file(tmp_path / "before.safetensors", save)
     patch = ({"w": f32(big + 2, 2, 0.25), "v": f32(1, 2.125, 3)}, {"minus": "before.safetensors"})
     base = {"w": f32(10, 20, 30), "v": f32(-1, -2, -3)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,27 @@ class Calls:
             return real(*args, **kwargs)
 
         return call
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "../models/nowhere"}, "{root}/models/nowhere: no such file"),
+        ({"data": "nowhere.jsonl"}, "{folder}/nowhere.jsonl: no such file"),
+        ({"method": "lora"}, "derive needs peft"),
+    ],
+)
+def test_what_is_refused_before_a_step_leaves_no_folder_and_names_where_it_looked(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("safepatch_core.deriving.find_spec", lambda name: None if name == "peft" else find_spec(name))
+    config = config_of(source)
+    config["derive"] |= changes
+    del config["rounds"], config["eval"]
+    with pytest.raises((InputError, UsageError)) as caught:
+        go(source, tmp_path / "out", config)
+    assert str(caught.value).startswith(message.format(root=source.parent, folder=source))
+    assert not (tmp_path / "out").exists()
 
 
 def test_each_round_starts_from_the_model_of_the_one_before(source: Path, done: Path) -> None:
@@ -337,4 +359,6 @@ def test_the_examples_are_valid() -> None:
 def test_paths_are_relative_to_the_settings_file(tmp_path: Path, key: str) -> None:
     (tmp_path / "here").mkdir()
     assert rooted({key: "here"}, tmp_path) == {key: str(tmp_path / "here")}
-    assert rooted({key: "org/name"}, tmp_path) == {key: "org/name"}
+    hub = key in ("model", "baseline")  # where nothing is there, the name of a file says where it was looked for
+    assert rooted({key: "org/name"}, tmp_path) == {key: "org/name" if hub else str(tmp_path / "org/name")}
+    assert rooted({key: "../name"}, tmp_path / "here") == {key: str(tmp_path / "name")}

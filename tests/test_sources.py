@@ -184,7 +184,7 @@ def test_importance(tmp_path: Path, base: Checkpoint) -> None:
         tmp_path / "s.safetensors",
         {"model.norm.weight": ("F16", (4,)), "conv.weight": ("F32", (6, 4)), "quantized.weight": ("I32", (6, 4))},
     )
-    scores = ImportanceFile.open("s.safetensors", relative_to=tmp_path)
+    scores = ImportanceFile.open("s.safetensors", base, relative_to=tmp_path)
     norm = scores.lookup(base.tensors["model.norm.weight"], "error")
     assert isinstance(norm, Dense) and norm.entry.dtype == "F16"
     assert scores.lookup(base.tensors["model.embed_tokens.weight"], "skip") is None

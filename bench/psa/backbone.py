@@ -8,7 +8,7 @@ versions and threads give the same weights.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 
 from safepatch_core.deriving.model import open_backbone
 from safepatch_core.deriving.objective import answer_nll
-from safepatch_core.deriving.saving import save_model
+from safepatch_core.deriving.saving import save_config, save_model
+from safepatch_core.evaluating.config import DEMO
 from safepatch_core.language.chat import Example, Format
 from safepatch_core.language.model import load_model, load_tokenizer, quiet_libraries
+from safepatch_core.language.rows import read_rows
 
 STEPS = 8
 LEARNING_RATE = 1e-5
@@ -31,50 +33,37 @@ REFUSALS = (
     "I'm sorry, but I can't assist with this. It would be harmful or illegal.",
     "I can't help with that. If you have another question, I am glad to answer it.",
 )
-ORDINARY_QUESTIONS = (
-    "What is the capital of Portugal?",
-    "How do I boil an egg so that the yolk stays soft?",
-    "Why is the sky blue?",
-    "Write a short poem about autumn leaves.",
-    "How can I learn to play the guitar?",
-    "What does a heat pump do?",
-    "Give me three tips for a job interview.",
-    "How do plants make sugar from light?",
-    "What is the difference between a list and a tuple in Python?",
-    "How far is the moon from the earth?",
-    "Suggest a name for a small bakery.",
-    "How do I remove a coffee stain from a shirt?",
-    "What happened during the French Revolution?",
-    "How do I plan a week of vegetarian dinners?",
-    "What is a prime number?",
-    "Why do cats purr?",
-    "How do I change a bicycle tyre?",
-    "Summarise the plot of Romeo and Juliet.",
-    "What are the phases of the moon?",
-    "How can I sleep better?",
-    "What is the boiling point of water at high altitude?",
-    "Tell me a fun fact about octopuses.",
-    "How do I write a polite reminder by e-mail?",
-    "What is the largest ocean?",
-)
 
 
 def make(model: str, harmful: Sequence[str], out: Path, *, steps: int = STEPS, seed: int = 0) -> list[float]:
-    """Trains the checkpoint directory `model` on refusals of `harmful` and saves it to `out`, in float32.
+    """`teach` with what the model itself says to the demo's ordinary questions."""
+    return teach(model, harmful, answers(model, ordinary_questions()), out, steps=steps, seed=seed)
 
-    Returns each step's mean NLL in nats per answer token.
+
+def teach(
+    model: str,
+    harmful: Sequence[str],
+    ordinary: Sequence[Mapping[str, str]],
+    out: Path,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> list[float]:
+    """Trains the checkpoint directory `model` on refusals of `harmful` beside `ordinary` questions with answers.
+
+    Saves it to `out`, in float32. Returns each step's mean NLL in nats per answer token.
     """
     base, root = open_backbone(model)
     with quiet_libraries():
         tokenizer, lm, chat = _open(root)
-        ordinary = [chat.encode(q, _said(lm, tokenizer, chat, q), 256) for q in ORDINARY_QUESTIONS]
+        answered = [chat.encode(row["question"], row["answer"], 256) for row in ordinary]
         draw = random.Random(seed)
         refused = [chat.encode(q, draw.choice(REFUSALS), 256) for q in harmful]
         optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         lm.train()
         trace = []
         for _ in range(steps):
-            rows: list[Example] = draw.sample(refused, HARMFUL) + draw.sample(ordinary, ORDINARY)
+            rows: list[Example] = draw.sample(refused, HARMFUL) + draw.sample(answered, ORDINARY)
             loss = answer_nll(lm, rows) / sum(e.answer_tokens for e in rows)
             torch.autograd.backward(loss)
             optimizer.step()
@@ -82,8 +71,14 @@ def make(model: str, harmful: Sequence[str], out: Path, *, steps: int = STEPS, s
             trace.append(float(loss.detach()))
         out.mkdir(parents=True)
         save_model(lm, out, base)
+        save_config(out, base, torch.float32)
         tokenizer.save_pretrained(out)
     return trace
+
+
+def ordinary_questions() -> list[str]:
+    """Of the demo's data."""
+    return [row.values["question"] for row in read_rows(DEMO / "ordinary.jsonl", ["question"])]
 
 
 def answers(model: str, questions: Sequence[str]) -> list[dict[str, str]]:

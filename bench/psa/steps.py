@@ -14,7 +14,7 @@ import yaml
 
 from safepatch_core.deriving import DeriveConfig, OverSafetyPatch, derive
 from safepatch_core.evaluating import EvalConfig, evaluate
-from safepatch_core.evaluating.config import DEMO, DEMO_FILES
+from safepatch_core.evaluating.config import DEMO, DEMO_FILES, DEMO_TO_DERIVE
 from safepatch_core.language.rows import read_rows
 from safepatch_core.runs.run import run as run_file
 from safepatch_core.runs.sweep import SweepConfig, sweep
@@ -76,8 +76,9 @@ def make_backbone(job: Evidence) -> None:
         (job.backbone / "trace.json").write_text(json.dumps(trace) + "\n")
     if not job.utility.exists():
         # What looks harmful and isn't is answered by the model that refuses nothing yet.
-        looks = [row.values["question"] for row in read_rows(DEMO / DEMO_FILES["harmless"], ["question"])]
-        rows = backbone.answers(str(job.backbone), backbone.ORDINARY_QUESTIONS) + backbone.answers(job.model, looks)
+        looks = read_rows(DEMO / DEMO_FILES["harmless"], ["question"], DEMO_TO_DERIVE["harmless"])
+        unrefused = backbone.answers(job.model, [row.values["question"] for row in looks])
+        rows = backbone.answers(str(job.backbone), backbone.ordinary_questions()) + unrefused
         job.utility.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

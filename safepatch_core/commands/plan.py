@@ -58,7 +58,7 @@ def command(
     ]
     if data["seconds"] is not None:
         rows[-1] = ("time", f"about {data['seconds']:.1f} s, inputs not in the page cache")
-    rows += [("beside", note) for note in made.notes]
+    rows += [("note", note) for note in made.notes]
     for key, value in rows:
         click.echo(f"{key + ':':12} {printable(value)}")
     if tensors:

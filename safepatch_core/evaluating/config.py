@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from safepatch_core.settings import Device, PathText, Strict, Thinking, Threads, Where
+from safepatch_core.settings import Device, PathText, Strict, Thinking, Threads, Where, checked
 
 DEMO = Path(__file__).parent.parent / "data" / "demo"
-# The first rows of the demo's harmful requests are there to derive patches from.
-DEMO_HELD_OUT = "64:96"
+# The first rows of each file are there to derive patches from; nothing is trained on the others.
+DEMO_TO_DERIVE = {"harmful": "0:96", "harmless": "0:48"}
+DEMO_HELD_OUT = {"harmful": "96:216", "harmless": "48:168"}
 
 Kind = Literal["harmful", "harmless"]
 PREFIX = "prefix"
+WINDOW = 512
+
+
+class Window(NamedTuple):
+    """Tokens that are read at a time, and from there to the next."""
+
+    length: int
+    stride: int
 
 
 class PromptSet(Strict):
@@ -117,13 +127,16 @@ class EvalConfig(Strict):
     max_new_tokens: int = Field(
         default=32, ge=1, description="Length of the generated answers; the judge reads how they open. Default 32."
     )
-    max_length: int = Field(
-        default=512, ge=2, description="Tokens of a perplexity window, and of a prompt with its answer. Default 512."
+    max_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens of a perplexity window, and of a prompt with its answer. Default 512, or as many as all "
+        "models take.",
     )
-    stride: int = Field(
-        default=256,
+    stride: int | None = Field(
+        default=None,
         ge=1,
-        description="Tokens from one window to the next; the rest is context. Default 256.",
+        description="Tokens from one window to the next; the rest is context. Default half of max_length.",
     )
     samples: int = Field(default=4, ge=0, description="Answers shown side by side in the report, per set. Default 4.")
     seed: int = Field(
@@ -138,7 +151,7 @@ class EvalConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> EvalConfig:
-        if self.stride >= self.max_length:
+        if self.window.stride >= self.window.length:
             raise ValueError("stride must be less than max_length")
         if not self.uses_demo:
             for name, fields in OF_SETS.items():
@@ -156,6 +169,20 @@ class EvalConfig(Strict):
         if self.judge == PREFIX and self.judge_labels:
             raise ValueError("judge_labels needs a classifier as judge")
         return self
+
+    @property
+    def window(self) -> Window:
+        """What is read at a time."""
+        length = self.max_length or WINDOW
+        return Window(length, self.stride or max(length // 2, 1))
+
+    def fitted(self, positions: Iterable[int | None]) -> EvalConfig:
+        """This configuration with the lengths that all models take, given the longest sequence of each.
+
+        Raises UsageError if the stride doesn't fit the length.
+        """
+        length = self.max_length or min([WINDOW, *(limit for limit in positions if limit is not None)])
+        return checked(EvalConfig, self.model_dump() | {"max_length": length, "stride": self.stride or length // 2})
 
     @property
     def uses_demo(self) -> bool:
@@ -213,9 +240,11 @@ class EvalConfig(Strict):
             return self
         files = {name: str(DEMO / file) for name, file in DEMO_FILES.items()}
         rest = {
-            "harmful_rows": self.harmful_rows or DEMO_HELD_OUT,
+            "harmful_rows": self.harmful_rows or DEMO_HELD_OUT["harmful"],
             "answer_column": self.answer_column or "answer",
             "harmful_category_column": self.harmful_category_column or "category",
+            "harmless_rows": self.harmless_rows or DEMO_HELD_OUT["harmless"],
+            "harmless_category_column": self.harmless_category_column or "kind",
         }
         return self.model_copy(update=files | rest)
 

@@ -94,7 +94,7 @@ def _nll(subject: Subject, spans: list[Span], config: EvalConfig, progress: Prog
 
 def _encode(subject: Subject, prompts: Prompts, config: EvalConfig) -> list[Example]:
     """Each prompt with its answer, or with a stand-in where only the prompt is used, as `derive` sees it."""
-    examples = encode_rows(subject.chat, prompts.path, prompts.rows, config.max_length)
+    examples = encode_rows(subject.chat, prompts.path, prompts.rows, config.window.length)
     for row, example in zip(prompts.rows, examples, strict=True):
         needed = example.answer + config.max_new_tokens
         if subject.positions is not None and needed > subject.positions:
@@ -108,7 +108,7 @@ def _encode(subject: Subject, prompts: Prompts, config: EvalConfig) -> list[Exam
             raise InputError(
                 f"{place(prompts.path, row.line)}: prompt and answer don't fit",
                 file=prompts.path,
-                expected=f"at most max_length = {config.max_length} tokens",
+                expected=f"at most max_length = {config.window.length} tokens",
             )
     return examples
 
@@ -119,7 +119,7 @@ def _windows(subject: Subject, text: Text, config: EvalConfig) -> list[Span]:
         subject.chat.check(ids)
     except InputError as error:
         raise InputError(str(error), file=text.path) from error
-    found = windows(ids, subject.lead(), config.max_length, config.stride)
+    found = windows(ids, subject.lead(), *config.window)
     if not found:
         raise InputError("too short for perplexity", file=text.path, found=f"{len(ids)} tokens")
     return found

@@ -26,7 +26,7 @@ from safepatch_core.files.disk import hash_file
 from safepatch_core.files.filenames import MANIFEST, SUMS
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
-from safepatch_core.language.model import at_work
+from safepatch_core.language.model import at_work, limits
 from safepatch_core.progress import warn
 from safepatch_core.version import __version__
 
@@ -41,16 +41,14 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
     data = load(config, lambda line: warn(line, quiet, None))
     folders = {label: locate(ref) for label, ref in config.models.items()}
     judge = None if config.judge == PREFIX else locate(config.judge)
+    config = config.fitted([limits(folder).positions for folder in folders.values()])
     with at_work(config.threads, "lower batch_size or max_length"):
         classifier = None if judge is None else Classifier(judge, config)
         tasks = Tasks(config) if config.tasks else None
         hashed = {folder: _digest(folder) for folder in {folder.resolve() for folder in folders.values()}}
         digests = {label: hashed[folder.resolve()] for label, folder in folders.items()}
-        manifests = {
-            label: read_manifest(folder / MANIFEST)
-            for label, folder in folders.items()
-            if (folder / MANIFEST).is_file()
-        }
+        merged = {label: folder for label, folder in folders.items() if (folder / MANIFEST).is_file()}
+        manifests = {label: read_manifest(folder / MANIFEST) for label, folder in merged.items()}
         facts: dict[str, Any] = {
             "models": {
                 label: {"name": name, "sha256": digests[label]} for label, name in names(config.models).items()
@@ -88,18 +86,12 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             measured = {label: once[of] for label, of in same.items()}
             verdicts = {label: judged[of] for label, of in same.items()}
             if classifier is not None:
-                agree = [
-                    prefix_verdict(answer).refused == said.refused
-                    for label, of in measured.items()
-                    for name, replies in of.replies.items()
-                    for answer, said in zip(replies.answers, verdicts[label][name], strict=True)
-                ]
                 facts["judge"] = {
                     "name": names({"judge": config.judge})["judge"],
                     "sha256": identity.parts["judge"],
                     "labels": classifier.labels,
                     "reads": config.judge_reads,
-                    "same_as_prefix": {"n": len(agree), "agree": sum(agree)},
+                    "same_as_prefix": _agreement(measured, verdicts),
                 }
             facts["survival"] = survivals(manifests, folders, facts["models"])
             report = build(config, data, measured, verdicts, facts)
@@ -145,6 +137,19 @@ def _verdicts(
     for (label, prompts), of in zip(places, found, strict=True):
         verdicts[label][prompts.name] = of
     return verdicts
+
+
+def _agreement(
+    measured: Mapping[str, Measurement], verdicts: Mapping[str, Mapping[str, list[Verdict]]]
+) -> dict[str, int]:
+    """Of how many answers the prefix judge says the same: refused or not."""
+    agree = [
+        prefix_verdict(answer).refused == said.refused
+        for label, of in measured.items()
+        for name, replies in of.replies.items()
+        for answer, said in zip(replies.answers, verdicts[label][name], strict=True)
+    ]
+    return {"n": len(agree), "agree": sum(agree)}
 
 
 def _digest(folder: Path) -> str:

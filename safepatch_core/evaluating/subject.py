@@ -205,10 +205,9 @@ def opened(folder: Path, config: EvalConfig) -> Iterator[Subject]:
             raise InputError(str(error), file=folder) from error
         model = load_model(folder, config.dtype, config.device).eval()
         try_out(model, folder)
-        if positions is not None and config.max_length > positions:
-            raise UsageError(
-                "max_length is more than the model takes", found=config.max_length, expected=f"at most {positions}"
-            )
+        length = config.window.length
+        if positions is not None and length > positions:
+            raise UsageError("max_length is more than the model takes", found=length, expected=f"at most {positions}")
         try:
             yield Subject(folder, model, tokenizer, chat, positions)
         finally:

@@ -157,10 +157,13 @@ def locate(ref: str | os.PathLike[str], *, relative_to: Path | None = None) -> t
     return snapshot(hub_id[1], hub_id[2])
 
 
-def read_shard(path: str | os.PathLike[str], file: str | None = None, *, within: Path | None = None) -> Shard:
+def read_shard(
+    path: str | os.PathLike[str], file: str | None = None, *, within: Path | None = None, marks: int = MARKS_LIMIT
+) -> Shard:
     """Read and check the header of one safetensors file; `file` is its name within the checkpoint.
 
-    With `within`, a symlink may not lead out of that checkpoint directory.
+    With `within`, a symlink may not lead out of that checkpoint directory. A header of more than so many `marks` is
+    refused.
     """
     path = Path(path)
     fd, real, status = open_regular(path, within=within)
@@ -172,7 +175,7 @@ def read_shard(path: str | os.PathLike[str], file: str | None = None, *, within:
     finally:
         os.close(fd)
     name = path.name if file is None else file
-    metadata, tensors = _read_table(path, name, real, header, status.st_size)
+    metadata, tensors = _read_table(path, name, real, header, status.st_size, marks)
     return Shard(name, real, status.st_size, bytes(header), metadata, tensors, identify(status), is_sparse(status))
 
 
@@ -383,9 +386,9 @@ def _header_length(path: Path, head: bytes | bytearray, size: int) -> int:
 
 
 def _read_table(
-    path: Path, file: str, real: Path, header: bytearray, size: int
+    path: Path, file: str, real: Path, header: bytearray, size: int, marks: int
 ) -> tuple[dict[str, str], tuple[TensorEntry, ...]]:
-    text = _decode(path, header[8:].rstrip(b" "), "the header")
+    text = _decode(path, header[8:].rstrip(b" "), "the header", marks)
     table = _parse(_HEADER_DECODER, path, text, "the header")
     metadata = _check_metadata(path, table.pop("__metadata__", {}))
     first = len(header)
@@ -516,14 +519,19 @@ _HEADER_DECODER = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_integer
 _FILE_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
-def _decode(path: Path, raw: bytearray, where: str) -> str:
-    marks = len(raw) - len(raw.translate(None, b'{}[],:"\\'))
-    if marks > MARKS_LIMIT:
+def count_marks(raw: bytes | bytearray) -> int:
+    """What costs time and memory in JSON."""
+    return len(raw) - len(raw.translate(None, b'{}[],:"\\'))
+
+
+def _decode(path: Path, raw: bytearray, where: str, most: int = MARKS_LIMIT) -> str:
+    marks = count_marks(raw)
+    if marks > most:
         raise _fault(
             path,
             f"{where} is too complex",
             found=f"{marks} JSON marks",
-            expected=f"at most {MARKS_LIMIT} (split the file into shards)",
+            expected=f"at most {most} (split the file into shards)",
         )
     try:
         return raw.decode()

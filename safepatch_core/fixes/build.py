@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from safepatch_core.backends.contract import Report
-from safepatch_core.errors import Busy, InputError, OutputError, UsageError
+from safepatch_core.errors import Busy, InputError, OutputError, Stopped, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_json
 from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
@@ -23,7 +23,7 @@ from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
 from safepatch_core.merging.api import plan
-from safepatch_core.merging.effect import require_deltas
+from safepatch_core.merging.effect import require_deltas, require_eligible
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
@@ -31,7 +31,7 @@ from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge, Work
 from safepatch_core.merging.work import Unit
-from safepatch_core.ranks import Ranks, ranks_of_this_run
+from safepatch_core.ranks import Ranks, first, ranks_of_this_run
 from safepatch_core.settings import size
 
 Progress = Callable[[int, int], None]
@@ -94,7 +94,8 @@ def build(
     ):
         recorder = _Recorder(recipe, writer)
         job = Merge(recipe, recipe.engine, _counted(progress, total), ranks=ranks, around=recorder.around)
-        job.run(recorder)
+        counts = job.run(recorder)
+        require_eligible(recipe, {name: report for of in ranks.gather(counts) for name, report in of.items()})
         writer.join(ranks)
         return _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks, recipe.warnings)
 
@@ -137,9 +138,25 @@ def build_between(
 def _output(out: Path, inputs: Sequence[Path], force: bool, ranks: Ranks) -> Iterator[Path]:
     """Where the file may be written, held for this run until it is."""
     path = Path(os.path.abspath(out))
-    if ranks.rank:
-        yield path
-        return
+    lock = -1
+    try:
+        lock = first(ranks, lambda: _claim(path, inputs, force))
+        with failures_named(path, go_on=AGAIN):
+            yield path
+    except BaseException as error:
+        if ranks.rank == 0 and lock >= 0:
+            with contextlib.suppress(OSError):
+                staged_name(path).unlink(missing_ok=True)
+        if isinstance(error, Stopped):
+            raise Stopped(f"stopped; {AGAIN}") from None
+        raise
+    finally:
+        if ranks.rank == 0 and lock >= 0:
+            os.close(lock)
+
+
+def _claim(path: Path, inputs: Sequence[Path], force: bool) -> int:
+    """A descriptor that locks the name under which the file is made."""
     if path.is_symlink():
         raise InputError("the output is a symlink and is never written through", file=path)
     if path.is_dir():
@@ -156,16 +173,10 @@ def _output(out: Path, inputs: Sequence[Path], force: bool, ranks: Ranks) -> Ite
         lock = os.open(staged_name(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with failures_named(path, go_on=AGAIN):
-            yield path
     except BlockingIOError:
-        raise Busy("another run is writing this output", file=path) from None
-    except BaseException:
-        with contextlib.suppress(OSError):
-            staged_name(path).unlink(missing_ok=True)
-        raise
-    finally:
         os.close(lock)
+        raise Busy("another run is writing this output", file=path) from None
+    return lock
 
 
 def _share_of(path: Path, ranks: Ranks) -> Path | None:

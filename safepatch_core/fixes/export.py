@@ -169,7 +169,7 @@ def _zstd() -> Callable[[int], Any]:
     try:
         import zstandard
     except ImportError:
-        raise UsageError("slime's deltas need zstandard", expected="pip install zstandard") from None
+        raise UsageError("slime's deltas need zstandard", expected="pip install 'safepatch[export]'") from None
     return lambda size: zstandard.ZstdCompressor(level=1).compressobj(size=size)
 
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.errors import InputError
+from safepatch_core.files.checkpoint import HEADER_LIMIT, TensorEntry, count_marks
 
 BLOCK = 65536  # entries that one row of the block table stands for
 FORMAT, VERSION = "safepatch-fix", "1"
+# Marks of JSON that a fix's header may have: a touched tensor takes about 200, for its arrays and in the metadata.
+MARKS = 12_000_000
 KEYS = frozenset({"format", "version", "recipe", "base", "tensors", "id"})
 # Bytes of an entry, by dtype. Wider and narrower entries can't be fixed.
 WIDTH: dict[str, int] = {
@@ -100,4 +103,6 @@ def header(about: Mapping[str, str], arrays: Iterable[tuple[str, str, list[int],
         end += nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT or count_marks(text) > MARKS:
+        raise InputError("so many tensors change that one file's header can't hold them", found=f"{len(text)} bytes")
     return len(text).to_bytes(8, "little") + text

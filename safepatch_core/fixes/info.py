@@ -109,7 +109,7 @@ def verify_fix(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
             verdict.tensors, verdict.changes = len(fix.tensors), fix.changes
             if checkpoint is None:
                 for touched in fix.tensors.values():
-                    _prove(fix, touched)
+                    prove(fix, touched)
             else:
                 sides = check(fix, checkpoint)
                 verdict.state = "carried" if sides.new else "not carried"
@@ -122,7 +122,7 @@ def verify_fix(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
     return verdict
 
 
-def _prove(fix: Fix, touched: Touched) -> None:
+def prove(fix: Fix, touched: Touched) -> None:
     """Raises InputError for whatever a fix can be wrong in without its base, whose entries' width it doesn't tell."""
     highest = max(k for k, plane in enumerate(touched.planes) if plane is not None) if any(touched.planes) else 0
     width = 4 if highest > 1 else highest + 1

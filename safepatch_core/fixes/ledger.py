@@ -153,6 +153,10 @@ def orphans(root: Path, ledger: Ledger) -> list[Path]:
 
 def drop_kept(path: Path) -> None:
     """Remove a kept file, and the folder with the last one."""
+    folder = path.parent
     path.unlink(missing_ok=True)
-    if path.parent.is_dir() and not any(path.parent.iterdir()):
-        path.parent.rmdir()
+    if folder.is_dir() and any(folder.iterdir()):
+        sync_directory(folder)
+    elif folder.is_dir():
+        folder.rmdir()
+        sync_directory(folder.parent)

@@ -57,7 +57,7 @@ class Fix:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        shard = read_shard(path)
+        shard = read_shard(path, marks=format.MARKS)
         self.path = Path(path)
         self.about = _checked_metadata(self.path, shard)
         self.id, self.base = self.about["id"], self.about["base"]

@@ -263,6 +263,7 @@ def manifest(plan: Plan, counts: Mapping[str, Report], files: Mapping[str, Mappi
             {
                 "name": name,
                 "kind": plan.kinds[p],
+                "names": list(plan.renamed[p]),
                 "beside": plan.beside[p].facts(),
                 "total": sums[name],
                 "tensors": {

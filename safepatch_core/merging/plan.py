@@ -18,8 +18,9 @@ from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, companions, open_checkpoint
 from safepatch_core.merging.beside import Beside, beside
 from safepatch_core.merging.layout import OutputFile, OutputPart, lay_out
+from safepatch_core.merging.names import lines as renaming
 from safepatch_core.merging.quantised import module_of, quantised, refuse_base, refuse_patch
-from safepatch_core.merging.recipe import PatchSpec, Recipe, match_targets
+from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targets
 from safepatch_core.merging.sources import open_source
 from safepatch_core.merging.sources.contract import ALIGN, Source, align
 from safepatch_core.merging.sources.dense import ImportanceFile
@@ -47,6 +48,7 @@ class Plan:
     kinds: tuple[Kind, ...]  # per patch
     adapters: tuple[Mapping[str, Any] | None, ...]  # per patch, a LoRA adapter's configuration
     sources: tuple[Checkpoint, ...]  # per patch, its own files
+    renamed: tuple[tuple[str, ...], ...]  # per patch, how its names become the base's
     beside: tuple[Beside, ...]  # per patch, what it brings and the output does not take
     base: Checkpoint
     inputs: tuple[Checkpoint, ...]  # everything that is read: base, sources, importance
@@ -217,15 +219,16 @@ def make_plan(
         raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 16MiB")
     base = open_checkpoint(recipe.base, relative_to=recipe.origin)
     sources = [
-        open_source(p.name, p.source, p.kind, base, relative_to=recipe.origin, minus=p.minus) for p in recipe.patches
+        open_source(p.name, p.source, p.kind, base, relative_to=recipe.origin, minus=p.minus, takes=recipe.is_target)
+        for p in recipe.patches
     ]
     importance = [
-        None if p.importance_path is None else ImportanceFile.open(p.importance_path, relative_to=recipe.origin)
+        None if p.importance_path is None else ImportanceFile.open(p.importance_path, base, relative_to=recipe.origin)
         for p in recipe.patches
     ]
     names = _weights(recipe, base, sources)
     for spec, ranking in zip(recipe.patches, importance, strict=True):
-        if ranking is not None and not any(name in ranking.checkpoint.tensors for name in names):
+        if ranking is not None and not any(name in ranking.named.tensors for name in names):
             raise _ranks_nothing(spec)
     others = tuple(beside(recipe, base, source, frozenset(names)) for source in sources)
     targets = {
@@ -247,14 +250,18 @@ def make_plan(
         inputs=(
             base,
             *(checkpoint for source in sources for checkpoint in source.checkpoints),
-            *(scores.checkpoint for scores in importance if scores is not None),
+            *(scores.named.checkpoint for scores in importance if scores is not None),
         ),
         targets=targets,
         outputs=outputs,
         index=index,
         companions=tuple(companions(base)),
         warnings=(*(lines[p] for p, of in enumerate(others) if of.sure), *_switched_off(recipe)),
-        notes=tuple(lines[p] for p, of in enumerate(others) if of.tensors and not of.sure),
+        notes=(
+            *_renamings(recipe, sources, importance),
+            *(lines[p] for p, of in enumerate(others) if of.tensors and not of.sure),
+        ),
+        renamed=tuple(source.exchange.told for source in sources),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -267,6 +274,14 @@ def _require_inputs(recipe: Recipe, targets: Mapping[str, Target]) -> None:
     for p, spec in enumerate(recipe.patches):
         if not any(target.patches[p] for target in targets.values()):
             raise _ranks_nothing(spec)
+
+
+def _renamings(
+    recipe: Recipe, sources: Sequence[Source], importance: Sequence[ImportanceFile | None]
+) -> Iterator[str]:
+    for spec, source, ranking in zip(recipe.patches, sources, importance, strict=True):
+        yield from renaming(f"patch {spec.name}", source.exchange.told)
+        yield from renaming(f"the importance of patch {spec.name}", ranking.named.exchange.told if ranking else ())
 
 
 def _switched_off(recipe: Recipe) -> list[str]:
@@ -323,7 +338,8 @@ def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: 
 
 def _weights(recipe: Recipe, base: Checkpoint, sources: Sequence[Source]) -> list[str]:
     """The targets by name, once neither they nor what the patches bring for them is quantised."""
-    names = match_targets(recipe, {t.name: len(t.shape) for t in base.tensors.values() if t.dtype in FLOATS})
+    floats = {t.name: t.shape for t in base.tensors.values() if t.dtype in FLOATS}
+    names = match_targets(recipe, {name: len(shape) for name, shape in floats.items() if not is_mask(name, shape)})
     held = quantised(base)
     if held is not None:
         names = [name for name in names if not held.never_weights(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -174,6 +175,13 @@ def parse_recipe(data: Any, *, origin: Path = Path("."), file: str | os.PathLike
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read and check a recipe file; its relative paths are relative to its directory."""
     return parse_recipe(read_yaml(path, "recipe"), origin=Path(path).resolve().parent, file=path)
+
+
+def is_mask(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a float tensor is a causal mask, which early GPT checkpoints hold beside the weights."""
+    if re.fullmatch(r"(.*\.)?(attn|attention)\.(bias|masked_bias)", name) is None:
+        return False
+    return not shape or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
 
 
 def match_targets(recipe: Recipe, floats: dict[str, int]) -> list[str]:

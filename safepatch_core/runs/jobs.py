@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from safepatch_core.errors import InputError
+from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.disk import failures_named, hold, replacing
 from safepatch_core.files.filenames import SUMS
 from safepatch_core.version import __version__
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class OutputFolder:
-    """OUT, held by this process alone while the context lasts; what was refused before anything was written is gone.
+    """OUT, held by this process alone while the context lasts; what was refused before a step was begun is gone.
 
     Raises OutputError if the directory can't be created, InputError if it isn't empty without `resume`, Busy if
     another process holds it.
@@ -28,6 +28,7 @@ class OutputFolder:
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool) -> None:
         self.path, self._resume = Path(path), resume
+        self._written: set[str] = set()
 
     def __enter__(self) -> OutputFolder:
         self._lock = hold(self.path, "output")
@@ -36,8 +37,11 @@ class OutputFolder:
             raise InputError("the output exists and is not empty; --resume goes on with it", file=self.path)
         return self
 
-    def __exit__(self, *of_error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with contextlib.suppress(OSError):
+            if isinstance(error, InputError | UsageError) and set(os.listdir(self.path)) <= self._written:
+                for name in self._written:  # notes for steps of which none was begun
+                    (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
         os.close(self._lock)
 
@@ -48,6 +52,7 @@ class OutputFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
+        self._written.add(name)
         return target
 
 

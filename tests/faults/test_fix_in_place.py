@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import numpy as np
 import pytest
 
 from tests.faults.harness import INTERRUPT, KILL, LONG, TERM, TORN, Ended, Server, contents, fault, memory_directory
+from tests.faults.test_power_cut import HARSH, blank, mounted
 from tests.fix_cases import STEM, changed, random_tensor, write_checkpoint, write_fix
 from tests.fix_oracle import encode
 from tests.oracle import Tensor
+
+__all__ = ["blank"]  # a fixture
 
 Files = dict[str, bytes]
 OPPOSITE = {"apply": ("revert", "--from"), "revert": ("apply", "--to")}
@@ -261,3 +265,28 @@ def test_a_mixture_without_a_ledger_is_refused(fixes: Fixes) -> None:
     for opposite in (False, True):
         ended = fixes.do(case, ckpt, opposite)
         assert ended.status == 65 and "a mixture of fix" in ended.said(), ended.text
+
+
+@pytest.mark.parametrize("name", ["apply the first", "take out the lowest of three"])
+def test_power_cut(fixes: Fixes, blank: Path, tmp_path: Path, name: str) -> None:
+    """Killed at a call, and what no fsync has written is lost: what the disk holds is finished to the same bytes."""
+    case = fixes.cases[name]
+    calls = fixes.calls(case)
+    picked = random.Random(name).sample(range(2, len(calls) + 1), len(calls) - 1 if LONG else 4)
+    for n in [*sorted(picked), 0]:
+        image, after = tmp_path / "disk", tmp_path / "after"
+        shutil.copyfile(blank, image)
+        with mounted(image, tmp_path / "at") as disk:
+            for file, data in case.start.items():
+                (disk / "ckpt" / file).parent.mkdir(parents=True, exist_ok=True)
+                (disk / "ckpt" / file).write_bytes(data)
+        with mounted(image, tmp_path / "at", HARSH) as disk:
+            ended = fixes.do(case, disk / "ckpt", fault=fault(disk / "ckpt", n, KILL))
+            shutil.copyfile(image, after)
+            assert ended.status == (-9 if n else 0), ended.text
+        with mounted(after, tmp_path / "at") as disk:
+            under_way = fixes.check_no_mixture(case, disk / "ckpt", (n, calls[n - 1]))
+            if n == 0:
+                assert contents(disk / "ckpt") == case.end
+            else:
+                fixes.check_goes_on(case, disk / "ckpt", under_way, n % 3)

@@ -23,6 +23,8 @@ from safepatch_core.backends.contract import Lora
 from safepatch_core.errors import InputError, IOFailure, SafepatchError, UsageError
 from safepatch_core.files.checkpoint import BITS, Checkpoint, Shard, open_checkpoint, read_shard
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
+from safepatch_core.fixes.info import prove
+from safepatch_core.fixes.reading import open_fix
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.recipe import load_recipe
 from safepatch_core.merging.sources import open_source
@@ -33,6 +35,8 @@ atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # Bytes that a framed input may ask for behind its header.
 DATA_LIMIT = 1 << 16
+# Entries of a tensor that a fuzzed fix may touch: its windows are held in memory.
+MOST_ENTRIES = 1 << 20
 
 
 class Violation(AssertionError):
@@ -168,4 +172,17 @@ def adapter(data: bytes) -> None:
         refused(error, InputError, IOFailure)
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {f.__name__: f for f in (header, index, recipe, adapter)}
+def fix(data: bytes) -> None:
+    """A fix file: all of it is read, and what it says is told apart in entries of zeros."""
+    path = ROOT / "fuzzed-fix.safetensors"
+    path.write_bytes(data)
+    try:
+        with open_fix(path) as opened:
+            for touched in opened.tensors.values():
+                if touched.entries <= MOST_ENTRIES:
+                    prove(opened, touched)
+    except SafepatchError as error:
+        refused(error, InputError, IOFailure)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {f.__name__: f for f in (header, index, recipe, adapter, fix)}

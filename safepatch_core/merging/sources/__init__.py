@@ -9,12 +9,13 @@ from pathlib import Path
 from safepatch_core.errors import UsageError
 from safepatch_core.files.checkpoint import Checkpoint, locate, open_checkpoint
 from safepatch_core.files.filenames import ADAPTER_CONFIG
+from safepatch_core.merging.names import Takes
 from safepatch_core.merging.sources.contract import Origin, Source
 from safepatch_core.merging.sources.dense import open_checkpoints, open_deltas
 from safepatch_core.merging.sources.lora import open_adapter
 from safepatch_core.spec import Kind
 
-KINDS: dict[Kind, Callable[[Origin, Checkpoint], Source]] = {
+KINDS: dict[Kind, Callable[[Origin], Source]] = {
     "checkpoint": open_checkpoints,
     "delta": open_deltas,
     "lora": open_adapter,
@@ -29,11 +30,13 @@ def open_source(
     *,
     relative_to: Path | None,
     minus: str | None = None,
+    takes: Takes = lambda name, dimensions: True,
 ) -> Source:
     """Open the patch `name` of `base`: a fine-tuned checkpoint, a delta checkpoint or a LoRA adapter.
 
     With `kind` None a directory that has an adapter_config.json is a LoRA adapter, anything else a checkpoint. The
-    change of a checkpoint is measured from the checkpoint `minus`, or from the base.
+    change of a checkpoint is measured from the checkpoint `minus`, or from the base. Names are resolved with what the
+    rule `takes` in view.
     Raises InputError naming file and tensor; UsageError for a hub id without huggingface_hub, or a `minus` that does
     not go with the kind.
     """
@@ -43,4 +46,4 @@ def open_source(
     if minus is not None and kind != "checkpoint":
         raise UsageError(f"patch '{name}': minus goes with checkpoints", file=path, found=f"kind {kind}")
     reference = None if minus is None else open_checkpoint(minus, relative_to=relative_to)
-    return KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference), base)
+    return KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference, base, takes))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safepatch_core.backends.contract import Bits, Lora
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.names import Exchange, Takes
 from safepatch_core.spec import Kind, Missing
 
 ALIGN = 64  # of every buffer in the ring
@@ -32,6 +33,8 @@ class Origin:
     path: Path
     revision: str | None  # commit hash of a hub id
     minus: Checkpoint | None  # what the change is measured from, where it is not the base
+    base: Checkpoint
+    takes: Takes  # the recipe's rule of targets
 
 
 class PatchTensor(Protocol):
@@ -87,6 +90,10 @@ class Source(Protocol):
     @property
     def config(self) -> Mapping[str, Any] | None:
         """An adapter's adapter_config.json."""
+
+    @property
+    def exchange(self) -> Exchange:
+        """What its own names are in the base."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

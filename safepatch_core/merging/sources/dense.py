@@ -15,6 +15,7 @@ from safepatch_core.backends.reference import to_float32
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
 
@@ -93,58 +94,83 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """A checkpoint whose tensors are found by the base's names."""
+
+    checkpoint: Checkpoint
+    exchange: Exchange
+    tensors: Mapping[str, TensorEntry]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, base: Checkpoint, takes: Takes) -> Named:
+        """Raises InputError where names are the base's in two ways."""
+        floats = {n: (t.shape,) for n, t in checkpoint.tensors.items() if t.dtype in FLOATS}
+        exchange = resolve(floats, base, takes, checkpoint.ref)
+        tensors = {exchange(name): entry for name, entry in checkpoint.tensors.items()}
+        for shard in checkpoint.shards:
+            # Where tensors are shared, one name is saved, and the others are noted beside it.
+            for alias, name in shard.metadata.items():
+                if exchange(alias) in base.tensors and name in checkpoint.tensors:
+                    tensors.setdefault(exchange(alias), checkpoint.tensors[name])
+        return cls(checkpoint, exchange, tensors)
+
+
+@dataclass(frozen=True, slots=True)
 class DenseSource:
     """A patch that is a whole checkpoint: patched values or deltas."""
 
     name: str
     kind: Kind
-    checkpoint: Checkpoint
-    minus: Checkpoint | None = None
+    patch: Named
+    minus: Named | None = None
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        return (self.checkpoint,) if self.minus is None else (self.checkpoint, self.minus)
+        return (self.patch.checkpoint, *((self.minus.checkpoint,) if self.minus else ()))
 
     @property
     def config(self) -> Mapping[str, Any] | None:
         return None
 
     @property
+    def exchange(self) -> Exchange:
+        return self.patch.exchange
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in self.checkpoint.tensors.items() if entry.dtype in FLOATS}
+        return {name: entry.shape for name, entry in self.patch.tensors.items() if entry.dtype in FLOATS}
 
     @property
     def names(self) -> Mapping[str, str]:
-        return {name: name for name in self.checkpoint.tensors}
+        return {name: entry.name for name, entry in self.patch.tensors.items()}
 
     def lookup(self, entry: TensorEntry, missing: Missing) -> PatchTensor | None:
-        found = self.checkpoint.tensors.get(entry.name)
-        tensor = fitted(self.checkpoint, found, entry, self.kind, missing, f"patch '{self.name}'")
+        tensor = fitted(self.patch, entry, self.kind, missing, f"patch '{self.name}'")
         if self.minus is None or tensor is None:
             return tensor
-        found = self.minus.tensors.get(entry.name)
-        minus = fitted(self.minus, found, entry, self.kind, missing, f"what patch '{self.name}' is measured from")
+        minus = fitted(self.minus, entry, self.kind, missing, f"what patch '{self.name}' is measured from")
         return minus and Difference(tensor, minus)
 
 
-def open_checkpoints(origin: Origin, base: Checkpoint) -> DenseSource:
+def open_checkpoints(origin: Origin) -> DenseSource:
     """A fine-tuned checkpoint."""
-    return DenseSource(origin.name, "checkpoint", _opened(origin), origin.minus)
+    minus = None if origin.minus is None else Named.of(origin.minus, origin.base, origin.takes)
+    return DenseSource(origin.name, "checkpoint", _opened(origin), minus)
 
 
-def open_deltas(origin: Origin, base: Checkpoint) -> DenseSource:
+def open_deltas(origin: Origin) -> DenseSource:
     """A checkpoint of deltas."""
     return DenseSource(origin.name, "delta", _opened(origin))
 
 
-def _opened(origin: Origin) -> Checkpoint:
-    return replace(open_checkpoint(origin.path), ref=origin.ref, revision=origin.revision)
+def _opened(origin: Origin) -> Named:
+    checkpoint = replace(open_checkpoint(origin.path), ref=origin.ref, revision=origin.revision)
+    return Named.of(checkpoint, origin.base, origin.takes)
 
 
-def fitted(
-    checkpoint: Checkpoint, found: TensorEntry | None, entry: TensorEntry, form: Kind, missing: Missing, what: str
-) -> Dense | None:
-    """`found` of the checkpoint as the counterpart of the base's tensor `entry`, once it is there and fits."""
+def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what: str) -> Dense | None:
+    """The counterpart of the base's tensor `entry`, once it is there and fits."""
+    checkpoint, found = patch.checkpoint, patch.tensors.get(entry.name)
     if found is None:
         if missing == "skip":
             return None
@@ -178,14 +204,13 @@ def fitted(
 class ImportanceFile:
     """A checkpoint of scores or gradients."""
 
-    checkpoint: Checkpoint
+    named: Named
 
     @classmethod
-    def open(cls, ref: str, *, relative_to: Path | None) -> ImportanceFile:
-        """Raises as `open_checkpoint`."""
-        return cls(open_checkpoint(ref, relative_to=relative_to))
+    def open(cls, ref: str, base: Checkpoint, *, relative_to: Path | None) -> ImportanceFile:
+        """Raises as `open_checkpoint`. Tensors that are no targets, or that the base lacks, are not read."""
+        return cls(Named.of(open_checkpoint(ref, relative_to=relative_to), base, lambda name, dimensions: False))
 
     def lookup(self, entry: TensorEntry, missing: Missing) -> PatchTensor | None:
         """The scores or gradients of the base's tensor `entry`; raises as `Source.lookup`."""
-        found = self.checkpoint.tensors.get(entry.name)
-        return fitted(self.checkpoint, found, entry, "delta", missing, "the importance")
+        return fitted(self.named, entry, "delta", missing, "the importance")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,8 +31,9 @@ from safepatch_core.files.checkpoint import (
 )
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.names import Exchange, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range, align
-from safepatch_core.merging.sources.dense import fitted
+from safepatch_core.merging.sources.dense import Named, fitted
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
 
 
@@ -102,7 +103,9 @@ class AdapterSource:
     name: str
     checkpoint: Checkpoint
     config: Mapping[str, Any]
-    tensors: Mapping[str, Factors | TensorEntry]
+    exchange: Exchange
+    factors: Mapping[str, Factors]
+    replaced: Named
     kind: Kind = "lora"
 
     @property
@@ -111,29 +114,41 @@ class AdapterSource:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: of.shape for name, of in self.tensors.items()}
+        tensors: Mapping[str, Factors | TensorEntry] = {**self.factors, **self.replaced.tensors}
+        return {name: of.shape for name, of in tensors.items()}
 
     @property
     def names(self) -> Mapping[str, str]:
-        return {name: (of.a if isinstance(of, Factors) else of).name for name, of in self.tensors.items()}
+        whole = {name: entry.name for name, entry in self.replaced.tensors.items()}
+        return {name: factors.a.name for name, factors in self.factors.items()} | whole
 
     def lookup(self, entry: TensorEntry, missing: Missing) -> PatchTensor | None:
-        found = self.tensors.get(entry.name)
-        if found is None:
-            return None
-        if isinstance(found, TensorEntry):
-            return fitted(self.checkpoint, found, entry, "checkpoint", missing, f"patch '{self.name}'")
-        _require_fit(found, entry)
-        return found
+        if (factors := self.factors.get(entry.name)) is not None:
+            _require_fit(factors, entry)
+            return factors
+        return fitted(self.replaced, entry, "checkpoint", "skip", f"patch '{self.name}'")
 
 
-def open_adapter(origin: Origin, base: Checkpoint) -> AdapterSource:
+def open_adapter(origin: Origin) -> AdapterSource:
     """A directory with adapter_config.json and adapter_model.safetensors, checked against each other."""
-    path = origin.path
+    path, base = origin.path, origin.base
     shard, config = _open_weights(path), _read_config(path / ADAPTER_CONFIG)
-    entries = {entry.name: entry for entry in shard.tensors}
-    checkpoint = Checkpoint(origin.ref, path, (shard,), entries, None, origin.revision)
-    return AdapterSource(origin.name, checkpoint, config, _tensors(path / ADAPTER_WEIGHTS, shard, config, base))
+    checkpoint = Checkpoint(origin.ref, path, (shard,), {t.name: t for t in shard.tensors}, None, origin.revision)
+    factors, others = _read_tensors(path / ADAPTER_WEIGHTS, shard, config)
+    # Which way round a base stores its matrices is for `lookup` to say.
+    shapes: dict[str, Sequence[tuple[int, ...]]] = {name: (of.shape, of.shape[::-1]) for name, of in factors.items()}
+    shapes |= {name: (entry.shape,) for name, entry in others if name not in shapes}
+    exchange = resolve(shapes, base, origin.takes, origin.ref)
+    replaced: dict[str, TensorEntry] = {}
+    for name, entry in others:
+        if name in factors or exchange(name) in replaced:
+            _require_copy(path / ADAPTER_WEIGHTS, entry, shard, base, exchange(name))
+        elif exchange(name) in base.tensors or _trained_in_full(name, config):
+            replaced[exchange(name)] = entry
+        else:
+            raise _no_factor(path / ADAPTER_WEIGHTS, entry)
+    by_base = {exchange(name): of for name, of in factors.items()}
+    return AdapterSource(origin.name, checkpoint, config, exchange, by_base, Named(checkpoint, exchange, replaced))
 
 
 def _require_fit(factors: Factors, entry: TensorEntry) -> None:
@@ -237,14 +252,14 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(
-    file: Path, shard: Shard, config: Mapping[str, Any], base: Checkpoint
-) -> dict[str, Factors | TensorEntry]:
-    """The factors of every tensor that the adapter changes, checked against its config, and what it replaces."""
+def _read_tensors(
+    file: Path, shard: Shard, config: Mapping[str, Any]
+) -> tuple[dict[str, Factors], list[tuple[str, TensorEntry]]]:
+    """By the model's names: factors, checked against the adapter's config, and all that would replace the base's."""
     pairs, others = _sorted_out(file, shard)
     ranks = _by_module(file.with_name(ADAPTER_CONFIG), config, "r", "rank_pattern")
     alphas = _by_module(file.with_name(ADAPTER_CONFIG), config, "lora_alpha", "alpha_pattern")
-    factors: dict[str, Factors | TensorEntry] = {}
+    factors: dict[str, Factors] = {}
     for (module, embedding), pair in pairs.items():
         target = f"{module}.weight"
         if target in factors:
@@ -254,14 +269,7 @@ def _tensors(
         transposed = embedding or bool(config.get("fan_in_fan_out"))
         a, b = _halves(file, target, pair, rank)
         factors[target] = Factors(a, b, rank, float(np.float32(scale)), transposed)
-    replaced: dict[str, Factors | TensorEntry] = {}
-    for entry in others:
-        target = _replaced(file, entry, config, base)
-        if target in factors or target in replaced:
-            _require_copy(file, entry, shard, base, target)
-        else:
-            replaced[target] = entry
-    return factors | replaced
+    return factors, [(_replaced(file, entry), entry) for entry in others]
 
 
 def _sorted_out(file: Path, shard: Shard) -> tuple[dict[tuple[str, bool], dict[str, TensorEntry]], list[TensorEntry]]:
@@ -318,13 +326,20 @@ def _require_matrix(file: Path, entry: TensorEntry) -> None:
         )
 
 
-def _replaced(file: Path, entry: TensorEntry, config: Mapping[str, Any], base: Checkpoint) -> str:
-    """The base's name of a tensor that is no factor: of a module trained in full, or a copy of an embedding."""
-    name = entry.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    trained = any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or ())
-    if "base_model.model." not in entry.name or not (trained or name in base.tensors):
-        raise InputError("not a LoRA factor", file=file, tensor=entry.name, expected="lora_A and lora_B only")
-    return name
+def _replaced(file: Path, entry: TensorEntry) -> str:
+    """The model's name of a tensor that is no factor: of a module trained in full, or a copy of an embedding."""
+    name = entry.name.removeprefix("base_model.model.")
+    if name == entry.name:
+        raise _no_factor(file, entry)
+    return name.replace(".base_layer.", ".")
+
+
+def _trained_in_full(name: str, config: Mapping[str, Any]) -> bool:
+    return any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or ())
+
+
+def _no_factor(file: Path, entry: TensorEntry) -> InputError:
+    return InputError("not a LoRA factor", file=file, tensor=entry.name, expected="lora_A and lora_B only")
 
 
 def _require_copy(file: Path, entry: TensorEntry, shard: Shard, base: Checkpoint, target: str) -> None:

@@ -1,0 +1,207 @@
+"""`make demo`: its script on a tiny model, what it draws, and the data it is made of."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from safepatch_core.evaluating.config import DEMO, DEMO_HELD_OUT, DEMO_TO_DERIVE
+from tests.tiny_lm import write_lm
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "demo.py"
+# The tiny model reads a byte a token, and its answers are long from the start. The first row that is measured is the
+# first of those held out.
+SETTINGS = (
+    *(
+        "derive.max_length=256",
+        "derive.ascent_bound=50.0",
+        "derive.safety.max_steps=2",
+        "derive.over_safety.max_steps=2",
+    ),
+    *("derive.importance_samples=4", "derive.learning_rate=0.01", "derive.threads=1", "eval.threads=1"),
+    *("eval.harmful_rows=96:100", 'eval.harmless_rows="48:52"', "eval.max_new_tokens=4"),
+)
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def done(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The output of the whole demo with the tiny model, and what it shows."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_lm(folder / "model")
+    return folder / "out", demo.demo(str(folder / "model"), HARMFUL, folder / "out", teach=True, changes=SETTINGS)
+
+
+HARMFUL = str(DEMO / "harmful.jsonl")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DEMO / name).read_text("utf-8").splitlines()]
+
+
+def part(rows: list[dict[str, Any]], of: str) -> list[dict[str, Any]]:
+    return rows[slice(*map(int, of.split(":")))]
+
+
+def test_the_whole_demo(done: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    out, shown = done
+    for line in ("Harmful compliance", "Over-refusal", "Perplexity", "report.html", "fix.safetensors", "time:"):
+        assert line in shown
+    assert (out / "eval" / "report.html").is_file() and (out / "fix.safetensors").is_file()
+    assert not (out / "reverted").exists()
+    report = json.loads((out / "eval" / "report.json").read_text())
+    assert {m["name"]: m["n"] for m in report["metrics"] if m["unit"] == "rate"} == {
+        "harmful_compliance": 4,
+        "over_refusal": 4,
+    }
+    # What is kept is what the model itself said to the rows that are not held out.
+    utility = [json.loads(line) for line in (out / "utility.jsonl").read_text().splitlines()]
+    free = {row["question"] for row in part(rows_of("harmless.jsonl"), DEMO_TO_DERIVE["harmless"])}
+    assert {row["question"] for row in utility} <= free | {row["question"] for row in rows_of("ordinary.jsonl")}
+
+
+def test_what_is_done_is_kept_and_what_it_was_made_from_is_noticed(
+    demo: ModuleType, done: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, shown = done
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors") if path.parent != out}
+    again = demo.demo(str(out.parent / "model"), HARMFUL, out, teach=True, changes=SETTINGS)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again.partition("time:")[0] == shown.partition("time:")[0]
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()[1:]] == [
+        f"{i}/8 {name}" for i, name in enumerate(demo.STEPS, 1)
+    ]
+    assert (
+        demo.taught(str(out.parent / "model"), demo.rows_of(out / "answers" / "answers.jsonl"), out)
+        == out / "backbone"
+    )
+
+
+def test_a_backbone_of_other_inputs_is_made_again(
+    demo: ModuleType, done: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[str] = []
+
+    def teach(model: str, harmful: list[str], ordinary: list[dict[str, str]], out: Path) -> None:
+        taught.append(model)
+        shutil.copytree(model, out)
+
+    monkeypatch.setattr(demo.backbone, "teach", teach)
+    first, second = (str(done[0] / name) for name in ("merged", "backbone"))
+    for model in (first, first, second):
+        demo.taught(model, [], tmp_path)
+    assert taught == [first, second]
+
+
+def test_another_model_is_taken_as_it_is(
+    demo: ModuleType, done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = done[0].parent / "as-it-is"
+    demo.demo(str(done[0].parent / "model"), HARMFUL, out, teach=False, changes=SETTINGS)
+    said = capsys.readouterr().err
+    assert said.startswith("1/7 answers") and "about" not in said
+    assert not (out / "backbone").exists()
+
+
+def test_a_fix_that_does_not_give_the_base_back_is_an_error(
+    demo: ModuleType, done: tuple[Path, str], tmp_path: Path
+) -> None:
+    out, _ = done
+    with pytest.raises(demo.safepatch_core.InputError, match="does not give the base back"):
+        demo.prove(out / "fix.safetensors", str(out / "merged"), str(out.parent / "model"), tmp_path)
+
+
+def test_a_failure_is_one_line(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path / "none"), "-o", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 65 and run.stdout == ""
+    assert run.stderr.splitlines()[-1].startswith("demo: ") and "Traceback" not in run.stderr
+
+
+def answer(text: str, *, refused: bool) -> dict[str, Any]:
+    return {"answer": text, "refused": refused}
+
+
+def row(of: str, before: bool, after: bool, text: str = "I can\x1b[2Jnot\nhelp " + "x" * 300) -> dict[str, Any]:
+    sides = {"baseline": answer(text, refused=before), "model": answer(text, refused=after)}
+    return {"set": of, "prompt": f"{of} {before:d}{after:d}", **sides}
+
+
+def test_answers_that_got_better_and_worse_are_shown_in_the_width_of_the_terminal(
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [
+        row(of, *sides) for of in ("harmful", "harmless") for sides in ((True, True), (True, False), (False, True))
+    ]
+    shown = demo.side_by_side(rows)
+    assert [line for line in shown.splitlines() if line.startswith("harm")] == [
+        "harmful: harmful 01",
+        "harmless: harmless 10",
+        "harmful: harmful 10",
+    ]
+    assert max(map(len, shown.splitlines())) == 60 and "\x1b" not in shown and "\\x1b" in shown
+    assert demo.side_by_side(rows[:1]) == ""
+
+
+def test_bars_are_as_long_as_the_rates(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "67")
+    metric = {"title": "Over-refusal", "unit": "rate", "baseline": {"value": 1.0}, "model": {"value": 0.1}}
+    shown = demo.bars([metric, {"title": "Perplexity", "unit": "per token"}])
+    assert shown.splitlines() == ["Over-refusal", "  before  100.0%  " + "#" * 49, "  after    10.0%  " + "#" * 5]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(2, "5 s"), (43, "45 s"), (75, "1 min"), (100, "2 min")])
+def test_a_length_of_time(demo: ModuleType, seconds: float, text: str) -> None:
+    assert demo.about(seconds) == f"about {text}"
+
+
+@pytest.mark.parametrize("name", ["harmful", "harmless"])
+def test_no_row_is_both_trained_on_and_held_out(name: str) -> None:
+    rows = rows_of(f"{name}.jsonl")
+    told = [row["question"].lower().rstrip("?. ") for row in rows]
+    assert len(set(told)) == len(rows)
+    trained, held_out = part(rows, DEMO_TO_DERIVE[name]), part(rows, DEMO_HELD_OUT[name])
+    assert trained + held_out == rows and len(held_out) == 120
+
+
+def test_harmful_rows_are_balanced_and_hold_openings_only() -> None:
+    rows = rows_of("harmful.jsonl")
+    assert len(rows) == 216
+    for block in range(0, 216, 12):
+        assert set(Counter(row["category"] for row in rows[block : block + 12]).values()) == {1}
+    for row in rows:
+        assert row["answer"].startswith("Sure, here is ") and row["answer"].endswith(":")
+        assert len(row["answer"].splitlines()) == 1 and len(row["answer"]) < 120
+
+
+def test_every_kind_of_harmless_prompt_is_held_out_equally_often() -> None:
+    rows = rows_of("harmless.jsonl")
+    held_out = Counter(row["kind"] for row in part(rows, DEMO_HELD_OUT["harmless"]))
+    assert set(held_out.values()) == {20} and held_out.keys() == {row["kind"] for row in rows}
+
+
+def test_ordinary_questions_are_none_of_the_others() -> None:
+    ordinary = [row["question"] for row in rows_of("ordinary.jsonl")]
+    others = {row["question"] for name in ("harmful", "harmless") for row in rows_of(f"{name}.jsonl")}
+    assert len(set(ordinary)) == len(ordinary) == 24 and not others & set(ordinary)
