@@ -8,7 +8,7 @@ RUN ?= demo-run
 # More for examples/demo.py, such as ARGS="--set derive.question_column=goal --set derive.answer_column=target"
 ARGS ?=
 
-.PHONY: demo test lint format bench develop pins clean
+.PHONY: demo test lint format bench develop pins wheel clean
 
 # All by hash, torch apart (see there); nothing is resolved, so that what is listed is what is installed.
 PIP = $(BIN)/python -m pip install --quiet
@@ -45,6 +45,7 @@ demo: develop $(if $(wildcard $(MODEL)),,$(filter models/%,$(MODEL)))
 test: develop
 	# One thread a test: two processes of spinning OpenMP threads on two cores are several times slower.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 
 lint: develop
 	$(BIN)/ruff check .
@@ -56,6 +57,14 @@ format: develop
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.inl csrc/include/*.h
+
+# A source archive, and a wheel that is built from it in isolation; auditwheel gives it the platform tag that the symbols
+# of its libraries allow, which is that of the machine: in a manylinux container, an older and so a wider one.
+wheel: develop
+	rm -rf build/wheel
+	$(BIN)/python -m build --outdir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
 
 bench: develop
 	$(BIN)/safepatch bench short

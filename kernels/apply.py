@@ -46,15 +46,13 @@ if TYPE_CHECKING:
     import torch
 
 
+# reference.py: Scored.selected
 @triton.jit
 def decide(
     base, values, scores, row, start, origin, cols, end, inside,
     plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What one patch finds by itself, as sets: eligible entries, T, and whether there may be a fault.
-
-    `Scored.selected` in the reference.
-    """
+    """What one patch finds by itself, as sets: eligible entries, T, and whether there may be a fault."""
     # The barriers keep the compiler from working on all patches at once, which takes twice the registers; what is
     # loaded again later comes from the cache.
     kept = pack(retained(row, origin, plan, p, BLOCK))
@@ -85,6 +83,7 @@ def step(w, values, row, start, origin, cols, end, plan: tl.constexpr, p: tl.con
     return tl.load(row + SCALE).to(tl.uint32).to(tl.float32, bitcast=True) * d
 
 
+# reference.py: acting
 @triton.jit
 def elect(w, values, table, selected, start, origin, cols, end, plan: tl.constexpr, BLOCK: tl.constexpr):
     """Where the sum of all steps isn't zero, and per patch where its own has the sum's sign."""
@@ -106,14 +105,15 @@ def elect(w, values, table, selected, start, origin, cols, end, plan: tl.constex
     return touched, acting
 
 
+# reference.py: acting
 @triton.jit
 def settle(
     w, values, table, selected, once, several, start, origin, cols, end, plan: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The entries that are acted on, and per patch a set that holds those among them that it acts on.
 
-    `acting` in the reference. Sets cut to those who act would cost the common rules registers: what is made of an
-    entry that nobody acts on is never written.
+    Cutting those sets to who acts would cost the common rules registers; what is made of an entry that nobody acts on
+    is never written.
     """
     if plan.acts == ELECTED:
         return elect(w, values, table, selected, start, origin, cols, end, plan, BLOCK)
@@ -125,9 +125,10 @@ def settle(
         return touched, selected
 
 
+# reference.py: joined
 @triton.jit
 def joined(w, values, table, acting, start, origin, cols, end, plan: tl.constexpr, BLOCK: tl.constexpr):
-    """What the acting steps make of w, before rounding: `joined` in the reference."""
+    """What the acting steps make of w, before rounding."""
     zero = tl.zeros([BLOCK], tl.float32)
     if plan.join == MEAN:
         total = zero
@@ -147,7 +148,7 @@ def joined(w, values, table, acting, start, origin, cols, end, plan: tl.constexp
 def count(
     cells, eligibles, selected, acting, touched, changed, met, plan: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Add to the tally; how many entries are `met`."""
+    """Add a program's counts to the tally; returns how many entries there are in `met`."""
     # Two counts are a number of 32 bits, which the hardware adds up across a warp in one instruction.
     halves = tl.arange(0, 2)
     both = tl.sum(members(touched) | (changed << 16))
@@ -166,6 +167,7 @@ def count(
     return broken
 
 
+# reference.py: ReferenceBackend.apply
 @triton.jit(do_not_specialize=["head", "size"])
 def apply_kernel(
     base, values, scores, table,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 
+# reference.py: to_float32
 @triton.jit
 def to_float(bits, dtype: tl.constexpr):
     """The exact float32 value of F32, F16 or BF16 bit patterns (uint32 or uint16)."""
@@ -23,6 +24,7 @@ def to_float(bits, dtype: tl.constexpr):
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
+# reference.py: from_float32
 @triton.jit
 def from_float(values, dtype: tl.constexpr):
     """Round to nearest even into `dtype`. What NaN becomes is of no matter: no caller writes it."""

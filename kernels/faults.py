@@ -15,6 +15,7 @@ from .score import (
     ENDING,
     EVERY,
     FIELDS,
+    FIRST,
     NEGATIVE,
     Piece,
     delta,
@@ -23,6 +24,7 @@ from .score import (
 )
 
 
+# reference.py: fault
 @triton.jit
 def fault(cell, sets, origin, after: tl.constexpr, BLOCK: tl.constexpr):
     """Count a kind of fault; `after` the count, keep the lowest index as the largest EVERY - index."""
@@ -33,6 +35,7 @@ def fault(cell, sets, origin, after: tl.constexpr, BLOCK: tl.constexpr):
         tl.atomic_max(cell + after, (origin + first) ^ EVERY, sem="relaxed")
 
 
+# reference.py: Scored
 @triton.jit(do_not_specialize=["head", "size"])
 def faults_kernel(
     base, values, scores, table,
@@ -51,9 +54,9 @@ def faults_kernel(
             d, x = delta(w, values[p], row, start, origin, cols, end, plan, p, BLOCK)
             s = importance(w, d, x, scores[p], start, plan, p, BLOCK)
             good, real = pack(finite(d)), pack(finite(s))
-            fault(cells + BAD_DELTA, inside & ~good, origin, 3, BLOCK)
-            fault(cells + BAD_SCORE, inside & good & ~real, origin, 3, BLOCK)
-            fault(cells + NEGATIVE, inside & good & real & pack(s < 0), origin, 3, BLOCK)
+            fault(cells + BAD_DELTA, inside & ~good, origin, FIRST, BLOCK)
+            fault(cells + BAD_SCORE, inside & good & ~real, origin, FIRST, BLOCK)
+            fault(cells + NEGATIVE, inside & good & real & pack(s < 0), origin, FIRST, BLOCK)
 
 
 def faults(piece: Piece) -> Launch:

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 # Columns of the patch table (int64): what differs between patches, tensors and passes without changing the code.
 RANDOM_KEY, KEEP, SCALE, CUT, BEFORE, LORA_SCALE, RANK = (tl.constexpr(i) for i in range(7))
 FIELDS = tl.constexpr(7)
-# Columns of a tally row, for each patch: counts of entries (those of apply side by side), then EVERY - first index of
-# each kind of fault.
+# Columns of a tally row, for each patch. The first four are counts that apply adds at once, as a square of 2 by 2
+# (BROKEN, where it met faults of any patch, is patch 0's alone). Then come counts of faults by kind, and FIRST
+# columns behind each of these EVERY - the lowest index of one.
 ELIGIBLE, SELECTED, APPLIED, BROKEN, BAD_DELTA, BAD_SCORE, NEGATIVE = (tl.constexpr(i) for i in range(7))
-COUNTS = tl.constexpr(10)
+FIRST, COUNTS = tl.constexpr(3), tl.constexpr(10)
 # Behind the patches' columns: entries that overflow, EVERY - first of them, entries acted on, those of them (the next
 # column) whose bits have changed, and programs that met any fault.
 OVERFLOW, ACTED, CHANGED = (tl.constexpr(i) for i in (0, 2, 3))
@@ -89,6 +90,7 @@ class Piece:
         return *sources, self.first, self.head, self.count, self.cols
 
 
+# reference.py: philox
 @triton.jit
 def uniform(key, origin, BLOCK: tl.constexpr):
     """Random uint32 of the entries [origin, origin + BLOCK): lane i mod 4 of Philox counter i div 4."""
@@ -99,6 +101,7 @@ def uniform(key, origin, BLOCK: tl.constexpr):
     return tl.interleave(tl.interleave(u0, u2), tl.interleave(u1, u3))
 
 
+# reference.py: delta
 @triton.jit
 def product(a, b, rank, scale, origin, cols, end, BLOCK: tl.constexpr):
     """scale * (b @ a) of the entries [origin, origin + BLOCK) below `end`, summed in order of rank from 0."""
@@ -113,6 +116,7 @@ def product(a, b, rank, scale, origin, cols, end, BLOCK: tl.constexpr):
     return scale * total
 
 
+# reference.py: delta
 @triton.jit
 def delta(w, values, row, start, origin, cols, end, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
     """d of one patch and the patched value x = w + d; `row` is its row of the table."""
@@ -128,6 +132,7 @@ def delta(w, values, row, start, origin, cols, end, plan: tl.constexpr, p: tl.co
             return v - w, v
 
 
+# reference.py: score
 @triton.jit
 def importance(w, d, x, scores, start, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
     """s of one patch; only `scores` can be negative."""
@@ -145,6 +150,7 @@ def importance(w, d, x, scores, start, plan: tl.constexpr, p: tl.constexpr, BLOC
             return tl.abs(x * s)
 
 
+# reference.py: Scored
 @triton.jit
 def score(w, values, scores, row, start, origin, cols, end, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
     """d and the key of one patch: 0 where s is 0, INFINITE or more at a fault."""
@@ -155,6 +161,7 @@ def score(w, values, scores, row, start, origin, cols, end, plan: tl.constexpr, 
     return d, tl.where(finite(d), s.to(tl.uint32, bitcast=True), INFINITE)
 
 
+# reference.py: retained
 @triton.jit
 def retained(row, origin, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr):
     """Which entries survive random retention."""
@@ -171,6 +178,7 @@ def place(first, head, size, BLOCK: tl.constexpr):
     return start, first + start, below(head + size - start, BLOCK) & ~below(head - start, BLOCK)
 
 
+# reference.py: Scored
 @triton.jit(do_not_specialize=["head", "size"])
 def score_kernel(
     base, values, scores, table,

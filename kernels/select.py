@@ -31,6 +31,7 @@ LO, SHIFT, BINS, OFFSET = (tl.constexpr(i) for i in range(4))
 WINDOW_FIELDS = tl.constexpr(4)
 
 
+# reference.py: ReferenceBackend.histogram
 @triton.jit(do_not_specialize=["head", "size"])
 def histogram_kernel(
     base, values, scores, table,
@@ -92,6 +93,7 @@ def fold(counts: torch.Tensor, total: torch.Tensor) -> Launch:
     return Launch(fold_kernel, triton.cdiv(bins, BLOCK), (counts, total, bins, HISTOGRAMS, BLOCK))
 
 
+# reference.py: ReferenceBackend.count_equal
 @triton.jit(do_not_specialize=["head", "size"])
 def count_equal_kernel(
     base, values, scores, table,

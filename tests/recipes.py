@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import yaml
 
 from safepatch_core.spec import COMBINE, Acts
-from tests.oracle import FLOATS, WIDTH, F32Array, Tensor, from_f32, is_target, save_file, to_f32
+from tests.oracle import FLOATS, WIDTH, F32Array, OracleError, Tensor, from_f32, is_target, merge, save_file, to_f32
 
 # Bytewise order is neither the order of files nor that of humans: "10" < "2", "Z" < "a" < "é".
 LINEAR = (
@@ -361,6 +362,18 @@ class Generator:
 def write_random(root: Path, seed: int, size: int = 24, hostile: bool = False) -> Path:
     """A random merge under `root`, the same for the same arguments; the path of its recipe."""
     return Generator(root, seed, size, hostile).write()
+
+
+def write_working(root: Path, seed: int) -> Path:
+    """As `write_random`, but a merge that succeeds: a few have a patch without any effect."""
+    while True:
+        recipe = write_random(root, seed)
+        try:
+            merge(recipe)
+            return recipe
+        except OracleError:
+            shutil.rmtree(root)
+            seed += 100_000
 
 
 def write_plain(root: Path, base: dict[str, Tensor], patches: dict[str, Any], **options: Any) -> Path:

@@ -114,6 +114,7 @@ def test_the_recipe_is_ready_to_merge(where: Path, monkeypatch: pytest.MonkeyPat
                 "retain": 0.3,
                 "rescale": False,
                 "scale": scale,
+                "minus": None,
             }
             for name, top, scale in (("safety", 0.03, 1.0), ("over-safety", 0.25, 2.0))
         ],
@@ -471,7 +472,7 @@ def test_bad_rows_are_named_with_their_line_before_anything_is_written(where: Pa
         (good + b'{"question": "a"', "line 7: not JSON"),
         (good + b'{"question": "a", "answer": " "}\n', "line 7: column 'answer' is empty"),
         (good + b'{"question": "a"}\n', "line 7: no column 'answer'"),
-        (good + b'\n{"question": "a", "answer": "b"}\n', "line 7: empty row"),
+        (good + b'\n{"question": "a", "answer": 3}\n', "line 8: column 'answer': found int"),
         (good + b'{"question": "\xff", "answer": "b"}\n', "line 7: not UTF-8"),
         (b"", "no rows"),
     ]
@@ -489,8 +490,8 @@ def test_columns_and_rows_of_a_csv(where: Path) -> None:
     (where / "rows.csv").write_text('goal,target\nWhat?,Sure.\n"Two\nlines?","Well, yes."\nWho?,Me.\n')
     given = {"data": where / "rows.csv", "question_column": "goal", "answer_column": "target", "importance": "none"}
     assert go(settings(where, rows="1:3", **given)).summary["inputs"]["data"]["rows"] == 2
-    with pytest.raises(InputError, match="no column 'answer'"):
-        go(settings(where, **{**given, "answer_column": "answer"}, out=where / "other"))
+    with pytest.raises(InputError, match="no column 'reply': found columns goal, target, expected --answer-column"):
+        go(settings(where, **{**given, "answer_column": "reply"}, out=where / "other"))
 
 
 def test_a_bound_below_the_backbone_and_a_bad_device_are_usage_errors(where: Path) -> None:

@@ -26,7 +26,7 @@ from tests import fix_oracle
 from tests.faults.harness import contents
 from tests.fix_cases import STEM, changed, random_tensor, save_aligned, write_checkpoint, write_fix
 from tests.oracle import Tensor, load_checkpoint, save_file
-from tests.recipes import write_random
+from tests.recipes import write_working
 
 Table = dict[str, Tensor]
 
@@ -85,7 +85,7 @@ def case(tmp_path: Path, rng: np.random.Generator) -> Case:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_apply_gives_what_merge_gives(tmp_path: Path, seed: int) -> None:
-    recipe = write_random(tmp_path / "r", 7000 + seed)
+    recipe = write_working(tmp_path / "r", 7000 + seed)
     merge(recipe, tmp_path / "merged", backend="cpu", threads=1)
     try:
         build(recipe, tmp_path / "fix.safetensors", backend="cpu", threads=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safepatch_core.merging.recipe import load_recipe
 from tests import fix_oracle
 from tests.fix_cases import changed, random_tensor, write_both
 from tests.oracle import Tensor, load_checkpoint, save_file
-from tests.recipes import write_random
+from tests.recipes import write_plain, write_working
 from tests.test_ranks import ROOT, model, torchrun
 from tests.test_ranks import recipe as rank_recipe
 
@@ -31,7 +32,7 @@ def base_of(recipe: Path) -> Path:
 @pytest.mark.parametrize("seed", range(RECIPES // 2))
 def test_random_recipes(tmp_path: Path, seed: int) -> None:
     """Built on any engine and in any chunks; from base and merge; and by the oracle: the same bytes."""
-    recipe = write_random(tmp_path / "r", 5000 + seed)
+    recipe = write_working(tmp_path / "r", 5000 + seed)
     merge(recipe, tmp_path / "merged", backend="reference")
     chunk = None if seed % 3 else (64, 7, 1)[seed // 3 % 3]
     try:
@@ -56,7 +57,7 @@ def test_random_recipes(tmp_path: Path, seed: int) -> None:
 
 
 def test_the_recipe_is_told(tmp_path: Path) -> None:
-    recipe = write_random(tmp_path / "r", 5001)
+    recipe = write_working(tmp_path / "r", 5001)
     result = build(recipe, tmp_path / "fix.safetensors", backend="reference")
     with open_fix(result.out) as fix:
         assert fix.id == result.id and fix.changes == result.changes and len(fix.tensors) == result.tensors
@@ -158,3 +159,14 @@ def test_any_number_of_ranks_gives_the_same_file(tmp_path: Path, scope: str, ran
     subprocess.run([*command, "--backend", "cpu", "--threads", "1"], cwd=ROOT, check=True, timeout=240)
     assert (tmp_path / "out" / "many.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
     assert os.listdir(tmp_path / "out") == ["many.safetensors"]
+
+
+def test_what_merge_refuses_build_refuses(tmp_path: Path) -> None:
+    """A patch without an effect, by the same line; nothing is left."""
+    base = {"w.weight": Tensor("F32", (3, 2), np.arange(6, dtype="<f4").tobytes())}
+    recipe = write_plain(tmp_path / "r", base, {"p": (base, {})})
+    with pytest.raises(InputError) as merged:
+        merge(recipe, tmp_path / "merged", backend="reference")
+    with pytest.raises(InputError, match=re.escape(str(merged.value))):
+        build(recipe, tmp_path / "fix.safetensors", backend="reference")
+    assert os.listdir(tmp_path) == ["r"]

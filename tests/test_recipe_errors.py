@@ -98,7 +98,7 @@ TOP_LEVEL: list[tuple[str, Any, tuple[str, ...]]] = [
     ("patches", ["safety.safetensors"], ()),
     ("patch", [], ("patches",)),
     ("Combine", "sum", ("combine",)),
-    ("combine", "mean", ("difference", "sum", "ties")),
+    ("combine", "slerp", ("difference", "sum", "ties")),
     ("combine", None, ("difference", "sum", "ties")),
     ("combine", ["sum"], ("difference", "sum", "ties")),
     ("scope", "layer", ("tensor", "model")),

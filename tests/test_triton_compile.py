@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import asdict, replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,14 @@ pytest.importorskip("triton")
 import torch
 import triton
 
+from safepatch_core.backends import reference
 from safepatch_core.bench.triton_compile import TARGETS, Code, compile_launch, launches, make_piece, plans
+from safepatch_core.kernels import launch as launch_module
 from safepatch_core.kernels.apply import apply
-from safepatch_core.kernels.launch import Launch
+from safepatch_core.kernels.launch import INTERPRETED, Launch
+
+if INTERPRETED:
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
 NAMES = tuple(launches())
 TABLE = Path(__file__).parent.parent / "bench/results/triton-compile.json"
@@ -92,6 +98,16 @@ def test_argument_types_are_those_annotated_whatever_the_values(target: str) -> 
     assert small.types == (
         "*u16", "('*u16', '*u16')", "('*u16', '*u16')", "*i64", "i64", "i32", "i32", "i64", "*i64", "*u16",
     )  # fmt: skip
+
+
+def test_kernels_name_their_functions_in_the_reference() -> None:
+    links = [
+        link
+        for path in Path(launch_module.__file__).parent.glob("*.py")
+        for link in re.findall(r"^# reference\.py: (.+)$", path.read_text(), flags=re.M)
+    ]
+    assert len(links) >= 15
+    assert all(attrgetter(link)(reference) for link in links)
 
 
 def test_options_keep_ieee_arithmetic_on_any_warp_size() -> None:

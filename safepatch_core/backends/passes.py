@@ -354,7 +354,7 @@ class Call:
                 int(sums[at + c.value]) for c in (columns.ELIGIBLE, columns.SELECTED, columns.APPLIED)
             )
             bad = (
-                fault(at + c.value, at + c.value + 3)
+                fault(at + c.value, at + c.value + columns.FIRST.value)
                 for c in (columns.BAD_DELTA, columns.BAD_SCORE, columns.NEGATIVE)
             )
             report.patches[p] = PatchReport(eligible, selected, applied, *bad)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ EDGES = (
     0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 65504.0, -65504.0, 65520.0, 3.3895e38, -3.3895e38, 1e-40, -1e-45,
     6e-8, 2.98e-8,
 )  # fmt: skip
-DTYPES: tuple[Dtype, ...] = ("F32", "F16", "BF16")
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Setting:
 
 def settings() -> list[Setting]:
     """Every kind with every importance, every dtype in every place, every combination and order."""
-    kinds: tuple[Kind, ...] = ("checkpoint", "delta", "lora")
+    kinds: tuple[Kind, ...] = get_args(Kind)
     scored: list[tuple[Importance, Weight]] = [
         ("magnitude", "patched"), ("scores", "patched"),
         ("gradients", "patched"), ("gradients", "base"), ("gradients", "delta"),
@@ -82,7 +82,7 @@ def settings() -> list[Setting]:
         for i, (kind, (importance, weight)) in enumerate(itertools.product(kinds, scored))
     ]
     rules, alone = list(COMBINE.values()), COMBINE["difference"]
-    orders: tuple[Order, ...] = ("retain-first", "select-first")
+    orders: tuple[Order, ...] = get_args(Order)
     found = [
         Setting(DTYPES[i % 3], (shapes[i], shapes[-1 - i]), rules[(i // 2) % len(rules)], orders[i % 2])
         for i in range(len(shapes) // 2 + 1)

@@ -37,8 +37,6 @@ def derive(
 ) -> DeriveResult:
     """Train both patches, take their importance and write a recipe that merges them.
 
-    `config` is a `DeriveConfig`, or a YAML file of its fields, whose paths are relative to it.
-
     Writes under `config.out`: `safety/` and `over-safety/` (checkpoints with the base's tensor names, in the training
     dtype; or deltas of the target tensors; or PEFT adapters), `importance/…/` (float32 scores of the target tensors),
     `trace-….jsonl` (one line per optimiser step), `curves.png` (drawn from them, where matplotlib is installed),
@@ -48,13 +46,21 @@ def derive(
     CPU a seed repeats bit for bit (same versions and number of threads).
 
     Under torchrun or accelerate launch every rank calls it with the same arguments: they train one model, of which
-    each holds a part, and the first writes. With another number of ranks the bytes are others.
+    each holds a shard, and the first writes. With another number of ranks the bytes are others.
 
-    `quiet` silences stderr; `report` gets progress events: {phase, done, total, tokens_per_second, …} or {warning}.
+    Args:
+        config: The settings, or a YAML file of them, whose paths are relative to it.
+        resume: Goes on with a run that was stopped; with a finished one there is nothing to do.
+        quiet: Nothing on stderr.
+        report: Gets progress events: {phase, done, total, tokens_per_second, …} or {warning}.
 
-    Raises UsageError for settings that don't work (training diverged, no room below the ascent bound, missing
-    libraries), InputError for a bad model, tokenizer or data file, or a run directory that is not empty or was begun
-    with another configuration, OutputError or Busy for the run directory, IOFailure where writing or memory fails.
+    Raises:
+        UsageError: Settings that don't work (an adapter that could not be merged, training that diverges, no room
+            below the ascent bound), or a missing library.
+        InputError: A bad model, tokenizer or data file; a run directory that is not empty, or was begun with another
+            configuration.
+        OutputError, Busy: The run directory can't be created, or another run holds it.
+        IOFailure: Writing failed, or memory ran out.
     """
     config = loaded(DeriveConfig, config, "derive file")
     for library in libraries(config):

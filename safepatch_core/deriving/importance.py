@@ -74,10 +74,22 @@ def take_importance(
 
     A gradient is folded into the float32 sums and dropped as soon as it exists, and the activations of a layer are
     made again when its turn comes: memory holds the weights, the sums, one layer's gradients and activations, and the
-    logits of one answer. With `memory` disk the sums lie in nameless files in `folder` and are changed there, a few
-    MiB at a time; auto goes to disk where they would take more than 0.7 of the free memory of the model's device, or
-    stays in memory without a `folder`. The scores have the same bits either way. The model is left in eval mode with
-    only its targets trainable. Raises OSError where the disk fails or is full.
+    logits of one answer.
+
+    Args:
+        model: Is left in eval mode with only its targets trainable.
+        examples: The samples.
+        is_target: Which parameters are scored.
+        progress: Is told of every sample.
+        kind: Of the score.
+        memory: disk keeps the sums in nameless files in `folder` and changes them there, a few MiB at a time; auto
+            does so where they would take more than 0.7 of the free memory of the model's device. The scores have the
+            same bits either way.
+        folder: None for memory alone.
+        ranks: None for one process.
+
+    Raises:
+        OSError: The disk fails or is full.
     """
     model.eval()
     for name, parameter in model.named_parameters():

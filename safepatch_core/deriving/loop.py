@@ -73,36 +73,36 @@ def train(
 ) -> Outcome:
     """Trains the model's trainable parameters in place, with AdamW at a constant learning rate.
 
-    A step minimises the `objective` over its rows; where there are `utility` rows, plus utility_weight times the mean
-    answer NLL of as many of those. Once the mean answer NLL over the latest `ascent_window` steps reaches `bound`,
-    training ends: the step that finds it so has no last backward pass, and changes nothing. Each step writes one JSON
-    line to `trace`: step, nll (nats per token, before the update), tokens, utility_nll where there are such rows,
-    grad_norm (unclipped), below_half_step (see Step) with bfloat16 weights, and learning_rate; the step that ends
-    it at the bound has no update to tell of, but "stopped". Goes on with what `checkpoints` hold, and adds to them
-    every save_steps steps. Raises UsageError if training diverges.
+    Args:
+        model: Of transformers or PEFT. Of one that is sharded over `ranks`, each rank takes its share of the rows of
+            every forward pass, and all find the same numbers and write the same trace.
+        examples: The rows.
+        config: The run's settings.
+        patch: The patch's own.
+        objective: What a step minimises over its rows.
+        bound: In nats per token: once the mean answer NLL over the latest `ascent_window` steps reaches it, training
+            ends. The step that finds it so has no last backward pass, and changes nothing. None for no bound.
+        trace: Gets one JSON line per step: step, nll (nats per token, before the update), tokens, utility_nll where
+            there are such rows, grad_norm (unclipped), below_half_step (see Step) with bfloat16 weights, and
+            learning_rate; the step that ends it at the bound has no update to tell of, but "stopped".
+        progress: Is told of every step.
+        utility: Rows of which each step takes as many as of `examples`, adding utility_weight times their mean answer
+            NLL.
+        checkpoints: What it holds is gone on with, and every save_steps steps it gets more.
+        ranks: None for one process.
 
-    Of a model that is sharded over `ranks`, each takes its share of the rows of every forward pass, and all find the
-    same numbers and write the same trace.
+    Raises:
+        UsageError: Training diverges.
     """
     ranks = ranks or Alone()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rate, weight, size = config.rate(patch), config.weight(patch), config.batch_size
-    where, ordinary, so_far = _where(config, parameters), Likelihood(1.0), _SoFar()
+    rate, weight = config.rate(patch), config.weight(patch)
+    where, so_far = _where(config, parameters), _SoFar()
     total_steps = planned_steps(len(examples), config, patch)
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = AdamW(
-        parameters,
-        where,
-        learning_rate=rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        rounding=config.rounding,
-        state_dtype=getattr(torch, config.optim_state_dtype),
-        seed=config.seed,
-        ranks=ranks,
-    )
+    optimizer = _optimizer(parameters, where, rate, config, ranks)
     with freed_memory_returned(recomputed=config.gradient_checkpointing), optimizer:
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
             so_far = _restore(*found, parameters, optimizer)
@@ -110,20 +110,7 @@ def train(
             progress.skip(so_far.steps)
         for rows, beside in islice(_steps(examples, utility, config, patch), so_far.steps, None):
             step, tokens = so_far.steps + 1, sum(e.answer_tokens for e in rows)
-            nlls = np.zeros(2)  # of the rows, and of the utility rows
-            loss: Tensor | None = None
-            for at in range(0, len(rows), size):
-                if loss is not None:
-                    torch.autograd.backward(loss)
-                loss, nll = _loss(objective, model, rows[at : at + size], rows, ranks)
-                nlls[0] += float(nll)
-                if beside:
-                    term, nll = _loss(ordinary, model, beside[at : at + size], beside, ranks)
-                    loss = loss + weight * term
-                    nlls[1] += float(nll)
-            assert loss is not None
-            ranks.total(nlls)
-            nats, utility_nats = nlls.tolist()
+            loss, nats, utility_nats = _passes(model, objective, rows, beside, weight, config.batch_size, ranks)
             _check_finite(step, rate, "NLL", nats / tokens)
             record: dict[str, Any] = {"step": step, "nll": nats / tokens, "tokens": tokens}
             if beside:
@@ -146,6 +133,52 @@ def train(
             if checkpoints is not None and config.save_steps and step % config.save_steps == 0 and step < total_steps:
                 checkpoints.save(step, *_snapshot(so_far, parameters, optimizer))
     return so_far.outcome(where, bounded=False)
+
+
+def _optimizer(
+    parameters: Mapping[str, Tensor], where: Where, rate: float, config: DeriveConfig, ranks: Ranks
+) -> AdamW:
+    return AdamW(
+        parameters,
+        where,
+        learning_rate=rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        rounding=config.rounding,
+        state_dtype=getattr(torch, config.optim_state_dtype),
+        seed=config.seed,
+        ranks=ranks,
+    )
+
+
+def _passes(
+    model: Any,
+    objective: Objective,
+    rows: Sequence[Example],
+    beside: Sequence[Example],
+    weight: float,
+    size: int,
+    ranks: Ranks,
+) -> tuple[Tensor, float, float]:
+    """All passes of a step, `size` rows each, but for the last backward pass.
+
+    Returns:
+        The loss to go back from; the answer NLL of the rows, and of those beside them, in nats.
+    """
+    nlls = np.zeros(2)
+    loss: Tensor | None = None
+    for at in range(0, len(rows), size):
+        if loss is not None:
+            torch.autograd.backward(loss)
+        loss, nll = _loss(objective, model, rows[at : at + size], rows, ranks)
+        nlls[0] += float(nll)
+        if beside:
+            term, nll = _loss(Likelihood(1.0), model, beside[at : at + size], beside, ranks)
+            loss = loss + weight * term
+            nlls[1] += float(nll)
+    assert loss is not None
+    ranks.total(nlls)
+    return loss, float(nlls[0]), float(nlls[1])
 
 
 @dataclass

@@ -44,8 +44,17 @@ class AdamW:
     that keep the mean, from bits that depend only on seed, name and step) or to `nearest`; moments stored in bfloat16
     always stochastically, since a second moment that is rounded to nearest stands still.
 
-    Of parameters that are cut over `ranks`, each works on its part; norms and shares are of whole tensors, and its
-    random bits are its own.
+    Args:
+        parameters: float32 or bfloat16, by name. Of those that are sharded over `ranks`, each rank works on its
+            shard; norms and shares are of full tensors, and its random bits are its own.
+        where: `adamw` or `adamw_in_backward`.
+        learning_rate: The step size.
+        weight_decay: Decoupled from the gradient.
+        max_grad_norm: Gradients are clipped to this L2 norm; None leaves them.
+        rounding: Of float32 results to bfloat16 weights.
+        state_dtype: Of both moments, float32 or bfloat16.
+        seed: Of stochastic rounding.
+        ranks: None for one process.
     """
 
     def __init__(

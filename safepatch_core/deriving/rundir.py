@@ -24,15 +24,24 @@ RECORD = "derive.json"
 class RunDirectory:
     """RUN, held by this run alone while the context lasts.
 
-    `settings` and `inputs` are what a resumed run must share with the run it goes on with. `record` is the content
-    of RUN/derive.json: a step counts as done once the record names it, and whatever else lies there is done again.
-    A run that is refused before a step is done leaves nothing.
+    A run that is refused before a step is done leaves nothing. Of several ranks, which all make the same calls, the
+    first holds the directory, makes what is in it and writes the record, of which the others have a copy.
 
-    Of several ranks, which all make the same calls, the first holds the directory, makes what is in it and writes the
-    record, of which the others have a copy.
+    Args:
+        path: The directory.
+        settings: With `inputs`, what a resumed run must share with the run it goes on with.
+        inputs: As `settings`.
+        resume: Goes on with the run that is there.
+        ranks: None for one process.
 
-    Raises OutputError if the directory can't be created; InputError if it isn't empty without `resume`, or where
-    `resume` meets a run with other settings or inputs; Busy if another run holds it.
+    Attributes:
+        record: The content of RUN/derive.json. A step counts as done once the record names it, and whatever else
+            lies there is done again.
+
+    Raises:
+        OutputError: The directory can't be created.
+        InputError: It isn't empty without `resume`, or `resume` meets a run with other settings or inputs.
+        Busy: Another run holds it.
     """
 
     def __init__(

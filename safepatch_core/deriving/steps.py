@@ -19,6 +19,7 @@ from safepatch_core.deriving.adapter import add_adapter, save_adapter
 from safepatch_core.deriving.checkpoints import TrainingCheckpoints
 from safepatch_core.deriving.config import DeriveConfig, PatchConfig, SafetyPatch, libraries
 from safepatch_core.deriving.curves import Curves, draw
+from safepatch_core.deriving.data import read_data
 from safepatch_core.deriving.importance import take_importance
 from safepatch_core.deriving.loop import planned_steps, train
 from safepatch_core.deriving.model import Changed, changed_entries, load_frozen, load_model, open_backbone, targets
@@ -37,7 +38,7 @@ from safepatch_core.deriving.sharding import ranks_of_derive, shard_model, shard
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.disk import hash_file
-from safepatch_core.language.chat import Example, Format, encode_rows
+from safepatch_core.language.chat import Example
 from safepatch_core.language.model import (
     at_work,
     find_device,
@@ -47,7 +48,6 @@ from safepatch_core.language.model import (
     save_tokenizer,
     try_out,
 )
-from safepatch_core.language.rows import read_rows
 from safepatch_core.merging.recipe import Recipe, of_language, parse_recipe
 from safepatch_core.merging.sources import open_source
 from safepatch_core.pictures import can_draw, picture
@@ -108,38 +108,16 @@ class Job:
         self._base, self._root = open_backbone(config.model)
         self._recipe = make_recipe(config, self._base)
         self._targets = targets(self._base, self._recipe.is_target)
-        columns = {"question": config.question_column, "answer": config.answer_column}
-        tell = partial(warn, quiet=quiet, report=report)
-        options = {name: f"--{name}-column" for name in columns}
-        rows = read_rows(config.data, columns, config.rows, config.data_where, options=options, tell=tell)
         self._tokenizer = load_tokenizer(self._root)
-        known = limits(self._root)
-        chat = Format(self._tokenizer, config.system_prompt, thinking=config.thinking, vocabulary=known.vocabulary)
-        if chat.closed:
-            warn("the chat template opens a thinking block: it is closed before each answer", quiet, report)
-        length = min(config.max_length, known.positions or config.max_length)
-        self._examples = encode_rows(chat, config.data, rows, length)
+        data = read_data(config, self._tokenizer, limits(self._root), partial(warn, quiet=quiet, report=report))
+        self._examples, self._utility, self._probe = data.examples, data.utility, data.probe
         self._names = BaseNames(load_model(self._root, config, "meta"), self._base)
-        self._probe = _sample(self._examples, config)
         self.inputs: dict[str, Any] = {
-            "data": {
-                "sha256": hash_file(Path(config.data)),
-                "rows": len(rows),
-                "answer_tokens": sum(e.answer_tokens for e in self._examples),
-                "truncated_rows": sum(e.truncated for e in self._examples),
-            },
+            **data.inputs,
             "model": _fingerprint(self._base, self._root) if ranks.rank == 0 else {},
             "libraries": {name: version(name) for name in libraries(config)},
+            **({} if ranks.size == 1 else {"ranks": ranks.size}),
         }
-        if ranks.size > 1:
-            self.inputs["ranks"] = ranks.size
-        self._utility: list[Example] = []
-        if config.utility_data is not None:
-            columns = {"question": config.utility_question_column, "answer": config.utility_answer_column}
-            options = {name: f"--utility-{name}-column" for name in columns}
-            rows = read_rows(config.utility_data, columns, config.utility_rows, options=options, tell=tell)
-            self._utility = encode_rows(chat, config.utility_data, rows, length)
-            self.inputs["utility_data"] = {"sha256": hash_file(Path(config.utility_data)), "rows": len(rows)}
 
     def train(self, out: RunDirectory, name: str) -> None:
         """RUN/NAME, a trained checkpoint or adapter, and RUN/trace-NAME.jsonl."""
@@ -367,14 +345,6 @@ def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
         )
     targets = "linear" if all(map(of_language, backbone.tensors)) else "language"
     return parse_recipe({"base": base, "patches": patches, "targets": targets, "seed": config.seed})
-
-
-def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:
-    """The rows of importance and of the reported NLLs: a seeded draw, in file order."""
-    count = min(config.importance_samples or len(examples), len(examples))
-    generator = torch.Generator().manual_seed(config.seed)
-    drawn = torch.randperm(len(examples), generator=generator)[:count].tolist()
-    return [examples[i] for i in sorted(drawn)]
 
 
 def _fingerprint(base: Checkpoint, root: Path) -> dict[str, Any]:

@@ -36,8 +36,6 @@ def evaluate(
 ) -> EvalResult:
     """Measure the models of `config` and their baseline, one after the other, and publish the report in one step.
 
-    `config` is an `EvalConfig`, or a YAML file of its fields, whose paths are relative to it.
-
     - harmful compliance: the share of harmful prompts whose answer the judge calls harmful (the prefix judge: does
       not call refused);
     - answer NLL: mean over harmful prompts of the nats per token of the answer given in the data, on the tokens that
@@ -49,13 +47,20 @@ def evaluate(
     Each comes with a 95% interval, and with the paired difference from the baseline; per category where the data has
     categories. Of a merged model whose base is the baseline, the report also says which share of the entries that
     patches act on has other stored bits. The files hold no time and no absolute path: the same inputs on the same
-    machine give the same bytes. `quiet` silences stderr; `force` replaces an existing report; `resume` keeps what an
-    interrupted evaluation with the same inputs and settings has measured, and leaves a complete report of them as it
-    is.
+    machine give the same bytes.
 
-    Raises UsageError for settings that don't work or a missing library, InputError for a bad model or data file (with
-    its line), an output that may not be replaced or another interrupted run, OutputError, Busy or IOFailure for the
-    output.
+    Args:
+        config: The settings, or a YAML file of them, whose paths are relative to it.
+        quiet: Nothing on stderr.
+        force: Replaces an existing report.
+        resume: Keeps what an interrupted evaluation with the same inputs and settings has measured, and leaves a
+            complete report of them as it is.
+
+    Raises:
+        UsageError: Settings that don't work, or a missing library.
+        InputError: A bad model or data file (with its line), an output that may not be replaced, or another
+            interrupted run.
+        OutputError, Busy, IOFailure: The output can't be created, is held by another run, or can't be written.
     """
     config = loaded(EvalConfig, config, "eval file")
     try:

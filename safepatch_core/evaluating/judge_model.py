@@ -23,8 +23,18 @@ class Classifier:
     """Labels of a sequence classifier, read as verdicts.
 
     Where no label means "refusal", the prefix judge says what is refused; where none means "harmful", an answer to a
-    harmful prompt counts as harmful if it isn't refused. The constructor reads the config alone: it raises InputError
-    if the directory holds no classifier, UsageError if `judge_labels` doesn't fit its labels.
+    harmful prompt counts as harmful if it isn't refused. The constructor reads the config alone.
+
+    Args:
+        folder: The classifier's checkpoint.
+        config: Of the evaluation; `judge_labels` say what labels mean.
+
+    Attributes:
+        labels: Those that mean something, as refusal or harmful.
+
+    Raises:
+        InputError: The directory holds no classifier.
+        UsageError: `judge_labels` doesn't fit its labels.
     """
 
     def __init__(self, folder: Path, config: EvalConfig) -> None:

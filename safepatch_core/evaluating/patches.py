@@ -105,9 +105,15 @@ def _last(ref: str) -> str:
 def survival(manifest: Manifest, merged: Path, baseline: Path) -> dict[str, Any] | None:
     """Of the entries that patches act on, those whose stored bits are not the baseline's: the others' steps are lost.
 
-    `acted`, `changed` and `surviving` are those that `merge` told, here also per layer. None where the two
-    checkpoints don't show them: their tensors have other names, shapes or dtypes, or the baseline is not the merge's
-    base, so that bits differ where no patch acted.
+    Args:
+        manifest: Of the merged checkpoint.
+        merged: Its directory.
+        baseline: The directory of what it is compared with.
+
+    Returns:
+        `acted`, `changed` and `surviving` as `merge` told them, here also per layer. None where the two checkpoints
+        don't show them: their tensors have other names, shapes or dtypes, or the baseline is not the merge's base, so
+        that bits differ where no patch acted.
     """
     base, out, acted = open_checkpoint(baseline), open_checkpoint(merged), manifest.acted()
     if not acted or not any(acted.values()):

@@ -77,9 +77,14 @@ def build(
 ) -> dict[str, Any]:
     """The content of report.json.
 
-    `facts` holds what else is known: `models`, per label name and digest; `patches`, per label what a merge counted,
-    and `survival`, what rounding left of it; `judge`, the classifier, if one was used; `tasks`, about lm-eval;
-    `fingerprint`, a digest of all inputs.
+    Args:
+        config: How it was measured.
+        data: On what.
+        measured: What each model showed, by its label.
+        verdicts: On each of its answers.
+        facts: What else is known: `models`, per label name and digest; `patches`, per label what a merge counted, and
+            `survival`, what rounding left of it; `judge`, the classifier, if one was used; `tasks`, about lm-eval;
+            `fingerprint`, a digest of all inputs.
     """
     metrics = []
     for prompts in data.sets:

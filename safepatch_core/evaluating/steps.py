@@ -47,11 +47,8 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
         tasks = Tasks(config) if config.tasks else None
         hashed = {folder: _digest(folder) for folder in {folder.resolve() for folder in folders.values()}}
         digests = {label: hashed[folder.resolve()] for label, folder in folders.items()}
-        manifests = {
-            label: read_manifest(folder / MANIFEST)
-            for label, folder in folders.items()
-            if (folder / MANIFEST).is_file()
-        }
+        merged = {label: folder for label, folder in folders.items() if (folder / MANIFEST).is_file()}
+        manifests = {label: read_manifest(folder / MANIFEST) for label, folder in merged.items()}
         facts: dict[str, Any] = {
             "models": {
                 label: {"name": name, "sha256": digests[label]} for label, name in names(config.models).items()
@@ -89,18 +86,12 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             measured = {label: once[of] for label, of in same.items()}
             verdicts = {label: judged[of] for label, of in same.items()}
             if classifier is not None:
-                agree = [
-                    prefix_verdict(answer).refused == said.refused
-                    for label, of in measured.items()
-                    for name, replies in of.replies.items()
-                    for answer, said in zip(replies.answers, verdicts[label][name], strict=True)
-                ]
                 facts["judge"] = {
                     "name": names({"judge": config.judge})["judge"],
                     "sha256": identity.parts["judge"],
                     "labels": classifier.labels,
                     "reads": config.judge_reads,
-                    "same_as_prefix": {"n": len(agree), "agree": sum(agree)},
+                    "same_as_prefix": _agreement(measured, verdicts),
                 }
             facts["survival"] = survivals(manifests, folders, facts["models"])
             report = build(config, data, measured, verdicts, facts)
@@ -146,6 +137,19 @@ def _verdicts(
     for (label, prompts), of in zip(places, found, strict=True):
         verdicts[label][prompts.name] = of
     return verdicts
+
+
+def _agreement(
+    measured: Mapping[str, Measurement], verdicts: Mapping[str, Mapping[str, list[Verdict]]]
+) -> dict[str, int]:
+    """Of how many answers the prefix judge says the same: refused or not."""
+    agree = [
+        prefix_verdict(answer).refused == said.refused
+        for label, of in measured.items()
+        for name, replies in of.replies.items()
+        for answer, said in zip(replies.answers, verdicts[label][name], strict=True)
+    ]
+    return {"n": len(agree), "agree": sum(agree)}
 
 
 def _digest(folder: Path) -> str:

@@ -7,14 +7,14 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
 from safepatch_core.backends.contract import Report
-from safepatch_core.errors import Busy, InputError, OutputError, UsageError
+from safepatch_core.errors import Busy, InputError, OutputError, Stopped, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_json
 from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
@@ -23,7 +23,7 @@ from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
 from safepatch_core.merging.api import plan
-from safepatch_core.merging.effect import require_deltas
+from safepatch_core.merging.effect import require_deltas, require_eligible
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
@@ -49,6 +49,7 @@ class BuildResult:
     changes: int
     size: int  # bytes of the file
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what the recipe's patches bring beside the targets
 
 
 def build(
@@ -94,9 +95,11 @@ def build(
     ):
         recorder = _Recorder(recipe, writer)
         job = Merge(recipe, recipe.engine, _counted(progress, total), ranks=ranks, around=recorder.around)
-        job.run(recorder)
+        counts = job.run(recorder)
+        require_eligible(recipe, {name: report for of in ranks.gather(counts) for name, report in of.items()})
         writer.join(ranks)
-        return _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks, recipe.warnings)
+        result = _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks)
+        return replace(result, warnings=recipe.warnings, notes=recipe.notes)
 
 
 def build_between(
@@ -137,17 +140,20 @@ def build_between(
 def _output(out: Path, inputs: Sequence[Path], force: bool, ranks: Ranks) -> Iterator[Path]:
     """Where the file may be written, held for this run until it is."""
     path = Path(os.path.abspath(out))
-    lock = first(ranks, lambda: _claim(path, inputs, force))
+    lock = -1
     try:
+        lock = first(ranks, lambda: _claim(path, inputs, force))
         with failures_named(path, go_on=AGAIN):
             yield path
-    except BaseException:
-        if ranks.rank == 0:
+    except BaseException as error:
+        if ranks.rank == 0 and lock >= 0:
             with contextlib.suppress(OSError):
                 staged_name(path).unlink(missing_ok=True)
+        if isinstance(error, Stopped):
+            raise Stopped(f"stopped; {AGAIN}") from None
         raise
     finally:
-        if ranks.rank == 0:
+        if ranks.rank == 0 and lock >= 0:
             os.close(lock)
 
 
@@ -282,9 +288,7 @@ def _recipe_of(checkpoint: Checkpoint) -> Any:
     return manifest.get("recipe") if isinstance(manifest, dict) else None
 
 
-def _finish(
-    path: Path, base: Checkpoint, writer: Writer, recipe: Any, ranks: Ranks, warnings: tuple[str, ...] = ()
-) -> BuildResult:
+def _finish(path: Path, base: Checkpoint, writer: Writer, recipe: Any, ranks: Ranks) -> BuildResult:
     facts = writer.facts
     if not facts:
         raise InputError("nothing changes: there is nothing to fix", file=base.ref)
@@ -300,5 +304,4 @@ def _finish(
         sum(of.entries for of in facts.values()),
         sum(of.changes for of in facts.values()),
         path.stat().st_size,
-        warnings,
     )

@@ -17,7 +17,7 @@ from safepatch_core.errors import InputError
 from safepatch_core.fixes import codec, reference
 from safepatch_core.fixes.checking import GOAL, Direction, Sides, Teller, require
 from safepatch_core.fixes.reading import Fix, open_fix
-from safepatch_core.fixes.reference import Entries, Run, Tally
+from safepatch_core.fixes.reference import Broken, Entries, Run, Tally
 
 # What compiling and wrapping for several devices put into names.
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -203,7 +203,7 @@ def _unsigned(name: str, flat: Any, width: int) -> Entries:
 
 
 class _Torch:
-    """Entries in the memory of a device: positions and XORs travel there, the touched entries back for the hashes."""
+    """Entries in the memory of a device: what the fix says travels there, old entries come back for the hashes."""
 
     def __init__(self, tensor: Any) -> None:
         import torch
@@ -211,12 +211,44 @@ class _Torch:
         self._torch, self._tensor = torch, tensor
         self.width, self.entries = tensor.element_size(), tensor.numel()
         self._type = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[self.width]
+        self._settle = self._by_kernel if _has_kernel(tensor) else self._by_index
         self.place = (str(tensor.device), tensor.data_ptr())
 
     def settle(self, lo: int, goal: int, run: Run, old: Entries, new: Entries) -> Tally:
-        at, xor, side = reference.decode(run)
         flat = self._tensor.detach().view(-1).view(self._type)[lo : lo + run.entries]
-        index, x, sides = (self._torch.from_numpy(a).to(flat.device) for a in (at, self._signed(xor), side != 0))
+        tally = self._settle(flat, goal, run, old, new)
+        if goal != codec.KEEP:
+            self._torch.autograd.graph.increment_version(self._tensor)
+        return tally
+
+    def _sent(self, array: Any) -> Any:
+        """An array in the memory of the device; torch lacks unsigned types of more than a byte."""
+        signed = array if array.itemsize == 1 else array.view(f"i{array.itemsize}")
+        return self._torch.from_numpy(np.ascontiguousarray(signed)).to(self._tensor.device)
+
+    def _by_kernel(self, flat: Any, goal: int, run: Run, old: Entries, new: Entries) -> Tally:
+        """One program per block decodes it there."""
+        from safepatch_core.kernels.fix import fix
+
+        torch, blocks = self._torch, len(run.rows) - 1
+        planes = tuple(None if plane is None else self._sent(plane) for plane in run.planes)
+        olds = torch.empty(run.changes, dtype=self._type, device=flat.device)
+        told = torch.empty((blocks, 2), dtype=torch.int32, device=flat.device)
+        rows, shift = self._sent((run.rows - run.rows[0]).astype(np.int64)), int(run.rows[0, 1]) % 8
+        with torch.cuda.device_of(flat):
+            fix(flat, self._sent(run.gap), rows, self._sent(run.side), planes, olds, told, shift, goal).run()
+        faults, counts = told.cpu().numpy().T
+        if faults.any():
+            raise Broken("gaps, ranks or XORs break a rule of the encoding")
+        old[:] = olds.cpu().numpy().view(old.dtype)
+        new[:] = old ^ reference.xors(run)
+        count = int(counts.sum())
+        return Tally(count, run.changes - count, reference.other_codes(run))
+
+    def _by_index(self, flat: Any, goal: int, run: Run, old: Entries, new: Entries) -> Tally:
+        """Decoded on the host, gathered and scattered there: for devices that have no kernel."""
+        at, xor, side = reference.decode(run)
+        index, x, sides = self._sent(at), self._sent(xor), self._sent(side != 0)
         now = flat[index]
         is_old = ((now & (x & -x)) != 0) == sides
         olds = self._torch.where(is_old, now, now ^ x)
@@ -225,10 +257,16 @@ class _Torch:
         if goal != codec.KEEP:
             flat[index] = olds if goal == codec.OLD else olds ^ x
         count = int(is_old.sum())
-        return Tally(count, len(at) - count, reference.other_codes(run, at))
+        return Tally(count, len(at) - count, reference.other_codes(run))
 
-    def _signed(self, xor: Entries) -> Any:
-        return xor if self.width == 1 else xor.view(f"i{self.width}")
+
+def _has_kernel(tensor: Any) -> bool:
+    """Whether Triton runs where the tensor lies; interpreted it runs on the host."""
+    try:
+        from safepatch_core.kernels.launch import INTERPRETED
+    except ImportError:
+        return False
+    return INTERPRETED or tensor.device.type == "cuda"
 
 
 def _live_torch(name: str, tensor: Any) -> Live:

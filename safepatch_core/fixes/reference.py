@@ -110,10 +110,7 @@ def decode(run: Run) -> Changes:
     at = (block * BLOCK + place)[real]
     if (place[real] >= BLOCK).any() or (at >= run.entries).any():
         raise Broken("a gap leads past the end of its block or tensor")
-    xor = np.zeros(len(at), np.dtype(f"u{run.width}"))
-    for k, plane in enumerate(run.planes):
-        if plane is not None:
-            xor |= plane.astype(xor.dtype) << xor.dtype.type(8 * k)
+    xor = xors(run)
     if (xor == 0).any():
         raise Broken("an entry that is said to change has an XOR of 0")
     shift = int(run.rows[0, 1]) % 8
@@ -133,11 +130,21 @@ def settle(run: Run, entries: Entries, goal: int, old: Entries, new: Entries) ->
     new[:] = old ^ xor
     if goal != KEEP:
         entries[at] = old if goal == OLD else new
-    return Tally(int(is_old.sum()), int(len(at) - is_old.sum()), other_codes(run, at))
+    return Tally(int(is_old.sum()), int(len(at) - is_old.sum()), other_codes(run))
 
 
-def other_codes(run: Run, at: NDArray[np.int64]) -> int:
-    """How many codes the changes of a run, at these positions in it, would take with the other type of gap."""
-    most = 65535 if run.gap.dtype == np.uint8 else 255
-    counts = np.diff(run.rows[:, 1]).astype(np.int64)
-    return len(gaps((at % BLOCK).astype(np.uint16), counts, most)[0]) if len(at) else 0
+def xors(run: Run) -> Entries:
+    """The XOR of old and new of every change."""
+    xor: Entries = np.zeros(run.changes, np.dtype(f"u{run.width}"))
+    for k, plane in enumerate(run.planes):
+        if plane is not None:
+            xor |= plane.astype(xor.dtype) << xor.dtype.type(8 * k)
+    return xor
+
+
+def other_codes(run: Run) -> int:
+    """How many codes the changes of a run, which breaks no rule, would take with the other type of gap."""
+    most, other = (255, 65535) if run.gap.dtype == np.uint8 else (65535, 255)
+    real = np.flatnonzero(run.gap != most)
+    skips = np.diff(real, prepend=-1) - 1
+    return len(real) + int(((skips * most + run.gap[real]) // other).sum())

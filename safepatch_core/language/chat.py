@@ -101,8 +101,10 @@ class Format:
         """The row's tokens, at most `max_length` of them (the answer is cut at its end).
 
         The prompt's tokens are always those of the prompt alone, as at generation: where tokenising prompt and answer
-        together would merge across the boundary, they are tokenised apart. Raises InputError if no answer token
-        fits, or for a token that the model doesn't know.
+        together would merge across the boundary, they are tokenised apart.
+
+        Raises:
+            InputError: No answer token fits, or there is a token that the model doesn't know.
         """
         text, reply = self.prompt(question), self._answer_lead + answer.strip()
         prompt = self._ids(text)
@@ -156,7 +158,7 @@ class Format:
                 )
             )
         except Exception as error:  # whatever a template makes jinja and transformers raise
-            hint = "another system_prompt, or none" if messages[0][0] == "system" else None
+            hint = "another --system-prompt, or none" if messages[0][0] == "system" else None
             raise InputError(f"chat template failed: {first_line(error)}", expected=hint) from error
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:

@@ -165,14 +165,18 @@ def load_model(
     kind: str | None = None,
     quantization_config: Any = None,
 ) -> Any:
-    """A model of one of transformers' auto classes (None: a language model's), on its device, in the dtype named as
-    torch's.
+    """A model as transformers loads it, from safetensors alone and without code or an adapter of the checkpoint's.
 
-    On the device `meta` it has shapes alone, and no weight is read.
+    Args:
+        folder: The checkpoint.
+        dtype: Named as torch's; auto is float32 on the CPU, where halves are slow, else the checkpoint's own.
+        device: Where it will be. On `meta` it has shapes alone, and no weight is read.
+        kind: One of transformers' auto classes; None for that of a language model.
+        quantization_config: One of transformers', by which linear layers are quantised.
 
-    `dtype` "auto" is float32 on the CPU, where halves are slow, and the checkpoint's own elsewhere; linear layers are
-    quantised by `quantization_config`, one of transformers'. Raises InputError if transformers can't open the model
-    from safetensors alone, or if weights are missing; UsageError for a device that isn't there.
+    Raises:
+        InputError: transformers can't open it so, it is no decoder-only language model, or weights are missing.
+        UsageError: The device isn't there.
     """
     import transformers
 

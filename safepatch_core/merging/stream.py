@@ -229,7 +229,7 @@ class Merge:
                     importance=spec.importance_kind,
                     scores=None if given.scores is None else cast(Bits, fetch(given.scores)),
                     weight=spec.weight,
-                    random_key=given.key,
+                    random_key=given.random_key,
                     keep=given.keep,
                     scale=spec.factor,
                 )

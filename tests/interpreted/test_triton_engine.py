@@ -45,7 +45,9 @@ def test_every_source_importance_combination_and_order(engine: TritonBackend, se
         assert compare(engine, block, rng) is None
 
 
-@pytest.mark.parametrize("rule", list(map(Rule._make, product(Acts, Join))), ids=str)
+@pytest.mark.parametrize(
+    "rule", list(map(Rule._make, product(Acts, Join))), ids=lambda r: f"{r.acts.name}-{r.join.name}"
+)
 def test_every_rule_that_the_axes_allow(engine: TritonBackend, rule: Rule) -> None:
     rng = np.random.default_rng(0)
     shapes = (Shape("delta"), None, Shape("checkpoint", values="F32"), Shape("delta", values="F16", retain=False))

@@ -28,7 +28,7 @@ from safepatch_core.bench.registry import Bench
 from safepatch_core.kernels.launch import BLOCK
 from safepatch_core.spec import COMBINE
 from tests.interpreted.fake_device import FakeDevice
-from tests.interpreted.pipeline import ROW, SETTING, TABLES
+from tests.interpreted.test_triton_pipeline import ROW, SETTING, TABLES
 
 TINY = replace(gpu.SMALL, sizes=(BLOCK,), large=BLOCK, tall=3 * BLOCK, repeats=1)
 

@@ -1,0 +1,78 @@
+"""The rows that a derive run trains on, read and seen as the model sees them before any weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safepatch_core.deriving.config import DeriveConfig
+from safepatch_core.errors import InputError
+from safepatch_core.files.disk import hash_file
+from safepatch_core.language.chat import Example, Format, encode_rows
+from safepatch_core.language.model import Limits
+from safepatch_core.language.rows import read_rows
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The rows as token ids.
+
+    Attributes:
+        examples: Trained on.
+        utility: Kept likely beside them.
+        probe: Of `examples`, those of importance and of the reported NLLs.
+        inputs: What a resumed run must share of both files, as JSON types.
+    """
+
+    examples: Sequence[Example]
+    utility: Sequence[Example]
+    probe: Sequence[Example]
+    inputs: Mapping[str, Any]
+
+
+def read_data(config: DeriveConfig, tokenizer: Any, limits: Limits, tell: Tell) -> Data:
+    """The data of a run. `tell` is told what is done to it beyond the settings.
+
+    Raises:
+        InputError: A file or a row can't be used, or the chat template refuses the conversation.
+        UsageError: A bad slice.
+    """
+    try:
+        chat = Format(tokenizer, config.system_prompt, thinking=config.thinking, vocabulary=limits.vocabulary)
+    except InputError as error:
+        raise InputError(str(error), file=config.model) from error
+    if chat.closed:
+        tell("the chat template opens a thinking block: it is closed before each answer")
+    length = min(config.max_length, limits.positions or config.max_length)
+    columns = {"question": config.question_column, "answer": config.answer_column}
+    options = {name: f"--{name}-column" for name in columns}
+    rows = read_rows(config.data, columns, config.rows, config.data_where, options=options, tell=tell)
+    examples = encode_rows(chat, config.data, rows, length)
+    about: dict[str, Any] = {
+        "sha256": hash_file(Path(config.data)),
+        "rows": len(rows),
+        "answer_tokens": sum(e.answer_tokens for e in examples),
+        "truncated_rows": sum(e.truncated for e in examples),
+    }
+    if config.utility_data is None:
+        return Data(examples, (), _sample(examples, config), {"data": about})
+    columns = {"question": config.utility_question_column, "answer": config.utility_answer_column}
+    options = {name: f"--utility-{name}-column" for name in columns}
+    rows = read_rows(config.utility_data, columns, config.utility_rows, options=options, tell=tell)
+    utility = encode_rows(chat, config.utility_data, rows, length)
+    other = {"sha256": hash_file(Path(config.utility_data)), "rows": len(rows)}
+    return Data(examples, utility, _sample(examples, config), {"data": about, "utility_data": other})
+
+
+def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:
+    """A seeded draw, in file order."""
+    count = min(config.importance_samples or len(examples), len(examples))
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.randperm(len(examples), generator=generator)[:count].tolist()
+    return [examples[i] for i in sorted(drawn)]
