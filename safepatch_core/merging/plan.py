@@ -219,11 +219,19 @@ def make_plan(
         raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 16MiB")
     base = open_checkpoint(recipe.base, relative_to=recipe.origin)
     sources = [
-        open_source(p.name, p.source, p.kind, base, relative_to=recipe.origin, minus=p.minus, takes=recipe.is_target)
+        open_source(
+            *(p.name, p.source, p.kind, base),
+            relative_to=recipe.origin,
+            minus=p.minus,
+            takes=recipe.is_target,
+            rows=p.rows,
+        )
         for p in recipe.patches
     ]
     importance = [
-        None if p.importance_path is None else ImportanceFile.open(p.importance_path, base, relative_to=recipe.origin)
+        None
+        if p.importance_path is None
+        else ImportanceFile.open(p.importance_path, base, relative_to=recipe.origin, rows=p.rows)
         for p in recipe.patches
     ]
     names = _weights(recipe, base, sources)
@@ -259,6 +267,7 @@ def make_plan(
         warnings=(*(lines[p] for p, of in enumerate(others) if of.sure), *_switched_off(recipe)),
         notes=(
             *_renamings(recipe, sources, importance),
+            *_cuts(base, recipe, sources, names),
             *(lines[p] for p, of in enumerate(others) if of.tensors and not of.sure),
         ),
         renamed=tuple(source.exchange.told for source in sources),
@@ -282,6 +291,17 @@ def _renamings(
     for spec, source, ranking in zip(recipe.patches, sources, importance, strict=True):
         yield from renaming(f"patch {spec.name}", source.exchange.told)
         yield from renaming(f"the importance of patch {spec.name}", ranking.named.exchange.told if ranking else ())
+
+
+def _cuts(base: Checkpoint, recipe: Recipe, sources: Sequence[Source], names: Sequence[str]) -> Iterator[str]:
+    """What `rows: common` leaves out, a line per tensor."""
+    for spec, source in zip(recipe.patches, sources, strict=True):
+        shapes = source.shapes if spec.rows == "common" else {}
+        for name in names:
+            rows = base.tensors[name].shape[:1]
+            if shapes.get(name, ())[:1] > rows:
+                more = f"{shapes[name][0] - rows[0]} rows of '{name}' beyond the base's {rows[0]} are left out"
+                yield f"patch {spec.name}: {more}, as rows: common asks"
 
 
 def _switched_off(recipe: Recipe) -> list[str]:

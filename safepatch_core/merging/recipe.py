@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from safepatch_core.errors import UsageError
 from safepatch_core.settings import Strict, explain, parse_size, read_yaml
-from safepatch_core.spec import Combine, Importance, Kind, Missing, NonFinite, Order, Scope, Weight
+from safepatch_core.spec import Combine, Importance, Kind, Missing, NonFinite, Order, Rows, Scope, Weight
 
 NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "shared.weight")
 # What models that see or hear have beside the language model: towers, and what leads from them to it.
@@ -55,6 +55,7 @@ class PatchSpec(Strict):
     rescale: bool = False
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     minus: Annotated[str, Field(min_length=1)] | None = None  # what the change is measured from, if not the base
+    rows: Rows = "all"
 
     @model_validator(mode="after")
     def _minus_is_of_a_checkpoint(self) -> PatchSpec:

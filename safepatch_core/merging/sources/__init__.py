@@ -13,7 +13,7 @@ from safepatch_core.merging.sources.adapter import open_adapter
 from safepatch_core.merging.sources.contract import Origin, Source
 from safepatch_core.merging.sources.dense import open_checkpoints, open_deltas
 from safepatch_core.merging.sources.foreign import is_adapter
-from safepatch_core.spec import Kind
+from safepatch_core.spec import Kind, Rows
 
 KINDS: dict[Kind, Callable[[Origin], Source]] = {
     "checkpoint": open_checkpoints,
@@ -31,12 +31,14 @@ def open_source(
     relative_to: Path | None,
     minus: str | None = None,
     takes: Takes = lambda name, dimensions: True,
+    rows: Rows = "all",
 ) -> Source:
     """Open the patch `name` of `base`: a fine-tuned checkpoint, a delta checkpoint or a LoRA adapter.
 
     With `kind` None a directory that has an adapter_config.json is an adapter (unless only the weights of a full
     model lie beside it), and so is its file of weights; anything else is a checkpoint. The change of a checkpoint is
     measured from the checkpoint `minus`, or from the base. Names are resolved with what the rule `takes` in view.
+    With `rows` common, embeddings and heads may have more or fewer rows than the base's.
     Raises InputError naming file and tensor; UsageError for a hub id without huggingface_hub, or a `minus` that does
     not go with the kind.
     """
@@ -46,4 +48,4 @@ def open_source(
     if minus is not None and kind != "checkpoint":
         raise UsageError(f"patch '{name}': minus goes with checkpoints", file=path, found=f"kind {kind}")
     reference = None if minus is None else open_checkpoint(minus, relative_to=relative_to)
-    return KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference, base, takes))
+    return KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference, base, takes, rows))

@@ -66,7 +66,7 @@ class ExpertFactors:
     def held_bytes(self) -> int:
         return align(4 * self.a.entries) + align(4 * self.b.entries)
 
-    def fit(self, entry: TensorEntry) -> ExpertFactors:
+    def fit(self, entry: TensorEntry, cut: bool) -> ExpertFactors:
         require_fit(self.a, self.shape, entry, " (transposed)" if self.transposed else "")
         return self
 

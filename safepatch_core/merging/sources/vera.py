@@ -67,7 +67,7 @@ class VeraFactors:
         out, into, rank = self._sizes
         return align(4 * rank * into) + align(4 * out * rank)
 
-    def fit(self, entry: TensorEntry) -> VeraFactors:
+    def fit(self, entry: TensorEntry, cut: bool) -> VeraFactors:
         require_fit(self.scale_b, self.shape, entry)
         return self
 
