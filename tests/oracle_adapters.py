@@ -51,7 +51,7 @@ class Adapter:
                 found[f"{match[1]}.bias"] = name
         for name in self.tensors:
             bare = name.replace(".base_layer.", ".")
-            if "lora_" not in name and name.endswith((".weight", ".bias")):
+            if not re.search(r"lora_|vera_|shira_|trainable_tokens", name):
                 found.setdefault(bare, name)
         return found
 
