@@ -27,6 +27,7 @@ from safepatch_core.spec import Kind
 
 # Models whose experts are stored [experts, in, out], as transformers' classes say of themselves.
 _TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
+_MOST = 6  # parameters of one module: their ways to fit are tried one by one
 Nested = tuple[str, TensorEntry, TensorEntry]  # module, A, B
 Scaled = Callable[[str], tuple[int, float]]  # rank and scale of a module
 
@@ -149,6 +150,8 @@ class Parameters:
         parts: dict[str, Pairs] = {}
         for module, items in modules.items():
             names = self.adapted(module)
+            if len(names) > _MOST:
+                raise self._folder.fault("target_parameters of one module", names, f"at most {_MOST}")
             found = list(_assigned(there, names, items, scaled))
             if len(found) != 1:
                 raise self._refuse(there, items[0], names, several=bool(found))
