@@ -18,6 +18,7 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
 from safepatch_core.merging.sources.decoding import PIECE
+from safepatch_core.merging.sources.foreign import refuse_ungathered
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
 
 
@@ -186,6 +187,7 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             expected=f"{list(entry.shape)} as in the base (or missing: skip)",
         )
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
+    refuse_ungathered(file, found, found.shape != entry.shape)
     if found.shape != entry.shape:
         raise InputError(
             f"{what} has another shape than the base",
