@@ -268,7 +268,7 @@ def make_plan(
             *_renamings(recipe, sources, importance),
             *(lines[p] for p, of in enumerate(others) if of.tensors and not of.sure),
         ),
-        renamed=tuple(source.exchange.told for source in sources),
+        renamed=tuple(source.exchange.lines for source in sources),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -287,8 +287,8 @@ def _renamings(
     recipe: Recipe, sources: Sequence[Source], importance: Sequence[ImportanceFile | None]
 ) -> Iterator[str]:
     for spec, source, ranking in zip(recipe.patches, sources, importance, strict=True):
-        yield from renaming(f"patch {spec.name}", source.exchange.told)
-        yield from renaming(f"the importance of patch {spec.name}", ranking.named.exchange.told if ranking else ())
+        yield from renaming(f"patch {spec.name}", source.exchange.lines)
+        yield from renaming(f"the importance of patch {spec.name}", ranking.named.exchange.lines if ranking else ())
 
 
 def _switched_off(recipe: Recipe) -> list[str]:
