@@ -44,7 +44,7 @@ def test_adapters_of_mlx(tmp_path: Path, base: Checkpoint) -> None:
             open_source("p", path, None, base, relative_to=None)
 
 
-@pytest.mark.parametrize("kind", [None, "checkpoint", "lora"])
+@pytest.mark.parametrize("kind", [None, "lora"])
 def test_adapters_of_kohya(tmp_path: Path, base: Checkpoint, kind: str | None) -> None:
     table: Table = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": ("F32", (2, 4))}
     file = save(tmp_path / "k" / "some-lora.safetensors", table)
@@ -59,7 +59,7 @@ def test_adapters_of_kohya(tmp_path: Path, base: Checkpoint, kind: str | None) -
 
 def test_weights_without_their_config(tmp_path: Path, base: Checkpoint) -> None:
     file = save(tmp_path / "a.safetensors", pair())
-    refuse(base, file, "an adapter, not a checkpoint", "adapter_config.json")
+    refuse(base, file, "an adapter without its config", "adapter_config.json")
 
 
 def test_the_file_of_weights_stands_for_its_folder(tmp_path: Path, base: Checkpoint) -> None:

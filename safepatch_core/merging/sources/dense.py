@@ -18,7 +18,8 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
 from safepatch_core.merging.sources.decoding import PIECE
-from safepatch_core.merging.sources.foreign import refuse_factors, refuse_ungathered
+from safepatch_core.merging.sources.foreign import refuse_ungathered
+from safepatch_core.merging.sources.fusions import Joined, Stored, fused, runs
 from safepatch_core.merging.sources.rows import FewerRows, as_in_base, common, first_rows, shapes_of
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing, Rows
 
@@ -27,7 +28,7 @@ from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing, Rows
 class Dense:
     """A tensor of the base's shape, handed to the engine as it lies in its file."""
 
-    entry: TensorEntry  # F32, F16 or BF16
+    entry: Stored  # F32, F16 or BF16
     form: Kind
 
     @property
@@ -51,14 +52,16 @@ class Dense:
         return 0
 
     def ranges(self, lo: int, hi: int) -> list[Range]:
-        return [(self.entry, lo * self.entry_bytes, hi * self.entry_bytes)]
+        return runs(self.entry, lo * self.entry_bytes, hi * self.entry_bytes)
 
     def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Dense:
         return self
 
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
-        buffer = memory[: (hi - lo) * self.entry_bytes]
-        inputs.read(self.entry, lo * self.entry_bytes, buffer)
+        buffer, at = memory[: (hi - lo) * self.entry_bytes], 0
+        for part, begin, end in self.ranges(lo, hi):
+            inputs.read(part, begin, buffer[at : at + end - begin])
+            at += end - begin
         return Bits(buffer.view(np.uint32 if self.entry_bytes == 4 else np.uint16), cast(Dtype, self.entry.dtype))
 
 
@@ -112,7 +115,7 @@ class Named:
 
     checkpoint: Checkpoint
     exchange: Exchange
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, Stored]
     rows: Rows
 
     @classmethod
@@ -126,7 +129,8 @@ class Named:
             for alias, name in shard.metadata.items():
                 if exchange(alias) in base.tensors and name in checkpoint.tensors:
                     tensors.setdefault(exchange(alias), checkpoint.tensors[name])
-        return cls(checkpoint, exchange, tensors, rows)
+        stored, done = fused(tensors, base)
+        return cls(checkpoint, replace(exchange, fusions=tuple(done)), stored, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +183,6 @@ def open_deltas(origin: Origin) -> DenseSource:
 
 def _opened(origin: Origin) -> Named:
     checkpoint = replace(open_checkpoint(origin.path), ref=origin.ref, revision=origin.revision)
-    if len(checkpoint.shards) == 1:
-        refuse_factors(checkpoint.shards[0].path, checkpoint.tensors)
     return Named.of(checkpoint, origin.base, origin.takes, origin.rows)
 
 
@@ -197,7 +199,7 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             expected=f"{list(entry.shape)} as in the base (or missing: skip)",
         )
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
-    cut = patch.rows == "common" and common(entry.name, found.shape, entry.shape)
+    cut = patch.rows == "common" and isinstance(found, TensorEntry) and common(entry.name, found.shape, entry.shape)
     refuse_ungathered(file, found, found.shape != entry.shape)
     if found.shape != entry.shape and not cut:
         raise InputError(
@@ -215,9 +217,9 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             found=found.dtype,
             expected=" or ".join(ITEMSIZE),
         )
-    if found.entries < entry.entries:
-        return FewerRows(entry, found, form)
-    return Dense(first_rows(found, entry), form)
+    if found.shape == entry.shape or isinstance(found, Joined):
+        return Dense(found, form)
+    return FewerRows(entry, found, form) if found.entries < entry.entries else Dense(first_rows(found, entry), form)
 
 
 @dataclass(frozen=True, slots=True)

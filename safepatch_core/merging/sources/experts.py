@@ -25,8 +25,9 @@ from safepatch_core.merging.sources.folder import INSTEAD, Entries, Folder, Foun
 from safepatch_core.merging.sources.orientation import model_type
 from safepatch_core.spec import Kind
 
-# Models whose experts are stored [experts, in, out], as transformers' classes say of themselves.
-_TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
+# Models whose classes tell PEFT that their experts are stored [experts, in, out]. Llama 4 has them so without a word,
+# and PEFT takes them the other way round.
+_TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 _MOST = 6  # parameters of one module: their ways to fit are tried one by one
 Nested = tuple[str, TensorEntry, TensorEntry]  # module, A, B
 Scaled = Callable[[str], tuple[int, float]]  # rank and scale of a module

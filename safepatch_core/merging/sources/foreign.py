@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
-from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SINGLE
+from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from safepatch_core.merging.sources.fusions import Joined
 
 _MLX = "adapters.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -20,16 +21,15 @@ _PLAIN = f"a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
 def is_adapter(path: Path) -> bool:
     """Whether the folder at `path` holds an adapter, or the file at `path` is the weights of one beside its config.
 
-    A config without weights beside a full checkpoint is a leftover: the checkpoint is meant.
+    A config alone may lie beside the checkpoint that the adapter was merged into.
     """
-    weights = (ADAPTER_WEIGHTS, _PICKLE, _MLX)
+    adapters = (ADAPTER_WEIGHTS, _PICKLE, _MLX)
     if not os.path.isdir(path):
-        return path.name in weights and os.path.lexists(path.parent / ADAPTER_CONFIG)
+        return path.name in adapters and os.path.lexists(path.parent / ADAPTER_CONFIG)
     if not os.path.lexists(path / ADAPTER_CONFIG):
         return False
-    return any(os.path.lexists(path / name) for name in weights) or not any(
-        os.path.lexists(path / name) for name in (SINGLE, INDEX)
-    )
+    weights = [name for name in os.listdir(path) if name.endswith((".safetensors", ".safetensors.index.json"))]
+    return not weights or any(os.path.lexists(path / name) for name in adapters)
 
 
 def refuse_foreign(path: Path) -> None:
@@ -64,18 +64,7 @@ def refuse_kohya(file: Path, names: Iterable[str]) -> None:
             )
 
 
-def refuse_factors(file: Path, names: Iterable[str]) -> None:
-    """Raises InputError for the factors of an adapter, which are no checkpoint."""
-    names = list(names)
-    refuse_kohya(file, names)
-    for name in names:
-        if re.search(r"\.lora_(embedding_)?[AB](\.|$)", name):
-            raise InputError(
-                "an adapter, not a checkpoint", file=file, tensor=name, expected=f"kind: lora, and {_PLAIN}"
-            )
-
-
-def refuse_ungathered(file: Path, entry: TensorEntry, misfit: bool) -> None:
+def refuse_ungathered(file: Path, entry: TensorEntry | Joined, misfit: bool) -> None:
     """Raises InputError for a tensor that is empty and does not fit."""
     if misfit and 0 in entry.shape:
         raise InputError(
