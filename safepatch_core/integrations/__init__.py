@@ -1,0 +1,1 @@
+"""Fixes in other toolchains: a file for each, which uses what `safepatch_core` shows and no more."""
