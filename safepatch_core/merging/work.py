@@ -17,6 +17,7 @@ class PatchInput:
     scores: PatchTensor | None
     key: int  # Philox key
     keep: int  # retention threshold
+    scale: float  # c
 
     @property
     def tensors(self) -> list[PatchTensor]:
