@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from tests.oracle_adapters import Adapter, Change, Misfit, model_type
+
 F32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 U64Array = npt.NDArray[np.uint64]
@@ -200,7 +202,7 @@ class Patch:
     name: str
     kind: str
     tensors: dict[str, Tensor]
-    adapter: dict[str, Any]
+    adapter: Adapter | None
     weight: str
     importance: dict[str, Tensor]
     top: float
@@ -218,58 +220,42 @@ class Patch:
                 return replace(self, top=top, retain=retain, c=c)
         return self
 
-    def module(self, name: str) -> str:
-        return "base_model.model." + name.removesuffix(".weight")
-
     def touches(self, name: str) -> bool:
-        if self.kind == "lora":
-            return name.endswith(".weight") and self.module(name) + ".lora_A.weight" in self.tensors
+        if self.adapter is not None:
+            return name in self.adapter.modules()
         return name in self.tensors and (self.minus is None or name in self.minus)
 
     def ranks(self, name: str) -> bool:
         return self.weight == "magnitude" or name in self.importance
 
     def touched(self) -> dict[str, Tensor]:
-        """All float tensors that this patch would change by the base's names; of an adapter, one of both factors."""
-        if self.kind != "lora":
+        """All float tensors that this patch would change by the base's names; of an adapter, their dimensions."""
+        if self.adapter is None:
             return {n: t for n, t in self.tensors.items() if t.dtype in FLOATS}
-        ending = ".lora_A.weight"
-        return {
-            n.removesuffix(ending).removeprefix("base_model.model.") + ".weight": t
-            for n, t in self.tensors.items()
-            if n.endswith(ending)
-        }
+        return {n: Tensor("F32", (0,) if n.endswith(".bias") else (0, 0), b"") for n in self.adapter.modules()}
 
-    def delta(self, name: str, base: Tensor) -> F32Array:
-        if self.kind == "lora":
-            return self.lora(name, base)
+    def change(self, name: str, base: Tensor) -> Change:
+        """Patched values, or a delta, flat."""
+        if self.adapter is not None:
+            try:
+                found = self.adapter.change(name, to_f32(base).reshape(base.shape))
+            except Misfit as error:
+                raise BadInput(f"{name}: does not fit {base.shape}") from error
+            assert found is not None
+            return Change(found.patched, found.values.reshape(-1))
         t = self.tensors[name]
         if t.shape != base.shape:
             raise BadInput(f"{name}: shape {t.shape}, the base has {base.shape}")
-        if self.kind == "delta":
-            return to_f32(t)
-        before = base if self.minus is None else self.minus[name]
+        if self.kind == "delta" or self.minus is None:
+            return Change(self.kind == "checkpoint", to_f32(t))
+        before = self.minus[name]
         if before.shape != base.shape:
             raise BadInput(f"{name}: measured from shape {before.shape}, the base has {base.shape}")
-        return to_f32(t) - to_f32(before)
+        return Change(False, to_f32(t) - to_f32(before))
 
-    def lora(self, name: str, base: Tensor) -> F32Array:
-        module = self.module(name)
-        a, b = self.tensors[module + ".lora_A.weight"], self.tensors[module + ".lora_B.weight"]
-        rank = pattern(self.adapter.get("rank_pattern"), module, self.adapter["r"])
-        alpha = pattern(self.adapter.get("alpha_pattern"), module, self.adapter["lora_alpha"])
-        transposed = self.adapter.get("fan_in_fan_out", False)
-        fan_out, fan_in = b.shape[0], a.shape[1]
-        shape = (fan_in, fan_out) if transposed else (fan_out, fan_in)
-        if a.shape[0] != rank or b.shape[1] != rank or shape != base.shape:
-            raise BadInput(f"{name}: adapter shapes {b.shape} and {a.shape}, rank {rank}, base {base.shape}")
-        left, right = to_f32(b).reshape(b.shape), to_f32(a).reshape(a.shape)
-        acc = np.zeros((fan_out, fan_in), np.float32)
-        for r in range(rank):
-            acc = acc + left[:, r : r + 1] * right[r : r + 1, :]
-        s = np.float32(alpha / (math.sqrt(rank) if self.adapter.get("use_rslora") else rank))
-        d = s * acc
-        return (d.T if transposed else d).reshape(-1)
+    def delta(self, name: str, base: Tensor) -> F32Array:
+        change = self.change(name, base)
+        return change.values - to_f32(base) if change.patched else change.values
 
     def score(self, name: str, base: Tensor, d: F32Array) -> F32Array:
         if self.weight == "magnitude":
@@ -287,31 +273,25 @@ class Patch:
         w = to_f32(base)
         factor = {"base": w, "delta": d}.get(self.weight)
         if factor is None:
-            stored = self.kind == "checkpoint" and self.minus is None
-            factor = to_f32(self.tensors[name]) if stored else w + d
+            change = self.change(name, base)
+            factor = change.values if change.patched else w + d
         product: F32Array = factor * x
         return np.abs(product)
 
 
-def pattern(table: Mapping[str, float] | None, module: str, default: float) -> Any:
-    """PEFT's rule: the first key that is the module's name or a dotted tail of it, as a regular expression."""
-    name = module.removeprefix("base_model.model.")
-    for key, value in (table or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+def load_adapter(folder: Path, base: Path) -> Adapter:
+    tensors: dict[str, Any] = {}
+    for name, t in load_file(folder / "adapter_model.safetensors").items():
+        tensors[name] = (np.frombuffer(t.data, "<i4") if t.dtype == "I32" else to_f32(t)).reshape(t.shape)
+    return Adapter(json.loads((folder / "adapter_config.json").read_text()), tensors, model_type(base))
 
 
-def load_patch(entry: Mapping[str, Any], root: Path) -> Patch:
+def load_patch(entry: Mapping[str, Any], root: Path, base: Path) -> Patch:
     source = root / entry["source"]
     is_adapter = (source / "adapter_config.json").is_file()
     kind = entry.get("kind", "lora" if is_adapter else "checkpoint")
-    adapter: dict[str, Any] = {}
-    if kind == "lora":
-        adapter = json.loads((source / "adapter_config.json").read_text())
-        tensors = load_file(source / "adapter_model.safetensors")
-    else:
-        tensors = load_checkpoint(source)
+    adapter = load_adapter(source, base) if kind == "lora" else None
+    tensors = {} if kind == "lora" else load_checkpoint(source)
     importance = entry.get("importance", "magnitude")
     weight, scores = "magnitude", {}
     if isinstance(importance, dict):
@@ -371,7 +351,7 @@ def _merge(recipe_path: Path) -> Result:
     recipe = yaml.safe_load(recipe_path.read_text())
     root = recipe_path.parent
     base = load_checkpoint(root / recipe["base"])
-    patches = [load_patch(entry, root) for entry in recipe["patches"]]
+    patches = [load_patch(entry, root, root / recipe["base"]) for entry in recipe["patches"]]
     targets = sorted(
         (n for n, t in base.items() if is_target(n, t, recipe.get("targets", "linear"))),
         key=lambda n: n.encode(),

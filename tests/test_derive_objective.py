@@ -164,7 +164,7 @@ def test_long_answers_are_cut_and_questions_that_leave_no_room_refused() -> None
 
 def test_a_template_that_refuses_the_conversation_is_an_input_error() -> None:
     assert encode(NO_SYSTEM) == encode(CHATML)
-    with pytest.raises(InputError, match="no system role: expected another system_prompt, or none"):
+    with pytest.raises(InputError, match="no system role: expected another --system-prompt, or none"):
         encode(NO_SYSTEM, system="Be brief.")
     with pytest.raises(InputError, match="chat template failed: can only concatenate"):
         encode("{{ 'a' + 1 }}")  # not jinja's own error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safepatch_core.merging.recipe import load_recipe
 from tests import fix_oracle
 from tests.fix_cases import changed, random_tensor, write_both
 from tests.oracle import Tensor, load_checkpoint, save_file
-from tests.recipes import write_working
+from tests.recipes import write_plain, write_working
 from tests.test_ranks import ROOT, model, torchrun
 from tests.test_ranks import recipe as rank_recipe
 
@@ -158,3 +159,14 @@ def test_any_number_of_ranks_gives_the_same_file(tmp_path: Path, scope: str, ran
     subprocess.run([*command, "--backend", "cpu", "--threads", "1"], cwd=ROOT, check=True, timeout=240)
     assert (tmp_path / "out" / "many.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
     assert os.listdir(tmp_path / "out") == ["many.safetensors"]
+
+
+def test_what_merge_refuses_build_refuses(tmp_path: Path) -> None:
+    """A patch without an effect, by the same line; nothing is left."""
+    base = {"w.weight": Tensor("F32", (3, 2), np.arange(6, dtype="<f4").tobytes())}
+    recipe = write_plain(tmp_path / "r", base, {"p": (base, {})})
+    with pytest.raises(InputError) as merged:
+        merge(recipe, tmp_path / "merged", backend="reference")
+    with pytest.raises(InputError, match=re.escape(str(merged.value))):
+        build(recipe, tmp_path / "fix.safetensors", backend="reference")
+    assert os.listdir(tmp_path) == ["r"]

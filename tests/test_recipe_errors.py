@@ -461,7 +461,6 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"(": 2}}, "rank_pattern"),
     ({"alpha_pattern": {"a": "x"}}, "alpha_pattern"),
     ({"use_rslora": "yes"}, "use_rslora"),
-    ({"fan_in_fan_out": True}, "a.weight"),
 ]
 
 

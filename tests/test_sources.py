@@ -17,9 +17,9 @@ from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources import open_source
-from safepatch_core.merging.sources.contract import Source
+from safepatch_core.merging.sources.contract import Source, load_alone
 from safepatch_core.merging.sources.dense import Dense, ImportanceFile
-from safepatch_core.merging.sources.lora import Factors
+from safepatch_core.merging.sources.factors import Factors
 from safepatch_core.spec import Missing
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "F64": "<f8", "U8": "u1"}
@@ -95,7 +95,7 @@ def factors_of(source: Source, base: Checkpoint, name: str) -> Factors:
 def load(source: Source, base: Checkpoint, name: str) -> Lora:
     found, inputs = look_up(source, base, name), Inputs(source.checkpoints)
     try:
-        lora = found.load(inputs, 0, base.tensors[name].entries, np.empty(found.held_bytes, np.uint8))
+        lora = load_alone(found, inputs, 0, base.tensors[name].entries)
         assert isinstance(lora, Lora) and inputs.bytes_read == found.once_bytes
         return lora
     finally:
@@ -291,10 +291,9 @@ def test_scale_is_rounded_once(tmp_path: Path, base: Checkpoint, alpha: float, r
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
+        ("use_dora", "yes"),
+        ("bias", "some"),
+        ("lora_bias", 1),
         ("modules_to_save", "lm_head"),
         ("modules_to_save", [1]),
         ("layer_replication", [[0, 1], [0, 1]]),
@@ -333,7 +332,7 @@ def test_unsupported_options_are_named(tmp_path: Path, base: Checkpoint, option:
     refuse(base, root, root / "adapter_config.json", option, "found ")
 
 
-@pytest.mark.parametrize("peft_type", ["ADALORA", "LOHA", "IA3", "VERA", "lora", None, 1, ["LORA"]])
+@pytest.mark.parametrize("peft_type", ["ADALORA", "LOHA", "IA3", "OFT", "lora", None, 1, ["LORA"]])
 def test_other_peft_types(tmp_path: Path, base: Checkpoint, peft_type: Any) -> None:
     refuse(base, adapter(tmp_path / "a", peft_type=peft_type), "unsupported peft_type", "expected LORA")
 
@@ -390,7 +389,8 @@ def test_broken_config(tmp_path: Path, base: Checkpoint) -> None:
 
 def test_adapter_that_is_no_directory_or_a_pickle(tmp_path: Path, base: Checkpoint) -> None:
     file = adapter(tmp_path / "a") / "adapter_model.safetensors"
-    refuse(base, file, "expected a directory with adapter_config.json", kind="lora")
+    alone = save(tmp_path / "b" / "adapter_model.safetensors", pair())
+    refuse(base, alone, "expected a folder with adapter_config.json", kind="lora")
     file.rename(file.with_name("adapter_model.bin"))
     refuse(base, file.parent, "adapter_model.bin", "pickle", "expected adapter_model.safetensors")
     file.with_name("adapter_model.bin").unlink()
@@ -415,7 +415,7 @@ def half(side: str) -> Table:
         ),
         (pair(rows=8), "model.layers.0.q.weight", ["another base", "found [8, 4]", "expected [6, 4]"]),
         (pair(cols=8), "model.layers.0.q.weight", ["another base", "found [6, 8]", "expected [6, 4]"]),
-        (pair(rows=4, cols=6), "model.layers.0.q.weight", ["another base", "found [4, 6]", "expected [6, 4]"]),
+        (pair(rows=4, cols=8), "model.layers.0.q.weight", ["another base", "found [4, 8]", "expected [6, 4]"]),
         (pair(dtype="I32"), f"{Q0}.lora_A.weight", ["found I32"]),
         (pair(dtype="F64"), f"{Q0}.lora_A.weight", ["found F64"]),
         (pair("base_model.model.quantized"), "quantized.weight", ["found U8"]),
@@ -630,11 +630,8 @@ def test_deltas_are_those_of_peft(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     ],
 )
@@ -653,12 +650,11 @@ def test_every_field_of_pefts_config_is_decided() -> None:
     import dataclasses
 
     peft = pytest.importorskip("peft")
-    from safepatch_core.merging.sources import lora
+    from safepatch_core.merging.sources import folder, lora
 
     refused = {
-        *("megatron_config", "trainable_token_indices", "use_dora", "velora_config", "use_qalora"),
-        *("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias", "target_parameters"),
-        *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+        *("megatron_config", "velora_config", "use_qalora", "alora_invocation_tokens", "monteclora_config"),
+        *("layer_replication", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
     }
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields <= refused | lora._HARMLESS | lora._USED
+    assert fields <= refused | lora.HARMLESS | lora.USED | folder.HARMLESS | folder.USED

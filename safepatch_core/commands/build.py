@@ -52,4 +52,6 @@ def command(
             f"({result.changes / result.entries:.2%}): {human(result.size)}, "
             f"{result.size / result.changes:.2f} bytes for each"
         )
+        for note in result.notes:
+            click.echo(printable(note))
         click.echo(f"fix {result.id} written: {printable(result.out)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from safepatch_core.deriving.config import DeriveConfig
+from safepatch_core.errors import InputError
 from safepatch_core.files.disk import hash_file
 from safepatch_core.language.chat import Example, Format, encode_rows
 from safepatch_core.language.model import Limits
@@ -42,7 +43,10 @@ def read_data(config: DeriveConfig, tokenizer: Any, limits: Limits, tell: Tell) 
         InputError: A file or a row can't be used, or the chat template refuses the conversation.
         UsageError: A bad slice.
     """
-    chat = Format(tokenizer, config.system_prompt, thinking=config.thinking, vocabulary=limits.vocabulary)
+    try:
+        chat = Format(tokenizer, config.system_prompt, thinking=config.thinking, vocabulary=limits.vocabulary)
+    except InputError as error:
+        raise InputError(str(error), file=config.model) from error
     if chat.closed:
         tell("the chat template opens a thinking block: it is closed before each answer")
     length = min(config.max_length, limits.positions or config.max_length)

@@ -29,7 +29,7 @@ from safepatch_core.files.filenames import INDEX, SINGLE
 from safepatch_core.files.header import make_header
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources import open_source
-from safepatch_core.merging.sources.contract import PatchTensor
+from safepatch_core.merging.sources.contract import PatchTensor, load_alone
 from safepatch_core.ranks import Ranks
 from safepatch_core.spec import Kind
 
@@ -148,7 +148,7 @@ def patched_tensors(
         leaves alone is the base's.
     """
     source = open_source(folder.name, folder, kind, base, relative_to=None)
-    with closing(Inputs(source.checkpoints)) as inputs:
+    with closing(Inputs((base, *source.checkpoints))) as inputs:
         for entry in entries:
             old, found = read_tensor(entry), source.lookup(entry, "skip")
             if found is None:
@@ -160,8 +160,7 @@ def patched_tensors(
 
 def read_patch(found: PatchTensor, inputs: Inputs, entry: TensorEntry) -> Tensor:
     """What a patch brings to the base's tensor `entry`: its patched values as saved, or its delta."""
-    memory = np.empty(found.ring_bytes * entry.entries + found.held_bytes, np.uint8)
-    given = found.load(inputs, 0, entry.entries, memory)
+    given = load_alone(found, inputs, 0, entry.entries)
     if isinstance(given, Lora):
         return given.scale * torch.from_numpy(given.b @ given.a)
     signed = given.data.view(np.int32 if given.dtype == "F32" else np.int16)  # torch's views start from these

@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -49,6 +49,7 @@ class BuildResult:
     changes: int
     size: int  # bytes of the file
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what the recipe's patches bring beside the targets
 
 
 def build(
@@ -97,7 +98,8 @@ def build(
         counts = job.run(recorder)
         require_eligible(recipe, {name: report for of in ranks.gather(counts) for name, report in of.items()})
         writer.join(ranks)
-        return _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks, recipe.warnings)
+        result = _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks)
+        return replace(result, warnings=recipe.warnings, notes=recipe.notes)
 
 
 def build_between(
@@ -286,9 +288,7 @@ def _recipe_of(checkpoint: Checkpoint) -> Any:
     return manifest.get("recipe") if isinstance(manifest, dict) else None
 
 
-def _finish(
-    path: Path, base: Checkpoint, writer: Writer, recipe: Any, ranks: Ranks, warnings: tuple[str, ...] = ()
-) -> BuildResult:
+def _finish(path: Path, base: Checkpoint, writer: Writer, recipe: Any, ranks: Ranks) -> BuildResult:
     facts = writer.facts
     if not facts:
         raise InputError("nothing changes: there is nothing to fix", file=base.ref)
@@ -304,5 +304,4 @@ def _finish(
         sum(of.entries for of in facts.values()),
         sum(of.changes for of in facts.values()),
         path.stat().st_size,
-        warnings,
     )

@@ -158,7 +158,7 @@ class Format:
                 )
             )
         except Exception as error:  # whatever a template makes jinja and transformers raise
-            hint = "another system_prompt, or none" if messages[0][0] == "system" else None
+            hint = "another --system-prompt, or none" if messages[0][0] == "system" else None
             raise InputError(f"chat template failed: {first_line(error)}", expected=hint) from error
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:

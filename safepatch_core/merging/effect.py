@@ -12,7 +12,7 @@ from safepatch_core.backends.reference import to_float32
 from safepatch_core.errors import InputError
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.plan import Plan
-from safepatch_core.merging.sources.contract import PatchTensor, align
+from safepatch_core.merging.sources.contract import load_alone
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target
 
@@ -54,21 +54,16 @@ def _moves(inputs: Inputs, target: Target, p: int, lo: int, hi: int, skip: bool)
     """Whether a delta among the entries [lo, hi) is not zero (with `skip`, and finite)."""
     patch = target.patches[p]
     assert patch is not None
-    values = _load(inputs, patch.delta, lo, hi)
+    values = load_alone(patch.delta, inputs, lo, hi)
     with np.errstate(all="ignore"):
         if isinstance(values, Lora):
             return lo == 0 and _factors_move(values, skip)
         if patch.delta.form == "delta":
             return _some(to_float32(values), skip)
-        base = _load(inputs, Dense(target.entry, "checkpoint"), lo, hi)
+        base = load_alone(Dense(target.entry, "checkpoint"), inputs, lo, hi)
         assert isinstance(base, Bits)
         same = base.dtype == values.dtype and np.array_equal(base.data, values.data)
         return not same and _some(to_float32(values) - to_float32(base), skip)
-
-
-def _load(inputs: Inputs, tensor: PatchTensor, lo: int, hi: int) -> Bits | Lora:
-    memory = np.empty(align(tensor.ring_bytes * (hi - lo)) + tensor.held_bytes, np.uint8)
-    return tensor.load(inputs, lo, hi, memory)
 
 
 def _factors_move(lora: Lora, skip: bool) -> bool:

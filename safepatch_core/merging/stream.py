@@ -30,13 +30,13 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.pipeline import Region, Ring
 from safepatch_core.merging.plan import Plan
-from safepatch_core.merging.sources.contract import PatchTensor, Range, align
+from safepatch_core.merging.sources.contract import Held, PatchTensor, Range, align
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target, Unit
 from safepatch_core.ranks import Alone, Ranks
 
 Counts = dict[str, Report]
-Held = dict[PatchTensor, Bits | Lora]
+Shared = dict[PatchTensor, Held]
 
 
 class Sink(Protocol):
@@ -204,11 +204,14 @@ class Merge:
 
         def fetch(tensor: PatchTensor) -> Bits | Lora:
             nonlocal used
-            if tensor.held_bytes and not target.whole:
-                return self._held.get(target.entry.name)[tensor]
-            room = align(tensor.ring_bytes * n) + tensor.held_bytes
+            if target.whole:
+                used += tensor.held_bytes
+                held = tensor.hold(self._inputs, memory[used - tensor.held_bytes : used])
+            else:
+                held = self._held.get(target.entry.name)[tensor]
+            room = align(tensor.ring_bytes * n)
             used += room
-            return tensor.load(self._inputs, unit.lo, unit.hi, memory[used - room : used])
+            return held.load(self._inputs, unit.lo, unit.hi, memory[used - room : used])
 
         bits = Dense(target.entry, "checkpoint").load(self._inputs, unit.lo, unit.hi, memory)
         used = align(bits.data.nbytes)
@@ -225,7 +228,7 @@ class Merge:
                     importance=spec.importance_kind,
                     scores=None if given.scores is None else cast(Bits, fetch(given.scores)),
                     weight=spec.weight,
-                    random_key=given.key,
+                    random_key=given.random_key,
                     keep=given.keep,
                     scale=given.scale,
                 )
@@ -240,7 +243,7 @@ class Merge:
         )
         return Work(unit, bits.data.view(np.uint8), block)
 
-    def _fresh_held(self) -> pipeline.Once[Held]:
+    def _fresh_held(self) -> pipeline.Once[Shared]:
         # Not a method of self: that cycle would keep the ring and the engine until the garbage collector comes by.
         return pipeline.Once(partial(_load_held, self.plan, self._inputs))
 
@@ -253,14 +256,10 @@ def _ranges(unit: Unit) -> list[Range]:
     return [of for tensor in tensors for of in tensor.ranges(unit.lo, unit.hi)]
 
 
-def _load_held(plan: Plan, inputs: Inputs, name: str) -> Held:
+def _load_held(plan: Plan, inputs: Inputs, name: str) -> Shared:
     """What all chunks of a target share."""
-    target = plan.targets[name]
-    return {
-        tensor: tensor.load(inputs, 0, target.entry.entries, np.empty(tensor.held_bytes, np.uint8))
-        for tensor in target.given
-        if tensor.held_bytes
-    }
+    given = plan.targets[name].given
+    return {tensor: tensor.hold(inputs, np.empty(tensor.held_bytes, np.uint8)) for tensor in given}
 
 
 class _Apply:

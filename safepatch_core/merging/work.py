@@ -15,7 +15,7 @@ class PatchInput:
 
     delta: PatchTensor
     scores: PatchTensor | None
-    key: int  # Philox key
+    random_key: int
     keep: int  # retention threshold
     scale: float  # c
 

@@ -13,13 +13,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 
-from safepatch_core.backends.contract import Lora
+from safepatch_core.backends.contract import Bits, Lora
 from safepatch_core.errors import InputError, IOFailure, SafepatchError, UsageError
 from safepatch_core.files.checkpoint import BITS, Checkpoint, Shard, open_checkpoint, read_shard
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
@@ -28,6 +28,7 @@ from safepatch_core.fixes.reading import open_fix
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.recipe import load_recipe
 from safepatch_core.merging.sources import open_source
+from safepatch_core.merging.sources.contract import load_alone
 
 SHM = Path("/dev/shm")
 ROOT = Path(tempfile.mkdtemp(prefix="safepatch-fuzz-", dir=SHM if os.access(SHM, os.W_OK) else None))
@@ -162,12 +163,13 @@ def adapter(data: bytes) -> None:
         for name in source.shapes:
             entry = base.tensors.get(name)
             found = entry and source.lookup(entry, "error")
-            if entry and found and found.held_bytes:
-                inputs, memory = Inputs(source.checkpoints), np.empty(found.held_bytes, np.uint8)
-                lora = found.load(inputs, 0, entry.entries, memory)
-                inputs.close()
-                if isinstance(lora, Lora) and (lora.b.shape[0], lora.a.shape[1]) != entry.shape:
+            if entry and found:
+                with closing(Inputs((base, *source.checkpoints))) as inputs:
+                    values = load_alone(found, inputs, 0, entry.entries)
+                if isinstance(values, Lora) and (values.b.shape[0], values.a.shape[1]) != entry.shape:
                     raise Violation(f"factors of another shape than {name}")
+                if isinstance(values, Bits) and len(values.data) != entry.entries:
+                    raise Violation(f"another number of entries than {name}")
     except SafepatchError as error:
         refused(error, InputError, IOFailure)
 

@@ -10,9 +10,9 @@ from safepatch_core.errors import UsageError
 from safepatch_core.files.checkpoint import Checkpoint, locate, open_checkpoint
 from safepatch_core.files.filenames import ADAPTER_CONFIG
 from safepatch_core.merging.names import Takes
+from safepatch_core.merging.sources.adapter import open_adapter
 from safepatch_core.merging.sources.contract import Origin, Source
 from safepatch_core.merging.sources.dense import open_checkpoints, open_deltas
-from safepatch_core.merging.sources.lora import open_adapter
 from safepatch_core.spec import Kind
 
 KINDS: dict[Kind, Callable[[Origin], Source]] = {

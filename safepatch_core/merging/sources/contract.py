@@ -37,6 +37,13 @@ class Origin:
     takes: Takes  # the recipe's rule of targets
 
 
+class Held(Protocol):
+    """What a patch says about a tensor, once all that its chunks share is in memory."""
+
+    def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits | Lora:
+        """Entries [lo, hi), read or decoded into `memory` of `ring_bytes` per entry. Raises IOFailure."""
+
+
 class PatchTensor(Protocol):
     """What one patch, or its importance, says about one tensor of the base.
 
@@ -70,8 +77,8 @@ class PatchTensor(Protocol):
     def ranges(self, lo: int, hi: int) -> list[Range]:
         """What is read of the files for the entries [lo, hi)."""
 
-    def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits | Lora:
-        """Entries [lo, hi), read into `memory`: `ring_bytes` per entry, or what is held. Raises IOFailure."""
+    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Held:
+        """Read what all chunks share into `memory` of `held_bytes`. Raises IOFailure."""
 
 
 class Source(Protocol):
@@ -108,3 +115,9 @@ class Source(Protocol):
 
         Raises InputError where the tensor is missing (`missing="skip"` and adapters aside) or does not fit.
         """
+
+
+def load_alone(tensor: PatchTensor, inputs: Inputs, lo: int, hi: int) -> Bits | Lora:
+    """Entries [lo, hi) of one tensor in memory of their own."""
+    held = tensor.hold(inputs, np.empty(tensor.held_bytes, np.uint8))
+    return held.load(inputs, lo, hi, np.empty(tensor.ring_bytes * (hi - lo), np.uint8))

@@ -17,9 +17,8 @@ from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, ope
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
+from safepatch_core.merging.sources.decoding import PIECE
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
-
-PIECE = 1 << 16  # entries that are decoded at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,9 @@ class Dense:
     def ranges(self, lo: int, hi: int) -> list[Range]:
         return [(self.entry, lo * self.entry_bytes, hi * self.entry_bytes)]
 
+    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Dense:
+        return self
+
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
         buffer = memory[: (hi - lo) * self.entry_bytes]
         inputs.read(self.entry, lo * self.entry_bytes, buffer)
@@ -79,6 +81,9 @@ class Difference:
 
     def ranges(self, lo: int, hi: int) -> list[Range]:
         return self.patched.ranges(lo, hi) + self.minus.ranges(lo, hi)
+
+    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Difference:
+        return self
 
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
         """f32(patched) - f32(minus), rounded once; a piece at a time, so that little lies beside the ring."""

@@ -1,0 +1,179 @@
+"""Adapters by brute force: what each kind makes of a base's tensor, whole, beside SPEC's table of adapters."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
+EXPERTS_TURNED = ("gpt_oss", "aria")
+
+
+class Misfit(Exception):
+    """An adapter of another base."""
+
+
+class Change(NamedTuple):
+    """Patched values, or a delta."""
+
+    patched: bool
+    values: F32
+
+
+class Adapter:
+    """`tensors`: name -> float32 array (or int32 indices) of the adapter's file; `base` likewise."""
+
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Any], model_type: str | None) -> None:
+        self.config, self.model_type = config, model_type
+        self.tensors = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+        self.kind = config["peft_type"]
+
+    def modules(self) -> dict[str, str]:
+        """The base's names of what is changed -> the name in the file that says so."""
+        found = {}
+        for name in self.tensors:
+            if match := re.fullmatch(r"(.+)\.(lora_A\.weight|lora_embedding_A|vera_lambda_b|shira_weight)", name):
+                found[self.parameter(match[1]) or f"{match[1]}.weight"] = name
+            elif match := re.fullmatch(r"(.+?)(\.token_adapter)?\.trainable_tokens_delta", name):
+                found[f"{match[1]}.weight"] = name
+            elif match := re.fullmatch(r"(.+)\.lora_B\.bias", name):
+                found[f"{match[1]}.bias"] = name
+        for name in self.tensors:
+            bare = name.replace(".base_layer.", ".")
+            if "lora_" not in name and name.endswith((".weight", ".bias")):
+                found.setdefault(bare, name)
+        return found
+
+    def parameter(self, module: str) -> str | None:
+        """Which parameter a wrapper of the module is for: the outermost of several is the one named last."""
+        bare = module.replace(".base_layer", "")
+        named = [t.rpartition(".") for t in self.config.get("target_parameters") or []]
+        targets = [t[2] for t in named if f".{bare}".endswith(f".{t[0]}")]
+        if not targets:
+            return None
+        return f"{bare}.{targets[len(targets) - 1 - module.count('.base_layer')]}"
+
+    def change(self, name: str, base: F32) -> Change | None:
+        """What becomes of the base's tensor `name`; None where the adapter leaves it alone."""
+        stored = self.modules().get(name)
+        if stored is None:
+            return None
+        module = stored.rpartition(".lora_")[0] or stored.rpartition(".")[0]
+        given = self.tensors[stored]
+        if stored.endswith("trainable_tokens_delta"):
+            return Change(True, self.rows(module.removesuffix(".token_adapter"), base, given))
+        if stored.endswith("shira_weight"):
+            return Change(False, self.scattered(module, base, given))
+        if stored.endswith("lora_B.bias"):
+            return Change(False, self.scale(module, self.rank(module)) * (np.float32(0) + np.float32(1) * given))
+        if "lora_" not in stored and "vera_" not in stored:
+            if given.shape != base.shape:
+                raise Misfit(name)
+            return Change(True, given)
+        if base.ndim == 3:
+            return Change(False, self.experts(name, module, base))
+        return self.matrix(name, module, base)
+
+    def matrix(self, name: str, module: str, base: F32) -> Change:
+        a, b, scale, embedding = self.factors(name, module, base)
+        turned = embedding or self.turned(name, base.shape, (b.shape[0], a.shape[1]))
+        delta = scale * in_order(b, a)
+        magnitude = self.tensors.get(f"{module}.lora_magnitude_vector")
+        if (delta.T if turned else delta).shape != base.shape:
+            raise Misfit(name)
+        if magnitude is None:
+            return Change(False, delta.T if turned else delta)
+        moved = (base.T if turned else base) + delta
+        norms = np.zeros(len(moved), np.float64)
+        for column in moved.T.astype(np.float64):
+            norms = norms + column * column
+        patched = (magnitude / np.sqrt(norms).astype(np.float32))[:, None] * moved
+        return Change(True, patched.T if turned else patched)
+
+    def factors(self, name: str, module: str, base: F32) -> tuple[F32, F32, np.float32, bool]:
+        """A, B, scale, and whether it is an embedding."""
+        if self.kind == "VERA":
+            shared = {side: next(t for n, t in self.tensors.items() if f"vera_{side}" in n) for side in "AB"}
+            lambda_b, lambda_d = self.tensors[f"{module}.vera_lambda_b"], self.tensors[f"{module}.vera_lambda_d"]
+            out = len(lambda_b)
+            into = base.shape[1] if base.shape[0] == out else base.shape[0]
+            a, b = lambda_d[:, None] * shared["A"][:, :into], lambda_b[:, None] * shared["B"][:out]
+            return a, b, np.float32(1), False
+        embedding = f"{module}.lora_embedding_A" in self.tensors
+        sides = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        a, b = (self.tensors[f"{module}.{side}"] for side in sides)
+        rank = self.rank(module)
+        if a.shape[0] != rank or b.shape[1] != rank:
+            raise Misfit(name)
+        return a, b, self.scale(module, rank), embedding
+
+    def turned(self, name: str, shape: tuple[int, ...], given: tuple[int, int]) -> bool:
+        """Whether the base stores [in, out]: as its shape says, or its architecture, or the flag."""
+        if given[0] != given[1]:
+            return shape == given[::-1]
+        if self.model_type in CONV1D_MODELS:
+            return name.split(".")[-2] in CONV1D
+        return bool(self.config.get("fan_in_fan_out"))
+
+    def experts(self, name: str, module: str, base: F32) -> F32:
+        count, rank = len(base), self.rank(name)
+        scale = self.scale(name, rank)
+        a, b = self.tensors[f"{module}.lora_A.weight"], self.tensors[f"{module}.lora_B.weight"]
+        turned = base.shape[1:] != (b.shape[0], a.shape[1])
+        if b.shape[0] == a.shape[1]:
+            turned = self.model_type in EXPERTS_TURNED
+        deltas = []
+        for e in range(count):
+            delta = scale * in_order(b[:, e::count], a[e * rank : (e + 1) * rank])
+            deltas.append(delta.T if turned else delta)
+        return np.stack(deltas)
+
+    def rows(self, module: str, base: F32, given: F32) -> F32:
+        indices = self.config.get("token_indices") or self.config["trainable_token_indices"]
+        if isinstance(indices, dict):
+            indices = next(of for key, of in indices.items() if f".{module}".endswith(f".{key}"))
+        patched = base.copy()
+        patched[indices] = given
+        return patched
+
+    def scattered(self, module: str, base: F32, given: F32) -> F32:
+        delta = np.zeros_like(base)
+        for row, col, value in zip(*self.tensors[f"{module}.shira_indices"], given, strict=True):
+            delta[row, col] = delta[row, col] + value
+        return delta
+
+    def rank(self, module: str) -> int:
+        return int(self.pattern("rank_pattern", module, self.config["r"]))
+
+    def scale(self, module: str, rank: int) -> np.float32:
+        alpha = self.pattern("alpha_pattern", module, self.config["lora_alpha"])
+        return np.float32(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+    def pattern(self, table: str, module: str, default: Any) -> Any:
+        """PEFT's rule: the first key that is the module's name or a dotted tail of it, as a regular expression."""
+        for key, value in (self.config.get(table) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        return default
+
+
+def in_order(left: F32, right: F32) -> F32:
+    """left @ right, rank by rank from +0."""
+    acc = np.zeros((left.shape[0], right.shape[1]), np.float32)
+    for r in range(left.shape[1]):
+        acc = acc + left[:, r : r + 1] * right[r : r + 1, :]
+    return acc
+
+
+def model_type(base: Path) -> str | None:
+    config = base / "config.json"
+    return json.loads(config.read_text()).get("model_type") if config.is_file() else None
