@@ -117,6 +117,7 @@ setup(
         "safepatch_core.evaluating",
         "safepatch_core.files",
         "safepatch_core.fixes",
+        "safepatch_core.integrations",
         "safepatch_core.language",
         "safepatch_core.merging",
         "safepatch_core.merging.sources",

@@ -1,0 +1,1 @@
+"""Other toolchains, each on the public API alone."""
