@@ -32,6 +32,7 @@ COMMANDS = {
     "run": ("safepatch_core.commands.run", "Derive, merge and evaluate, from one YAML file."),
     "sweep": ("safepatch_core.commands.sweep", "Search the recipe that scores best, from one YAML file."),
     "selftest": ("safepatch_core.commands.selftest", "Compare an engine with the reference here, bit for bit."),
+    "schema": ("safepatch_core.commands.schema", "The JSON Schema of recipes, for editors."),
     "config": ("safepatch_core.commands.config", "Flags for compiling and linking with the C library."),
     "bench": ("safepatch_core.bench.command", "Measure the engine here, beside its limits and its peers."),
 }

@@ -167,7 +167,7 @@ class _Reader:
 
     def _arithmetic(self, base: str, models: list[_Model], settings: _Settings) -> Imported:
         rates = {m.reference: {t: self._rates(settings, m, t) for t in settings.tensors} for m in models}
-        names = _names([m.reference for m in models])
+        names = patch_names([m.reference for m in models])
         every = [r for of in rates.values() for r in of.values()]
         recipe: dict[str, Any] = {"base": _located(base), "targets": "all"}
         if self._method.startswith("dare"):
@@ -327,7 +327,7 @@ def _patch(
     return patch
 
 
-def _names(references: Sequence[str]) -> dict[str, str]:
+def patch_names(references: Sequence[str]) -> dict[str, str]:
     """A patch name for each model, from the last part of its path."""
     found: dict[str, str] = {}
     for reference in references:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from safepatch_core.errors import UsageError
 from safepatch_core.settings import Strict, explain, parse_size, read_yaml
@@ -168,7 +169,7 @@ class Recipe(Strict):
     accumulate: Literal["base", "deltas"] = "base"
     elect: Elect = Elect()
     quota: Quota = "even"
-    origin: Annotated[Path, Field(exclude=True)] = Path(".")
+    origin: Annotated[SkipJsonSchema[Path], Field(exclude=True)] = Path(".")
 
     @field_validator("max_shard_size")
     @classmethod
