@@ -16,7 +16,8 @@ import pytest
 
 from safepatch_core.errors import InputError, SafepatchError, UsageError
 from safepatch_core.files import checkpoint
-from safepatch_core.files.checkpoint import COMPANION_LIMIT, companions, open_checkpoint, read_json
+from safepatch_core.files.checkpoint import open_checkpoint, read_json
+from safepatch_core.files.companions import COMPANION_LIMIT, companions, lacking, left_out
 from safepatch_core.files.filenames import INDEX
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -170,10 +171,15 @@ def test_tensor_in_the_index_but_not_in_the_shard(tmp_path: Path) -> None:
     refuse(root, root / TWO, "tensor 'd'", "not in the shard")
 
 
-def test_tensor_in_the_shard_but_not_in_the_index(tmp_path: Path) -> None:
+def test_tensors_beyond_the_index_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    """Layers for multi-token prediction, for example: loaders of the model skip them."""
     root = sharded(tmp_path / "m")
     save_index(root, {"a": ONE, "c": TWO})
-    refuse(root, root / ONE, "tensor 'b'", "found nothing", INDEX)
+    opened = open_checkpoint(root)
+    assert list(opened.tensors) == ["a", "b", "c"] and opened.beyond == frozenset("b")
+    assert opened.warnings == (
+        f"1 tensors of the shards are not in {INDEX}, the first 'b': copied, and never a target",
+    )
 
 
 def test_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
@@ -185,7 +191,100 @@ def test_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
 def test_index_and_single_file(tmp_path: Path) -> None:
     root = sharded(tmp_path / "m")
     save(root / "model.safetensors", "a", "b", "c")
-    refuse(root, root, "model.safetensors", INDEX)
+    refuse(root, root, "model.safetensors", INDEX, "delete the one that is out of date")
+
+
+def test_an_index_of_the_single_file(tmp_path: Path) -> None:
+    root = tmp_path / "m"
+    root.mkdir()
+    save(root / "model.safetensors", "a", "b")
+    save(root / "projector.safetensors", "x")
+    save_index(root, dict.fromkeys("ab", "model.safetensors"))
+    opened = open_checkpoint(root)
+    assert [s.file for s in opened.shards] == ["model.safetensors"] and opened.index is not None
+    assert opened.warnings == ()
+
+
+def test_a_stale_index_beside_a_single_file(tmp_path: Path) -> None:
+    root = sharded(tmp_path / "m")
+    (root / TWO).unlink()
+    save(root / "model.safetensors", "a", "b")
+    refuse(root, INDEX, "tensor 'c'", "names a missing shard")
+    save(root / "model.safetensors", "a", "b", "c")
+    opened = open_checkpoint(root)
+    assert [s.file for s in opened.shards] == ["model.safetensors"] and opened.index is None
+    assert opened.warnings == (f"{INDEX} names shards that are not there: model.safetensors is taken instead",)
+
+
+def test_a_stale_index_beside_newer_shards(tmp_path: Path) -> None:
+    root = sharded(tmp_path / "m")
+    save_index(root, {"a": "model-00001-of-00004.safetensors", "c": "model-00004-of-00004.safetensors"})
+    refuse(root, root / INDEX, "names a missing shard", ONE, TWO, "it is stale", "save_pretrained")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *("model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"),
+        *("diffusion_pytorch_model.safetensors.index.json", "anything.safetensors.index.json"),
+    ],
+)
+def test_the_only_index_is_taken_by_any_name(tmp_path: Path, index: str) -> None:
+    root = sharded(tmp_path / "m")
+    (root / INDEX).rename(root / index)
+    save(root / "consolidated.safetensors", "a")
+    (root / "consolidated.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "consolidated.safetensors"}})
+    )
+    opened = open_checkpoint(root)
+    assert (list(opened.tensors), opened.index_name) == (["a", "b", "c"], index)
+
+
+def test_several_indexes(tmp_path: Path) -> None:
+    root = sharded(tmp_path / "m")
+    (root / INDEX).rename(root / "model.fp16.safetensors.index.json")
+    (root / "model.fp8.safetensors.index.json").write_text("{}")
+    refuse(root, "several indexes", "fp16", "fp8")
+    sharded(root)
+    assert open_checkpoint(root).index_name == INDEX
+
+
+@pytest.mark.parametrize("single", ["model.safetensors", "diffusion_pytorch_model.safetensors"])
+def test_variants_and_second_copies_beside_the_default(tmp_path: Path, single: str) -> None:
+    save(tmp_path / single, "a", "b")
+    save(tmp_path / single.replace(".safetensors", ".fp16.safetensors"), "a", "b")
+    save(tmp_path / "consolidated.safetensors", "layers.a")
+    save(tmp_path / "mtp.safetensors", "x")
+    (tmp_path / "model.fp16.safetensors.index.json").write_text("{}")
+    assert [s.file for s in open_checkpoint(tmp_path).shards] == [single]
+
+
+def test_a_second_copy_alone(tmp_path: Path) -> None:
+    save(tmp_path / "weights.safetensors", "a")
+    save(tmp_path / "consolidated.00.safetensors", "layers.a")
+    assert [s.file for s in open_checkpoint(tmp_path).shards] == ["weights.safetensors"]
+    (tmp_path / "weights.safetensors").unlink()
+    assert [s.file for s in open_checkpoint(tmp_path).shards] == ["consolidated.00.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "expected"),
+    [
+        ("__0_0.distcp", "a distributed checkpoint of PyTorch", "accelerate merge-weights"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "a distributed checkpoint of PyTorch", "accelerate merge-weights"),
+        ("global_step10/mp_rank_00_model_states.pt", "a checkpoint of DeepSpeed", "zero_to_fp32.py"),
+        ("pytorch_model.bin", "a pickle, which is never loaded", "save_pretrained"),
+        ("iter_0001000/x", "a checkpoint of Megatron", "Megatron Bridge"),
+        ("model.gguf", "a GGUF file", "the float model"),
+        ("adapters.npz", "an adapter of mlx-lm", "mlx_lm.fuse"),
+        ("flax_model.msgpack", "weights of Flax", "from_flax"),
+    ],
+)
+def test_checkpoints_of_other_programs(tmp_path: Path, file: str, kind: str, expected: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"PK")
+    (tmp_path / "config.json").write_text("{}")
+    refuse(tmp_path, file.split("/")[0], kind, expected)
 
 
 def test_several_files_and_no_index(tmp_path: Path) -> None:
@@ -295,6 +394,32 @@ def test_hugging_face_cache(tmp_path: Path) -> None:
     refuse(snapshot, snapshot / TWO, "leads out of the checkpoint")
 
 
+def test_a_download_into_a_folder_links_to_the_cache(tmp_path: Path) -> None:
+    """As `huggingface-cli download --local-dir` made them; links elsewhere are refused."""
+    snapshot, root = hub_cache(tmp_path / "cache"), tmp_path / "mine"
+    root.mkdir()
+    for name in (ONE, TWO, INDEX, "config.json"):
+        (root / name).symlink_to((snapshot / name).resolve())
+    opened = open_checkpoint(root)
+    assert len(opened.tensors) == 3 and companions(opened) == [root / "config.json"]
+    (tmp_path / "blobs").mkdir()
+    (snapshot / TWO).resolve().rename(tmp_path / "blobs" / "hash")
+    (root / TWO).unlink()
+    (root / TWO).symlink_to(tmp_path / "blobs" / "hash")
+    refuse(root, root / TWO, "leads out of the checkpoint")
+
+
+def test_home_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sharded(tmp_path / "m")
+    assert open_checkpoint("~/m", relative_to=tmp_path / "elsewhere").root == tmp_path / "m"
+    sharded_here = tmp_path / "here" / "~"
+    sharded_here.mkdir(parents=True)
+    sharded(sharded_here / "m")
+    assert open_checkpoint("~/m", relative_to=tmp_path / "here").root == sharded_here / "m"
+    refuse("~/nowhere", tmp_path / "nowhere", "no such file or directory")
+
+
 def test_hugging_face_cache_with_shared_blobs(tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path, blobs="../blobs")
     refuse(snapshot, "leads out of the checkpoint")
@@ -335,6 +460,61 @@ def test_companions(tmp_path: Path) -> None:
     (root / "inside.json").symlink_to("config.json")
     (root / "dangling.json").symlink_to("nowhere")
     assert [p.name for p in companions(open_checkpoint(root))] == sorted([*taken, "inside.json", "largest.json"])
+
+
+def test_a_file_takes_the_small_files_of_its_folder(tmp_path: Path) -> None:
+    root = sharded(tmp_path / "m")
+    (root / "tokenizer.json").write_text("{}")
+    alone = open_checkpoint(root / ONE)
+    assert companions(alone) == [] and left_out(alone) == [
+        "the output has no config.json: there is none beside the base"
+    ]
+    (root / "config.json").write_text("{}")
+    assert [path.name for path in companions(open_checkpoint(root / ONE))] == ["config.json", "tokenizer.json"]
+
+
+def test_what_is_left_out_is_named(tmp_path: Path) -> None:
+    root = sharded(tmp_path / "m")
+    (root / "config.json").write_text("{}")
+    assert left_out(open_checkpoint(root)) == []
+    for name in ("README.md", "SHA256SUMS", "safepatch.json", ".gitattributes", "tokenizer.json"):
+        (root / name).write_text("{}")
+    assert left_out(open_checkpoint(root)) == []
+    (root / "1_Pooling").mkdir()
+    (root / "assets").mkdir()
+    save(root / "consolidated.safetensors", "a")
+    (root / "voice.npz").write_bytes(b"")
+    (tmp_path / "secret.txt").write_text("x")
+    (root / "notes.txt").symlink_to("../secret.txt")
+    assert left_out(open_checkpoint(root)) == [
+        "notes.txt is not carried along: it is a link out of the folder",
+        "folders are not carried along: 1_Pooling, assets",
+        "files that are not carried along: consolidated.safetensors, voice.npz",
+    ]
+    (root / "config.json").rename(tmp_path / "config.json")
+    (root / "config.json").symlink_to("../config.json")
+    lines = left_out(open_checkpoint(root))
+    assert lines[0] == "config.json is not carried along: it is a link out of the folder"
+    assert lines[-1] == "there is no config.json, which loaders ask for"
+
+
+def test_code_that_configs_name(tmp_path: Path) -> None:
+    classes: dict[str, Any] = {
+        "AutoConfig": "configuration_x.X",
+        "AutoModelForCausalLM": "modeling_x.XForCausalLM",
+        "AutoModel": "org/other--modeling_y.Y",
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": classes}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}})
+    )
+    (tmp_path / "processor_config.json").write_text("{broken")
+    present = {"config.json", "tokenizer_config.json", "processor_config.json", "configuration_x.py"}
+    assert lacking(tmp_path, present) == [
+        "config.json names code that is not there, to be copied from its origin: modeling_x.py",
+        "tokenizer_config.json names code that is not there, to be copied from its origin: tokenization_x.py",
+    ]
+    assert lacking(tmp_path, present | {"modeling_x.py", "tokenization_x.py"}) == []
 
 
 def test_read_json(tmp_path: Path) -> None:

@@ -62,6 +62,13 @@ def write_mixtral(folder: Path) -> None:
     MixtralForCausalLM(MixtralConfig(**shape, **heads, max_position_embeddings=256)).save_pretrained(folder)
 
 
+def write_fused(folder: Path) -> None:
+    """Experts in one tensor, as newer checkpoints have them."""
+    write_mixtral(folder)
+    model = MixtralForCausalLM.from_pretrained(folder)
+    save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def write_gpt2(folder: Path) -> None:
     """As the hub's gpt2: names without the model's prefix."""
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=264, n_positions=256)).save_pretrained(
@@ -70,7 +77,7 @@ def write_gpt2(folder: Path) -> None:
     rename(folder / "model.safetensors", lambda name: name.removeprefix("transformer."))
 
 
-@pytest.mark.parametrize("write", [write_mixtral, write_gpt2, write_lm])
+@pytest.mark.parametrize("write", [write_mixtral, write_fused, write_gpt2, write_lm])
 def test_an_adapter_in_the_bases_names_is_what_was_trained(tmp_path: Path, write: Callable[[Path], object]) -> None:
     torch.manual_seed(0)
     write(tmp_path / "base")
@@ -94,8 +101,10 @@ def test_an_adapter_in_the_bases_names_is_what_was_trained(tmp_path: Path, write
     modules = {
         name.removesuffix(".weight").rpartition(".")[2] for name, e in base.tensors.items() if len(e.shape) == 2
     }
-    assert set(written["target_modules"]) <= modules and written["target_parameters"] is None
+    assert set(written["target_modules"]) <= modules
     assert written["base_model_name_or_path"] == "somebody/base"
+    experts = ["experts.down_proj", "experts.gate_up_proj"]
+    assert written["target_parameters"] == (experts if write is write_fused else None)
 
 
 def test_an_adapter_of_fused_experts_merges_by_its_own_recipe(where: Path) -> None:

@@ -459,6 +459,13 @@ def umask() -> Iterator[None]:
     os.umask(before)
 
 
+def test_a_run_that_was_killed_before_its_record_was_there_starts_anew(where: Path) -> None:
+    (where / "run").mkdir()
+    (where / "run/.safepatch-derive.json").write_text('{"safe')
+    go(settings(where, importance="none"), resume=True)
+    assert not (where / "run/.safepatch-derive.json").exists()
+
+
 def test_modes_follow_the_umask(where: Path, umask: None) -> None:
     go(settings(where, importance="none"))
     modes = {oct(p.stat().st_mode & 0o777) for p in (where / "run").rglob("*") if p.is_file()}

@@ -39,6 +39,7 @@ def write(root: Path, base: Tensors, patch: Tensors, spec: dict[str, Any] | None
     for name, tensors in (("base", base), ("tuned", patch)):
         (root / name).mkdir()
         save_file(root / name / "model.safetensors", tensors)
+    (root / "base" / "config.json").write_text("{}")
     path = root / "recipe.yaml"
     path.write_text(
         yaml.safe_dump({"base": "base", "patches": [{"name": "p", "source": "tuned"} | (spec or {})]} | recipe)
@@ -224,7 +225,6 @@ def test_a_vocabulary_that_grew(tmp_path: Path) -> None:
     for folder, text in (("base", "{}"), ("tuned", '{"added": 2}')):
         (tmp_path / folder / "tokenizer.json").write_text(text)
         (tmp_path / folder / "vocab.json").write_text("{}")
-        (tmp_path / folder / "config.json").write_text(text)
     (warning,), _, facts = told(recipe)
     assert "another shape of 'model.embed_tokens.weight'" in warning
     assert "1 other tokenizer file, the first tokenizer.json" in warning and facts["files"] == ["tokenizer.json"]

@@ -13,6 +13,10 @@ import torch
 
 from safepatch_core.bench.triton_compile import TARGETS, Code, compile_launch
 from safepatch_core.kernels.fix import KEEP, NEW, OLD, fix
+from safepatch_core.kernels.launch import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
 TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 

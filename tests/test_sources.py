@@ -170,6 +170,28 @@ def test_a_reference_goes_with_checkpoints_alone(tmp_path: Path, base: Checkpoin
         open_source("p", adapter(tmp_path / "a"), None, base, relative_to=None, minus="before.safetensors")
 
 
+def test_a_config_of_an_adapter_beside_the_merged_checkpoint(tmp_path: Path, base: Checkpoint) -> None:
+    root = adapter(tmp_path / "a")
+    assert open_source("p", root / "adapter_model.safetensors", None, base, relative_to=None).kind == "lora"
+    (root / "adapter_model.safetensors").unlink()
+    save(root / "model.safetensors", BASE)
+    assert open_source("p", root, None, base, relative_to=None).kind == "checkpoint"
+
+
+def test_factors_without_their_config(tmp_path: Path, base: Checkpoint) -> None:
+    refuse(base, save(tmp_path / "alone.safetensors", pair()), "lora_A.weight", "an adapter without its config")
+    key = "lora_te_layers_0_q"
+    tensors: Table = {f"{key}.lora_down.weight": ("F16", (2, 4)), f"{key}.lora_up.weight": ("F16", (6, 2))}
+    refuse(base, save(tmp_path / "style.safetensors", tensors), f"{key}.lora_down", "kohya-ss")
+
+
+def test_tensors_that_zero3_left_empty(tmp_path: Path, base: Checkpoint) -> None:
+    save(tmp_path / "p.safetensors", {"model.layers.0.q.weight": ("F32", (0,))})
+    source = open_source("p", "p.safetensors", None, base, relative_to=tmp_path)
+    with pytest.raises(InputError, match=r"layers\.0\.q\.weight': an empty tensor: saved from DeepSpeed ZeRO-3"):
+        look_up(source, base, "model.layers.0.q.weight", "skip")
+
+
 def test_only_float_tensors_change_anything(tmp_path: Path, base: Checkpoint) -> None:
     save(
         tmp_path / "p.safetensors",

@@ -48,9 +48,12 @@ def command(
                 "tensors": verdict.tensors,
                 "recomputed": verdict.recomputed,
                 "problems": verdict.problems,
+                "warnings": verdict.warnings,
             }
         )
     elif verdict.ok and not quiet:
+        for warning in verdict.warnings:
+            click.echo(f"warning: {printable(warning)}", err=True)
         how = "recomputed from the recipe, all equal" if verdict.recomputed else "checksums match"
         click.echo(f"ok: {verdict.files} files, {verdict.tensors} tensors, {how}")
     if not verdict.ok:

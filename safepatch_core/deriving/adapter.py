@@ -95,14 +95,9 @@ class _Adapted(NamedTuple):
     alpha: float
 
     @property
-    def module(self) -> str:
-        return self.name.rpartition(".")[0]
-
-    @property
-    def parameter(self) -> str | None:
-        """Of a tensor that is no module's weight (fused experts), its own name in the module."""
-        own = self.name.rpartition(".")[2]
-        return None if own == "weight" else own
+    def fused(self) -> bool:
+        """Whether it is no module's weight, but a parameter of several experts."""
+        return not self.name.endswith(".weight")
 
 
 class _Trained(NamedTuple):
@@ -192,18 +187,19 @@ def _sides(layer: Any, left: Tensor, right: Tensor) -> dict[str, Tensor]:
 
 
 def _settings(adapted: Sequence[_Adapted], names: BaseNames, rank: int, alpha: float) -> dict[str, Any]:
-    """What the adapter's config says of the base's modules."""
+    """What the adapter's config says of the base's modules, and of its tensors of fused experts."""
     every = {name.removesuffix(".weight") for name, shape in names.shapes.items() if len(shape) > 1}
-    linear = {each.module: (each.rank, each.alpha) for each in adapted if each.parameter is None}
+    own = {each.name.removesuffix(".weight"): (each.rank, each.alpha) for each in adapted}
+    fused = {each.name for each in adapted if each.fused}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for odd in sorted({*linear.values()} - {(rank, alpha)}):
-        modules = {module for module, own in linear.items() if own == odd}
-        for key in _short(modules, linear.keys() - modules):
+    for odd in sorted({*own.values()} - {(rank, alpha)}):
+        modules = {module for module, given in own.items() if given == odd}
+        for key in _short(modules, own.keys() - modules):
             ranks[key], alphas[key] = odd
     return {
-        "target_modules": _short(linear.keys(), every - linear.keys()),
-        "target_parameters": sorted({each.parameter for each in adapted if each.parameter}) or None,
+        "target_modules": _short(own.keys() - fused, every - own.keys()),
+        "target_parameters": sorted({".".join(name.split(".")[-2:]) for name in fused}) or None,
         "exclude_modules": None,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,

@@ -168,10 +168,10 @@ class RunDirectory:
         return self.record
 
     def _start_or_go_on(self) -> None:
-        if not any(self.path.iterdir()):
+        file = self.path / RECORD
+        if {*self.path.iterdir()} <= {staged_name(file)}:  # which a run may have left that was killed at once
             self._write_record()
             return
-        file = self.path / RECORD
         if not self._resume or not file.is_file():
             hint = "; --resume goes on with it" if file.is_file() else ""
             raise InputError(f"the run directory exists and is not empty{hint}", file=self.path)

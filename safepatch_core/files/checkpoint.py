@@ -15,12 +15,12 @@ import reprlib
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.files.filenames import COMPANIONS, INDEX, LEDGER, SINGLE
+from safepatch_core.files.converters import foreign, kind_by_name
+from safepatch_core.files.filenames import DIFFUSERS, DIFFUSERS_INDEX, INDEX, LEDGER, SINGLE
 
 # Bits per entry of every dtype that the format knows.
 BITS: dict[str, int] = {
@@ -52,9 +52,10 @@ HEADER_LIMIT = 100_000_000  # bytes, the format's own cap
 # Braces, brackets, commas, colons, quotes and backslashes that one JSON text may hold: parsing takes time and
 # memory by these, about a second for this many. A tensor takes about 26: room for over 100,000 tensors in a file.
 MARKS_LIMIT = 3_000_000
-COMPANION_LIMIT = 64 << 20  # bytes
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_INDEX = re.compile(r"[^.].*\.safetensors\.index(\..+)?\.json")  # a variant may stand before the ending
+_INDEXED = "loading with transformers and save_pretrained writes one"
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 
@@ -112,6 +113,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     index: dict[str, Any] | None  # the parsed index, where there is one
     revision: str | None  # commit hash of a hub id
+    folder: Path | None = None  # where its small files lie
+    index_name: str | None = None
+    beyond: frozenset[str] = frozenset()  # tensors of the shards that the index does not name
+    warnings: tuple[str, ...] = ()
 
     def identity_of(self, entry: TensorEntry) -> Identity:
         """The identity of the file that holds a tensor of this checkpoint."""
@@ -131,14 +136,17 @@ def open_checkpoint(
     if os.path.isdir(path):
         if not under_way:
             _refuse_half_fixed(path)
-        shards, index = _open_directory(path)
-        root = path
+        found = _open_directory(path)
+        root, folder = path, path
     elif path.name.endswith(".safetensors"):
-        shards, index, root = [read_shard(path)], None, None
+        found, root, folder = _Found([read_shard(path)]), None, path.parent
     else:
         raise _fault(path, "not a checkpoint", found=_file_kind(path), expected="a directory or a .safetensors file")
-    tensors = {entry.name: entry for shard in shards for entry in shard.tensors}
-    return Checkpoint(os.fspath(ref), root, tuple(shards), tensors, index, revision)
+    tensors = {entry.name: entry for shard in found.shards for entry in shard.tensors}
+    shards, index, name = tuple(found.shards), found.index, found.index_name
+    return Checkpoint(
+        os.fspath(ref), root, shards, tensors, index, revision, folder, name, found.beyond, found.warnings
+    )
 
 
 def locate(ref: str | os.PathLike[str], *, relative_to: Path | None = None) -> tuple[Path, str | None]:
@@ -147,6 +155,8 @@ def locate(ref: str | os.PathLike[str], *, relative_to: Path | None = None) -> t
     if not text or "\0" in text:
         raise InputError("not a path", found=repr(text), expected="a path or org/name[@revision]")
     path = Path(text) if relative_to is None else relative_to / text
+    if text.startswith("~") and not os.path.lexists(path):
+        path = Path(os.path.expanduser(text))
     if os.path.lexists(path):
         return path, None
     hub_id = _HUB_ID.fullmatch(text)
@@ -198,30 +208,6 @@ def read_tensor(entry: TensorEntry, identity: Identity, lo: int = 0, hi: int | N
     return data
 
 
-def companions(checkpoint: Checkpoint) -> list[Path]:
-    """The small files beside the weights that a merged checkpoint takes along, sorted by name.
-
-    Those matching COMPANIONS, up to 64 MiB. Not: indexes, a previous manifest or ledger of fixes, an adapter's config
-    (transformers would load it), scripts, hidden files, subdirectories, links out of the directory.
-    """
-    root = checkpoint.root
-    if root is None:
-        return []
-    never = ("*.index.json", "safepatch.json", LEDGER, "adapter_config.json", "*.py", ".*")
-    found = []
-    for name in _names(root):
-        path = root / name
-        if (
-            any(fnmatchcase(name, glob) for glob in COMPANIONS)
-            and not any(fnmatchcase(name, glob) for glob in never)
-            and os.path.isfile(path)
-            and _belongs(root, Path(os.path.realpath(path)))
-            and os.path.getsize(path) <= COMPANION_LIMIT
-        ):
-            found.append(path)
-    return found
-
-
 def read_json(path: Path, *, within: Path | None = None) -> Any:
     """The value of a JSON file of at most 100 MB; duplicate keys are refused. `within` as in `read_shard`."""
     fd, _, status = open_regular(path, within=within)
@@ -266,7 +252,7 @@ def open_regular(path: Path, *, within: Path | None = None) -> tuple[int, Path, 
     """
     try:
         real = Path(os.path.realpath(path, strict=True))
-        if within is not None and not _belongs(within, real):
+        if within is not None and not belongs(within, real):
             raise _fault(
                 path, "the symlink leads out of the checkpoint", found=str(real), expected=f"a file in {within}"
             )
@@ -297,69 +283,133 @@ def _refuse_half_fixed(root: Path) -> None:
             )
 
 
-def _open_directory(root: Path) -> tuple[list[Shard], dict[str, Any] | None]:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a directory or a file holds."""
+
+    shards: list[Shard]
+    index: dict[str, Any] | None = None
+    index_name: str | None = None
+    beyond: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
+
+
+def _open_directory(root: Path) -> _Found:
     names = _names(root)
-    if INDEX in names:
-        if SINGLE in names:
-            raise _fault(root, "two checkpoints in one directory", found=f"{INDEX} and {SINGLE}")
-        return _open_indexed(root, root / INDEX)
+    index, single = _choose_index(root, names), next((name for name in (SINGLE, DIFFUSERS) if name in names), None)
+    if index is not None:
+        return _open_indexed(root, names, index) if single is None else _open_either(root, names, index, single)
     files = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
-    if SINGLE in files and not any(name.startswith("model-") for name in files):
-        files = [SINGLE]
+    # The same weights once more, in Mistral's and Meta's own layout.
+    files = [name for name in files if not name.startswith("consolidated")] or files
+    if single is not None and not any(name.startswith(f"{Path(single).stem}-") for name in files):
+        files = [single]
     if len(files) == 1:
-        return [read_shard(root / files[0], within=root)], None
+        return _Found([read_shard(root / files[0], within=root)])
     if files:
-        found = f"{', '.join(files[:3])}{', …' if files[3:] else ''}"
-        raise _fault(root, "several safetensors files and no index", found=found, expected=INDEX)
-    others = [f"{name} ({kind})" for name in names if (kind := _kind_by_name(name))]
-    raise _fault(
-        root,
-        "no safetensors file in the directory",
-        found=", ".join(others[:3]) or None,
-        expected=f"{SINGLE} or {INDEX}",
-    )
+        raise _fault(
+            root, "several safetensors files and no index", found=_some(files), expected=f"{INDEX} ({_INDEXED})"
+        )
+    what, expected = foreign(root, names) or (None, f"{SINGLE} or {INDEX}")
+    raise _fault(root, "no safetensors file in the directory", found=what, expected=expected)
 
 
-def _open_indexed(root: Path, index_path: Path) -> tuple[list[Shard], dict[str, Any]]:
-    index = read_json(index_path, within=root)
+def _choose_index(root: Path, names: Sequence[str]) -> str | None:
+    """The default index, or else the only one: that of a variant."""
+    found = [name for name in names if _INDEX.fullmatch(name)]
+    default = next((name for name in (INDEX, DIFFUSERS_INDEX) if name in found), None)
+    if default is not None or SINGLE in names or DIFFUSERS in names:
+        return default
+    found = [name for name in found if not name.startswith("consolidated")] or found
+    if len(found) > 1:
+        raise _fault(root, "several indexes", found=_some(found), expected=f"one, or {INDEX}")
+    return found[0] if found else None
+
+
+def _open_either(root: Path, names: Sequence[str], index: str, single: str) -> _Found:
+    """An index and a single file beside each other: they must be one checkpoint, or only the file be there."""
+    files = _weight_map(root, root / index)
+    if set(files.values()) == {single}:
+        return _open_indexed(root, names, index)
+    if all(name in names for name in files.values()):
+        raise _fault(
+            root,
+            "two checkpoints in one directory",
+            found=f"{index} and {single}",
+            expected="one of them: delete the one that is out of date",
+        )
+    shard = read_shard(root / single, within=root)
+    if files.keys() - {entry.name for entry in shard.tensors}:
+        return _open_indexed(root, names, index)  # which says what is missing
+    return _Found([shard], warnings=(f"{index} names shards that are not there: {single} is taken instead",))
+
+
+def _weight_map(root: Path, path: Path) -> dict[str, str]:
+    index = read_json(path, within=root)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
-        raise _fault(index_path, "no weight_map", expected="an object from tensor names to files")
+        raise _fault(path, "no weight_map", expected="an object from tensor names to files")
     for name, file in files.items():
         if not _is_basename(file):
             raise _fault(
-                index_path,
+                path,
                 "not a file of the checkpoint",
                 tensor=name,
                 found=shown(file),
                 expected="a file name without a path",
             )
-    for file in sorted(set(files.values())):
-        if not os.path.lexists(root / file):
-            tensor = next(name for name, other in files.items() if other == file)
-            raise _fault(index_path, "names a missing shard", tensor=tensor, found=file)
-    shards = [read_shard(root / file, file, within=root) for file in sorted(set(files.values()))]
+    return files
 
+
+def _open_indexed(root: Path, names: Sequence[str], index_name: str) -> _Found:
+    files = _weight_map(root, root / index_name)
+    wanted = sorted(set(files.values()))
+    for file in wanted:
+        if not os.path.lexists(root / file):
+            raise _missing_shard(root, names, index_name, files, file)
+    shards = [read_shard(root / file, file, within=root) for file in wanted]
     seen: dict[str, str] = {}
     for shard in shards:
         for entry in shard.tensors:
             other = seen.setdefault(entry.name, shard.file)
             if other != shard.file:
                 raise _fault(root / shard.file, "in two shards", tensor=entry.name, found=f"also in {other}")
-    for name, file in seen.items():
-        if files.get(name) != file:
-            said = "nothing" if name not in files else files[name]
+    for name, file in files.items():
+        if seen.get(name, file) != file:
             raise _fault(
-                root / file,
+                root / seen[name],
                 "in the shard, but the index says otherwise",
                 tensor=name,
-                found=f"{said} in {INDEX}",
-                expected=file,
+                found=f"{file} in {index_name}",
+                expected=seen[name],
             )
-    for name, file in files.items():
         if name not in seen:
             raise _fault(root / file, "in the index, but not in the shard", tensor=name)
-    return shards, index
+    beyond = sorted(seen.keys() - files.keys())
+    told = f"{len(beyond)} tensors of the shards are not in {index_name}, the first '{beyond[0]}'" if beyond else ""
+    warnings = (f"{told}: copied, and never a target",) if beyond else ()
+    index = read_json(root / index_name, within=root)
+    return _Found(shards, index, index_name, frozenset(beyond), warnings)
+
+
+def _missing_shard(
+    root: Path, names: Sequence[str], index_name: str, files: Mapping[str, str], file: str
+) -> InputError:
+    tensor = next(name for name, other in files.items() if other == file)
+    others = [name for name in names if name.endswith(".safetensors") and name not in files.values()]
+    if not others:
+        return _fault(root / index_name, "names a missing shard", tensor=tensor, found=file)
+    return _fault(
+        root / index_name,
+        "names a missing shard",
+        tensor=tensor,
+        found=f"{file}, where {_some(others)} lie beside it",
+        expected=f"an index of these: it is stale ({_INDEXED})",
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', …' if names[3:] else ''}"
 
 
 def _header_length(path: Path, head: bytes | bytearray, size: int) -> int:
@@ -390,7 +440,7 @@ def _read_table(
 ) -> tuple[dict[str, str], tuple[TensorEntry, ...]]:
     text = _decode(path, header[8:].rstrip(b" "), "the header", marks)
     table = _parse(_HEADER_DECODER, path, text, "the header")
-    metadata = _check_metadata(path, table.pop("__metadata__", {}))
+    metadata = _check_metadata(path, table.pop("__metadata__", None))
     first = len(header)
     tensors = []
     for name, info in table.items():
@@ -405,6 +455,8 @@ def _read_table(
 def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
     if metadata is _TWICE:
         raise _fault(path, "duplicate key __metadata__ in the header")
+    if metadata is None:  # also where it says null, which safetensors reads
+        return {}
     if not isinstance(metadata, dict):
         raise _fault(path, "__metadata__ is not an object", found=shown(metadata))
     for key, value in metadata.items():
@@ -572,12 +624,6 @@ def _kind_by_content(head: bytes | bytearray) -> str | None:
     return None
 
 
-def _kind_by_name(name: str) -> str | None:
-    if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
-        return "a pickle by its name (never loaded)"
-    return "a GGUF file by its name" if name.endswith(".gguf") else None
-
-
 def _file_kind(path: Path) -> str:
     fd, _, status = open_regular(path)
     head = bytearray(min(512, status.st_size))
@@ -585,7 +631,7 @@ def _file_kind(path: Path) -> str:
         read_exact(fd, head, 0, path)
     finally:
         os.close(fd)
-    return _kind_by_content(head) or _kind_by_name(path.name) or "another kind of file"
+    return _kind_by_content(head) or kind_by_name(path.name) or "another kind of file"
 
 
 def _require_regular(path: Path, status: os.stat_result) -> None:
@@ -609,17 +655,18 @@ def _open_fault(path: Path, error: OSError) -> str:
     return f"can't open: {error.strerror}"
 
 
-def _belongs(root: Path, real: Path) -> bool:
-    """Whether a resolved file lies in the directory, or among the blobs of the Hugging Face cache it is part of."""
-    home = Path(os.path.realpath(root))
-    allowed = [home]
-    for snapshot in (home, *home.parents):
-        if snapshot.parent.name == "snapshots":
-            repo = snapshot.parent.parent
-            allowed.append(repo / "blobs")
-            if (repo.parent / "blobs" / ".huggingface-shared-blobs").is_file():
-                allowed.append(repo.parent / "blobs")
-    return any(real.is_relative_to(place) for place in allowed)
+def belongs(root: Path, real: Path) -> bool:
+    """Whether a resolved file lies in the directory, or among the blobs of a Hugging Face cache.
+
+    A snapshot links to the blobs of its own repository, and a download into a folder of one's own may do so too.
+    """
+    if real.is_relative_to(Path(os.path.realpath(root))):
+        return True
+    for blobs in real.parents:
+        if blobs.name == "blobs":
+            shared = (blobs / ".huggingface-shared-blobs").is_file()
+            return shared or blobs.parent.name.startswith(("models--", "datasets--", "spaces--"))
+    return False
 
 
 def _names(root: Path) -> list[str]:

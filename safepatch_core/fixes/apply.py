@@ -15,9 +15,10 @@ import numpy as np
 import yaml
 
 from safepatch_core.errors import UsageError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, companions, open_checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.companions import companions
 from safepatch_core.files.disk import HashedFile, replacing
-from safepatch_core.files.filenames import INDEX, LEDGER, MANIFEST
+from safepatch_core.files.filenames import LEDGER, MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
 from safepatch_core.fixes.checking import GOAL, Advance, Direction, Sides, check, require, settling, teller_of
@@ -189,7 +190,7 @@ def _copy(
             files.check_unchanged()
         fix.check_unchanged()
         if index is not None:
-            staging.add(INDEX, index)
+            staging.add(*index)
         for path in small:
             staging.add(path.name, path.read_bytes())
         staging.add("README.md", model_card(fix, checkpoint, direction, ledger.entries).encode())

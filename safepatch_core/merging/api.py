@@ -17,7 +17,7 @@ import yaml
 from safepatch_core.backends.contract import Backend, Report
 from safepatch_core.errors import IOFailure, UsageError
 from safepatch_core.files.checkpoint import Identity, identify
-from safepatch_core.files.filenames import INDEX, MANIFEST
+from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
 from safepatch_core.merging.effect import require_deltas, require_eligible
@@ -116,7 +116,7 @@ def merge(
         require_eligible(plan, counts)
         if ranks.rank == 0:
             if plan.index is not None:
-                staging.add(INDEX, plan.index)
+                staging.add(*plan.index)
             for path, before in small.items():
                 data = path.read_bytes()
                 if _fingerprint(path) != before:

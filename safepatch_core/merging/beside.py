@@ -13,6 +13,7 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.sources.contract import Source
+from safepatch_core.merging.sources.fusions import fusion_of
 
 # What decides how text becomes tokens: a patch trained with others may not fit the base's.
 _TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.tiktoken")
@@ -69,7 +70,7 @@ def beside(recipe: Recipe, base: Checkpoint, source: Source, targets: Collection
             file=source.checkpoints[0].ref,
             tensor=lost[0],
             found=f"{len(lost)} such tensors" if len(lost) > 1 else None,
-            expected=source.exchange.closest or "a patch of this base (or missing: skip)",
+            expected=fusion_of(lost[0], base) or source.exchange.closest or "a patch of this base (or missing: skip)",
         )
     grown = [name for name in others if name in base.tensors and shapes[name] != base.tensors[name].shape]
     files = _other_files(base, source.checkpoints[0])
@@ -87,7 +88,7 @@ def _lands_nowhere(base: Checkpoint, source: Source, names: list[str], targets: 
         what, expected = "no tensor of the patch is a target", "a patch of what `targets` takes"
     else:
         what, found = "no tensor of the patch is in the base", f"{len(names)} other names"
-        expected = source.exchange.closest or f"names like '{min(targets)}'"
+        expected = fusion_of(names[0], base) or source.exchange.closest or f"names like '{min(targets)}'"
     first = next(iter(known or names), None)
     return InputError(what, file=source.checkpoints[0].ref, tensor=first, found=found, expected=expected)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
-from safepatch_core.files.filenames import SINGLE
+from safepatch_core.files.filenames import DIFFUSERS, DIFFUSERS_INDEX, INDEX, SINGLE
 from safepatch_core.files.header import make_header
 from safepatch_core.settings import parse_size
 
@@ -36,18 +38,34 @@ class OutputPart:
     hi: int
 
 
-def lay_out(base: Checkpoint, max_shard_size: str | int | None) -> tuple[tuple[OutputFile, ...], bytes | None]:
-    """The output's files, and its index where there are several (or the base has one)."""
+class IndexFile(NamedTuple):
+    """The output's index."""
+
+    name: str
+    data: bytes
+
+
+def lay_out(base: Checkpoint, max_shard_size: str | int | None) -> tuple[tuple[OutputFile, ...], IndexFile | None]:
+    """The output's files, and its index where there are several (or the base has one).
+
+    Both get names that loaders look for: those of the base's kind, without a variant's.
+    """
     if max_shard_size is not None:
         return _resharded(base, parse_size(max_shard_size))
     if len(base.shards) == 1 and base.index is None:
         shard = base.shards[0]
-        return (OutputFile(SINGLE, shard.header, shard.tensors, shard.sparse),), None
+        return (OutputFile(_single(base), shard.header, shard.tensors, shard.sparse),), None
     outputs = tuple(OutputFile(s.file, s.header, s.tensors, s.sparse) for s in base.shards)
     return outputs, _index(outputs, base)
 
 
-def _resharded(base: Checkpoint, room: int) -> tuple[tuple[OutputFile, ...], bytes | None]:
+def _single(base: Checkpoint) -> str:
+    """The name of a checkpoint in one file: diffusers looks for its own."""
+    stem = Path(DIFFUSERS).stem
+    return DIFFUSERS if (base.index_name or base.shards[0].file).startswith(stem) else SINGLE
+
+
+def _resharded(base: Checkpoint, room: int) -> tuple[tuple[OutputFile, ...], IndexFile | None]:
     groups: list[list[TensorEntry]] = [[]]
     for entry in (t for shard in base.shards for t in shard.tensors):
         if groups[-1] and sum(t.nbytes for t in groups[-1]) + entry.nbytes > room:
@@ -56,9 +74,10 @@ def _resharded(base: Checkpoint, room: int) -> tuple[tuple[OutputFile, ...], byt
     metadata = {k: v for shard in reversed(base.shards) for k, v in shard.metadata.items()}
     sparse = any(shard.sparse for shard in base.shards)
     if len(groups) == 1:
-        return (_output_file(SINGLE, groups[0], metadata, sparse),), None
+        return (_output_file(_single(base), groups[0], metadata, sparse),), None
+    stem = Path(_single(base)).stem
     outputs = tuple(
-        _output_file(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group, metadata, sparse)
+        _output_file(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", group, metadata, sparse)
         for i, group in enumerate(groups, 1)
     )
     return outputs, _index(outputs, base)
@@ -70,10 +89,11 @@ def _output_file(name: str, tensors: Sequence[TensorEntry], metadata: dict[str, 
     return OutputFile(name, header, tuple(entries[name] for name in ranges), sparse)
 
 
-def _index(outputs: tuple[OutputFile, ...], base: Checkpoint) -> bytes:
+def _index(outputs: tuple[OutputFile, ...], base: Checkpoint) -> IndexFile:
     known = base.index.get("metadata") if base.index else None
     metadata = dict(known) if isinstance(known, dict) else {}
     metadata["total_size"] = sum(t.nbytes for o in outputs for t in o.tensors)
     weight_map = {t.name: o.name for o in outputs for t in o.tensors}
     data = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    name = DIFFUSERS_INDEX if _single(base) == DIFFUSERS else INDEX
+    return IndexFile(name, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())

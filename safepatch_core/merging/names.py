@@ -25,10 +25,16 @@ class Exchange:
     """What the names of one checkpoint are in the base."""
 
     told: tuple[str, ...] = ()  # how, for people; nothing where they are the base's
+    fusions: tuple[str, ...] = ()  # what else was done so that they are, for people
     closest: str | None = None  # what came nearest to serving the names that are left
     known: Mapping[str, str] = field(default_factory=dict)  # the base's names by what they are without wrappers
     names: Mapping[str, str] = field(default_factory=dict)  # those that were resolved
     pairs: tuple[Pair, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All that was done, for people."""
+        return self.told + self.fusions
 
     def __call__(self, name: str) -> str:
         """The base's name of `name`, also of one that was not asked for (integers, for example)."""
@@ -60,7 +66,13 @@ def resolve(shapes: Shapes, base: Checkpoint, takes: Takes, file: object) -> Exc
         if to in seen:
             raise InputError("two names of it are one tensor of the base", file=str(file), tensor=name)
         seen.add(to)
-    return Exchange(tuple(resolver.told()), resolver.closest, resolver.known, resolver.names, tuple(resolver.pairs))
+    return Exchange(
+        told=tuple(resolver.told()),
+        closest=resolver.closest,
+        known=resolver.known,
+        names=resolver.names,
+        pairs=tuple(resolver.pairs),
+    )
 
 
 class _Resolver:

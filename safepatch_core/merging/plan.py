@@ -15,9 +15,10 @@ from typing import Any
 
 from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, companions, open_checkpoint
+from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.companions import companions, left_out
 from safepatch_core.merging.beside import Beside, beside
-from safepatch_core.merging.layout import OutputFile, OutputPart, lay_out
+from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
 from safepatch_core.merging.quantised import module_of, quantised, refuse_base, refuse_patch
 from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targets
@@ -54,7 +55,7 @@ class Plan:
     inputs: tuple[Checkpoint, ...]  # everything that is read: base, sources, importance
     targets: Mapping[str, Target]
     outputs: tuple[OutputFile, ...]
-    index: bytes | None
+    index: IndexFile | None
     companions: tuple[Path, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]  # what is worth a line and no warning
@@ -239,6 +240,11 @@ def make_plan(
     lines = [of.line(spec.name) for spec, of in zip(recipe.patches, others, strict=True)]
     outputs, index = lay_out(base, recipe.max_shard_size)
     ring_bytes, beside_bytes = _memory(targets, engine, limit)
+    inputs = (
+        base,
+        *(checkpoint for source in sources for checkpoint in source.checkpoints),
+        *(scores.named.checkpoint for scores in importance if scores is not None),
+    )
     return Plan(
         recipe=recipe,
         engine=engine,
@@ -247,21 +253,22 @@ def make_plan(
         sources=tuple(s.checkpoints[0] for s in sources),
         beside=others,
         base=base,
-        inputs=(
-            base,
-            *(checkpoint for source in sources for checkpoint in source.checkpoints),
-            *(scores.named.checkpoint for scores in importance if scores is not None),
-        ),
+        inputs=inputs,
         targets=targets,
         outputs=outputs,
         index=index,
         companions=tuple(companions(base)),
-        warnings=(*(lines[p] for p, of in enumerate(others) if of.sure), *_switched_off(recipe)),
+        warnings=(
+            *(lines[p] for p, of in enumerate(others) if of.sure),
+            *_switched_off(recipe),
+            *(f"{checkpoint.ref}: {line}" for checkpoint in inputs for line in checkpoint.warnings),
+            *left_out(base),
+        ),
         notes=(
             *_renamings(recipe, sources, importance),
             *(lines[p] for p, of in enumerate(others) if of.tensors and not of.sure),
         ),
-        renamed=tuple(source.exchange.told for source in sources),
+        renamed=tuple(source.exchange.lines for source in sources),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -280,8 +287,8 @@ def _renamings(
     recipe: Recipe, sources: Sequence[Source], importance: Sequence[ImportanceFile | None]
 ) -> Iterator[str]:
     for spec, source, ranking in zip(recipe.patches, sources, importance, strict=True):
-        yield from renaming(f"patch {spec.name}", source.exchange.told)
-        yield from renaming(f"the importance of patch {spec.name}", ranking.named.exchange.told if ranking else ())
+        yield from renaming(f"patch {spec.name}", source.exchange.lines)
+        yield from renaming(f"the importance of patch {spec.name}", ranking.named.exchange.lines if ranking else ())
 
 
 def _switched_off(recipe: Recipe) -> list[str]:
@@ -339,7 +346,7 @@ def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: 
 
 def _weights(recipe: Recipe, base: Checkpoint, sources: Sequence[Source]) -> list[str]:
     """The targets by name, once neither they nor what the patches bring for them is quantised."""
-    floats = {t.name: t.shape for t in base.tensors.values() if t.dtype in FLOATS}
+    floats = {n: t.shape for n, t in base.tensors.items() if t.dtype in FLOATS and n not in base.beyond}
     names = match_targets(recipe, {name: len(shape) for name, shape in floats.items() if not is_mask(name, shape)})
     held = quantised(base)
     if held is not None:

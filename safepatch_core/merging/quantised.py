@@ -92,7 +92,9 @@ def _row_of(entry: TensorEntry, announced: bool) -> int | None:
 
 def _config(checkpoint: Checkpoint) -> str | None:
     """The method that config.json names, if it can be read and names one."""
-    folder = checkpoint.root or checkpoint.shards[0].path.parent
+    folder = checkpoint.folder
+    if folder is None:
+        return None
     try:
         config = read_json(folder / "config.json", within=folder)
     except InputError:

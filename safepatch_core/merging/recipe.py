@@ -229,7 +229,7 @@ class Recipe(Strict):
                 del data[key]
 
         def shown(path: str) -> str:
-            return Path(path).name if os.path.isabs(path) else path
+            return Path(path).name if os.path.isabs(path) or path.startswith("~") else path
 
         data["base"] = shown(data["base"])
         for patch in data["patches"]:

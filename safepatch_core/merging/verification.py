@@ -13,8 +13,9 @@ from typing import Unpack
 from safepatch_core.backends.contract import Report
 from safepatch_core.errors import InputError, SafepatchError
 from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.companions import lacking
 from safepatch_core.files.disk import Extent, hash_file
-from safepatch_core.files.filenames import INDEX, KEPT, LEDGER, MANIFEST, SUMS
+from safepatch_core.files.filenames import KEPT, LEDGER, MANIFEST, SUMS
 from safepatch_core.merging.api import manifest, model_card, planned
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.layout import OutputPart
@@ -31,6 +32,7 @@ class VerifyResult:
     tensors: int = 0
     recomputed: bool = False
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what loaders will miss, though it is as it was made
 
     @property
     def ok(self) -> bool:
@@ -67,6 +69,7 @@ def verify(
             verdict.problems.append(f"{name}: missing")
         elif (found := hash_file(path)) != expected:
             verdict.problems.append(f"{name}: SHA-256 is {found}, expected {expected}")
+    verdict.warnings += lacking(root, present)
     _check_manifest(root, sums, verdict)
     try:
         verdict.tensors = len(open_checkpoint(root).tensors)
@@ -159,7 +162,7 @@ def _recompute(root: Path, plan: Plan, verdict: VerifyResult) -> None:
     small = {path.name: path.read_bytes() for path in plan.companions}
     small["README.md"] = model_card(plan).encode()
     if plan.index is not None:
-        small[INDEX] = plan.index
+        small[plan.index.name] = plan.index.data
     for name, data in small.items():
         if not (root / name).is_file() or (root / name).read_bytes() != data:
             verdict.problems.append(f"{name}: differs from the recipe")

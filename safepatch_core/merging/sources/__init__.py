@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from safepatch_core.errors import UsageError
+from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, locate, open_checkpoint
-from safepatch_core.files.filenames import ADAPTER_CONFIG
+from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from safepatch_core.merging.names import Takes
 from safepatch_core.merging.sources.adapter import open_adapter
 from safepatch_core.merging.sources.contract import Origin, Source
 from safepatch_core.merging.sources.dense import open_checkpoints, open_deltas
+from safepatch_core.merging.sources.foreign import refuse_kohya
 from safepatch_core.spec import Kind
 
 KINDS: dict[Kind, Callable[[Origin], Source]] = {
@@ -20,6 +22,8 @@ KINDS: dict[Kind, Callable[[Origin], Source]] = {
     "delta": open_deltas,
     "lora": open_adapter,
 }
+
+_FACTOR = re.compile(r"[._](lora_(A|B|up|down|embedding_[AB])|alpha)\b")
 
 
 def open_source(
@@ -41,9 +45,34 @@ def open_source(
     not go with the kind.
     """
     path, revision = locate(ref, relative_to=relative_to)
-    if kind is None:
-        kind = "lora" if os.path.lexists(path / ADAPTER_CONFIG) else "checkpoint"
+    if path.name == ADAPTER_WEIGHTS and os.path.lexists(path.with_name(ADAPTER_CONFIG)):
+        path = path.parent
+    guessed, kind = kind is None, kind or ("lora" if _is_adapter(path) else "checkpoint")
     if minus is not None and kind != "checkpoint":
         raise UsageError(f"patch '{name}': minus goes with checkpoints", file=path, found=f"kind {kind}")
     reference = None if minus is None else open_checkpoint(minus, relative_to=relative_to)
-    return KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference, base, takes))
+    source = KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference, base, takes))
+    if guessed and kind == "checkpoint":
+        _refuse_factors(source)
+    return source
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter; its config alone may lie beside the checkpoint that it was merged into."""
+    if not os.path.lexists(path / ADAPTER_CONFIG):
+        return False
+    weights = [name for name in os.listdir(path) if name.endswith((".safetensors", ".safetensors.index.json"))]
+    return not weights or any(name.startswith("adapter") for name in weights)
+
+
+def _refuse_factors(source: Source) -> None:
+    """A file of factors alone is an adapter that lost its config, or one of another layout (kohya's)."""
+    refuse_kohya(source.checkpoints[0].shards[0].path, list(source.shapes))
+    factors = [name for name in source.shapes if _FACTOR.search(name)]
+    if factors and len(factors) == len(source.shapes):
+        raise InputError(
+            "the factors of an adapter without its config",
+            file=source.checkpoints[0].ref,
+            tensor=factors[0],
+            expected=f"a directory with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as PEFT saves adapters",
+        )

@@ -13,6 +13,7 @@ from safepatch_core.merging.sources.contract import Origin, PatchTensor
 from safepatch_core.merging.sources.dense import Named, fitted
 from safepatch_core.merging.sources.folder import INSTEAD, PREFIX, Folder, Found, Part, open_folder
 from safepatch_core.merging.sources.foreign import refuse_kohya
+from safepatch_core.merging.sources.fusions import Stored
 from safepatch_core.merging.sources.lora import read_lora
 from safepatch_core.merging.sources.shira import read_shira
 from safepatch_core.merging.sources.tokens import read_tokens
@@ -54,7 +55,7 @@ class AdapterSource:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        everything: Mapping[str, Part | TensorEntry] = {**self.parts, **self.whole.tensors}
+        everything: Mapping[str, Part | Stored] = {**self.parts, **self.whole.tensors}
         return {name: of.shape for name, of in everything.items()}
 
     @property

@@ -18,6 +18,8 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
 from safepatch_core.merging.sources.decoding import PIECE
+from safepatch_core.merging.sources.foreign import refuse_ungathered
+from safepatch_core.merging.sources.fusions import Stored, fused, runs
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
 
 
@@ -25,7 +27,7 @@ from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
 class Dense:
     """A tensor of the base's shape, handed to the engine as it lies in its file."""
 
-    entry: TensorEntry  # F32, F16 or BF16
+    entry: Stored  # F32, F16 or BF16
     form: Kind
 
     @property
@@ -49,14 +51,16 @@ class Dense:
         return 0
 
     def ranges(self, lo: int, hi: int) -> list[Range]:
-        return [(self.entry, lo * self.entry_bytes, hi * self.entry_bytes)]
+        return runs(self.entry, lo * self.entry_bytes, hi * self.entry_bytes)
 
     def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Dense:
         return self
 
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
-        buffer = memory[: (hi - lo) * self.entry_bytes]
-        inputs.read(self.entry, lo * self.entry_bytes, buffer)
+        buffer, at = memory[: (hi - lo) * self.entry_bytes], 0
+        for part, begin, end in self.ranges(lo, hi):
+            inputs.read(part, begin, buffer[at : at + end - begin])
+            at += end - begin
         return Bits(buffer.view(np.uint32 if self.entry_bytes == 4 else np.uint16), cast(Dtype, self.entry.dtype))
 
 
@@ -104,7 +108,7 @@ class Named:
 
     checkpoint: Checkpoint
     exchange: Exchange
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, Stored]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, base: Checkpoint, takes: Takes) -> Named:
@@ -117,7 +121,8 @@ class Named:
             for alias, name in shard.metadata.items():
                 if exchange(alias) in base.tensors and name in checkpoint.tensors:
                     tensors.setdefault(exchange(alias), checkpoint.tensors[name])
-        return cls(checkpoint, exchange, tensors)
+        stored, done = fused(tensors, base)
+        return cls(checkpoint, replace(exchange, fusions=tuple(done)), stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +191,7 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             expected=f"{list(entry.shape)} as in the base (or missing: skip)",
         )
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
+    refuse_ungathered(file, found, found.shape != entry.shape)
     if found.shape != entry.shape:
         raise InputError(
             f"{what} has another shape than the base",

@@ -9,6 +9,7 @@ from pathlib import Path
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from safepatch_core.merging.sources.fusions import Joined
 
 _MLX = "adapters.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -48,7 +49,7 @@ def refuse_kohya(file: Path, names: list[str]) -> None:
         )
 
 
-def refuse_ungathered(file: Path, entry: TensorEntry, misfit: bool) -> None:
+def refuse_ungathered(file: Path, entry: TensorEntry | Joined, misfit: bool) -> None:
     """Raises InputError for a tensor that is empty and does not fit."""
     if misfit and 0 in entry.shape:
         raise InputError(
