@@ -52,8 +52,8 @@ OwnBlock::OwnBlock(const sp_block& block, std::vector<sp_patch> own) : sp_block(
 OwnBlock::OwnBlock(const sp_block* from) : sp_block(adopted(from, "block")) {
     need(entries >= 0 && start >= 0 && start <= INT64_MAX - entries, "block range");
     need(patch_count == 0 || patches != nullptr, "block patches");
-    need(acts >= SP_ALONE && acts <= SP_ELECTED, "block acts");
-    need(join >= SP_SUM && join <= SP_MEAN, "block join");
+    need(acts >= SP_ALONE && acts <= SP_ELECTED_UP, "block acts");
+    need(join >= SP_SUM && join <= SP_WEIGHTED, "block join");
     need(order >= SP_RETAIN_FIRST && order <= SP_SELECT_FIRST, "block order");
     check(base, entries > 0, "block base");
     held = adopted(patches, patch_count, "patch");

@@ -448,8 +448,13 @@ SP_OP F joined(const std::vector<Lane>& lanes, int w, int i, F base) {
         const M acts = mask(static_cast<uint32_t>(lane.acts[w] >> i));
         sum = select(acts, add(sum, step), sum);
         if constexpr (kJoin == SP_MEAN) members = select(acts, add(members, set_f(1)), members);
+        if constexpr (kJoin == SP_WEIGHTED) members = select(acts, add(members, set_f(lane.scale)), members);
     }
-    return kJoin == SP_SUM ? sum : add(base, div(sum, members));
+    if constexpr (kJoin == SP_SUM) return sum;
+    if constexpr (kJoin == SP_TOTAL) return add(base, sum);
+    // Scales that cancel divide by nothing.
+    const M some = less(members, set_f(0)) | less(set_f(0), members);
+    return add(base, div(sum, kJoin == SP_MEAN ? members : select(some, members, set_f(1))));
 }
 
 // Round and write the acting entries; the others keep their bits. `same` counts, lane by lane, the bits that are
@@ -499,11 +504,11 @@ static void write_joined(const std::vector<Lane>& lanes, const float* base, cons
 template <int D>
 static void write(int32_t join, const std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out,
                   int64_t index, int words, Written& written) {
-    if (join == SP_SUM) {
-        write_joined<D, SP_SUM>(lanes, base, base_bits, out, index, words, written);
-    } else {
-        write_joined<D, SP_MEAN>(lanes, base, base_bits, out, index, words, written);
-    }
+    const auto with = join == SP_SUM     ? write_joined<D, SP_SUM>
+                      : join == SP_MEAN  ? write_joined<D, SP_MEAN>
+                      : join == SP_TOTAL ? write_joined<D, SP_TOTAL>
+                                         : write_joined<D, SP_WEIGHTED>;
+    with(lanes, base, base_bits, out, index, words, written);
 }
 
 // Who acts on a word of 64 entries that several patches may have selected: one that is alone.
@@ -517,8 +522,8 @@ static void let_alone(std::vector<Lane>& lanes, int w) {
 }
 
 // Or those whose steps have the sign of the sum of all. Steps that are infinite both ways have no sum and elect no
-// sign: then all act, and what they make is not finite either.
-static void elect(std::vector<Lane>& lanes, int w) {
+// sign: then all act, and what they make is not finite either. A sum of 0 elects nobody, or with `up` the positive.
+static void elect(std::vector<Lane>& lanes, int w, bool up) {
     const F zero = set_f(0);
     Bits any = 0;
     for (Lane& lane : lanes) {
@@ -532,9 +537,11 @@ static void elect(std::vector<Lane>& lanes, int w) {
         for (const Lane& lane : lanes) {
             total = select(mask(static_cast<uint32_t>(lane.selected[w] >> i)), add(total, step(lane)), total);
         }
-        const M up = less(zero, total), down = less(total, zero), lost = less(set_u(kInfinity), magnitude(total));
+        const M none = mask(up ? bits(equal(magnitude(total), set_u(0))) : 0);
+        const M plus = less(zero, total) | none, minus = less(total, zero);
+        const M lost = less(set_u(kInfinity), magnitude(total));
         for (Lane& lane : lanes) {
-            const M agrees = (up & less(zero, step(lane))) | (down & less(step(lane), zero)) | lost;
+            const M agrees = (plus & less(zero, step(lane))) | (minus & less(step(lane), zero)) | lost;
             lane.acts[w] |= static_cast<Bits>(bits(agrees)) << i;
         }
     }
@@ -544,7 +551,7 @@ static void elect(std::vector<Lane>& lanes, int w) {
 static void settle(std::vector<Lane>& lanes, int32_t acts, int words) {
     for (int w = 0; w < words; ++w) {
         if (acts == SP_ALONE) let_alone(lanes, w);
-        if (acts == SP_ELECTED) elect(lanes, w);
+        if (acts >= SP_ELECTED) elect(lanes, w, acts == SP_ELECTED_UP);
         if (acts != SP_ALL) continue;
         for (Lane& lane : lanes) lane.acts[w] = lane.selected[w];
     }

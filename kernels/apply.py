@@ -35,6 +35,9 @@ from .score import (
     MEAN,
     OVERFLOW,
     SCALE,
+    SUM,
+    UP,
+    WEIGHTED,
     Piece,
     delta,
     place,
@@ -99,6 +102,10 @@ def elect(w, values, table, selected, start, origin, cols, end, plan: tl.constex
     # Steps that are infinite both ways have no sum and elect no sign: all act, and none of what they make is finite.
     up, down, touched = pack(total > 0), pack(total < 0), pack(total != 0)
     lost = touched & ~(up | down)
+    if plan.acts == UP:
+        up |= pack(total == 0)
+        for p in tl.static_range(len(plan.patches)):
+            touched |= ups[p] & up
     acting = ()
     for p in tl.static_range(len(plan.patches)):
         acting = acting + ((ups[p] & up) | (downs[p] & down) | (selected[p] & lost),)
@@ -115,7 +122,7 @@ def settle(
     Cutting those sets to who acts would cost the common rules registers; what is made of an entry that nobody acts on
     is never written.
     """
-    if plan.acts == ELECTED:
+    if plan.acts >= ELECTED:
         return elect(w, values, table, selected, start, origin, cols, end, plan, BLOCK)
     else:
         if plan.acts == ALONE:
@@ -130,17 +137,23 @@ def settle(
 def joined(w, values, table, acting, start, origin, cols, end, plan: tl.constexpr, BLOCK: tl.constexpr):
     """What the acting steps make of w, before rounding."""
     zero = tl.zeros([BLOCK], tl.float32)
-    if plan.join == MEAN:
-        total = zero
-    else:
+    if plan.join == SUM:
         total = w
+    else:
+        total = zero
     number = zero
     for p in tl.static_range(len(plan.patches)):
         more = step(w, values[p], table + p * FIELDS, start, origin, cols, end, plan, p, BLOCK)
         mine = unpack(acting[p])
-        total, number = tl.where(mine, total + more, total), tl.where(mine, number + 1, number)
-    if plan.join == MEAN:
-        total = w + tl.div_rn(total, tl.maximum(number, 1.0))
+        if plan.join == WEIGHTED:
+            one = tl.load(table + p * FIELDS + SCALE).to(tl.uint32).to(tl.float32, bitcast=True)
+        else:
+            one = 1.0
+        total, number = tl.where(mine, total + more, total), tl.where(mine, number + one, number)
+    if plan.join == MEAN or plan.join == WEIGHTED:
+        total = tl.div_rn(total, tl.where(number == 0, 1.0, number))
+    if plan.join != SUM:
+        total = w + total
     return total
 
 

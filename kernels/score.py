@@ -33,7 +33,8 @@ EVERY = tl.constexpr((1 << 63) - 1)
 INFINITE = tl.constexpr(0x7F800000)
 # How patches combine: the axes of `safepatch_core.spec`.
 ALONE, ELECTED = tl.constexpr(Acts.ALONE.value), tl.constexpr(Acts.ELECTED.value)
-MEAN = tl.constexpr(Join.MEAN.value)
+UP = tl.constexpr(Acts.ELECTED_UP.value)
+SUM, MEAN, WEIGHTED = tl.constexpr(Join.SUM.value), tl.constexpr(Join.MEAN.value), tl.constexpr(Join.WEIGHTED.value)
 
 
 @dataclass(frozen=True)

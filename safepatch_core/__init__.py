@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from safepatch_core.fixes.reading import open_fix as open_fix
     from safepatch_core.fixes.stack import FixedCheckpoint as FixedCheckpoint
     from safepatch_core.fixes.stack import open_fixed as open_fixed
+    from safepatch_core.integrations.state_dicts import merge_state_dicts as merge_state_dicts
     from safepatch_core.library import get_cmake_dir as get_cmake_dir
     from safepatch_core.library import get_include as get_include
     from safepatch_core.library import get_library_dir as get_library_dir
@@ -71,6 +72,7 @@ _HOMES = {
     "errors": ("Busy", "IOFailure", "InputError", "OutputError", "SafepatchError", "UsageError"),
     "evaluating": ("EvalConfig", "EvalResult", "evaluate"),
     "files.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "integrations.state_dicts": ("merge_state_dicts",),
     "library": ("get_cmake_dir", "get_include", "get_library_dir"),
     "fixes.apply": ("ApplyResult", "apply", "revert"),
     "fixes.build": ("BuildResult", "build", "build_between"),

@@ -15,6 +15,7 @@ class Acts(IntEnum):
     ALONE = 0  # a patch whose T alone holds it
     ALL = 1  # every patch whose T holds it
     ELECTED = 2  # those of them whose steps c·d have the sign of the sum of all their steps
+    ELECTED_UP = 3  # the same, but a sum of 0 elects the positive steps
 
 
 class Join(IntEnum):
@@ -22,6 +23,8 @@ class Join(IntEnum):
 
     SUM = 0  # they are added to w one by one
     MEAN = 1  # they are added up from +0 and divided by their number; that is added to w
+    TOTAL = 2  # they are added up from +0; that is added to w
+    WEIGHTED = 3  # they are added up from +0 and divided by the sum of their c; that is added to w
 
 
 class Rule(NamedTuple):
@@ -49,6 +52,7 @@ Kind = Literal["checkpoint", "delta", "lora"]
 Importance = Literal["magnitude", "scores", "gradients"]
 Weight = Literal["patched", "base", "delta"]
 Order = Literal["retain-first", "select-first"]
+Quota = Literal["even", "floor"]
 
 NonFinite = Literal["error", "skip"]
 Missing = Literal["error", "skip"]
@@ -82,6 +86,7 @@ def keep_threshold(retain: float) -> int:
     return KEEP_ALL if retain >= 1 else int(retain * 4294967296.0)
 
 
-def quota(top: float, entries: int) -> int:
-    """k = round-half-even(top * N), the product in float64."""
-    return round(float(top) * float(entries))
+def quota(top: float, entries: int, how: Quota = "even") -> int:
+    """k = round-half-even(top * N), the product in float64; `floor`: the whole part, at least 1 of any share."""
+    product = float(top) * float(entries)
+    return round(product) if how == "even" else max(int(product), int(product > 0))

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,6 +179,12 @@ def count_of_top(top: float, n: int) -> int:
     return round(float(top) * float(n))
 
 
+def k_of(top: float, n: int, recipe: Mapping[str, Any]) -> int:
+    if recipe.get("quota", "even") == "even":
+        return count_of_top(top, n)
+    return max(1, math.floor(float(top) * float(n))) if top > 0 and n > 0 else 0
+
+
 def top_k(s: F32Array, e: BoolArray, k: int) -> BoolArray:
     """The k eligible entries of largest score; a full stable sort leaves equal scores in order of position."""
     positions = np.flatnonzero(e)
@@ -204,6 +210,16 @@ class Patch:
     c: np.float32
     minus: dict[str, Tensor] | None
     rows: str
+    entry: Mapping[str, Any]
+
+    def at(self, name: str) -> Patch:
+        """With the numbers of the first override that names this tensor."""
+        for other in self.entry.get("overrides", []):
+            if any(fnmatchcase(name, glob) for glob in other["names"]):
+                merged = {**self.entry, **{key: value for key, value in other.items() if key != "names"}}
+                top, retain, c = rates(merged)
+                return replace(self, top=top, retain=retain, c=c)
+        return self
 
     def touches(self, name: str) -> bool:
         if self.adapter is not None:
@@ -287,11 +303,15 @@ def load_patch(entry: Mapping[str, Any], root: Path, base: Path) -> Patch:
         given = "scores" if "scores" in importance else "gradients"
         weight = "scores" if given == "scores" else importance.get("weight", "patched")
         scores = load_checkpoint(root / importance[given])
+    minus = load_checkpoint(root / entry["minus"]) if entry.get("minus") else None
+    return Patch(entry["name"], kind, tensors, adapter, weight, scores, *rates(entry), minus, rows, entry)
+
+
+def rates(entry: Mapping[str, Any]) -> tuple[float, float, np.float32]:
+    """Top, retain and c of a patch or of an override in it."""
     retain, scale = float(entry.get("retain", 1.0)), float(entry.get("scale", 1.0))
     c = np.float32(scale / retain) if entry.get("rescale", False) else np.float32(scale)
-    minus = load_checkpoint(root / entry["minus"]) if entry.get("minus") else None
-    top = float(entry.get("top", 1.0))
-    return Patch(entry["name"], kind, tensors, adapter, weight, scores, top, retain, c, minus, rows)
+    return float(entry.get("top", 1.0)), retain, c
 
 
 # The merge
@@ -299,6 +319,16 @@ def load_patch(entry: Mapping[str, Any], root: Path, base: Path) -> Patch:
 # Who acts where several patches hold an entry, and what becomes of their changes.
 NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "shared.weight")
 RULES = {"difference": ("alone", "sum"), "sum": ("all", "sum"), "ties": ("elected", "mean")}
+
+
+def rule_of(recipe: Mapping[str, Any]) -> tuple[str, str]:
+    acts, join = RULES[recipe.get("combine", "difference")]
+    elect = recipe.get("elect") or {}
+    if elect.get("zero") == "positive":
+        acts = "elected_up"
+    if recipe.get("accumulate") == "deltas":
+        join = "total"
+    return acts, {"weights": "weighted", "none": "total"}.get(elect.get("divide", ""), join)
 
 
 def is_target(name: str, t: Tensor, rule: Any) -> bool:
@@ -349,8 +379,8 @@ def _merge(recipe_path: Path) -> Result:
     counts: dict[str, dict[str, Counts]] = {p.name: {} for p in patches}
     for name in targets:
         held = [chosen[p.name].T[name] for p in patches]
-        cd = [p.c * chosen[p.name].d[name] for p in patches]
-        acc, acts = combine(*RULES[recipe.get("combine", "difference")], to_f32(base[name]), held, cd)
+        cd = [p.at(name).c * chosen[p.name].d[name] for p in patches]
+        acc, acts = combine(*rule_of(recipe), to_f32(base[name]), held, cd, [p.at(name).c for p in patches])
         tensors[name] = write(name, base[name], acc, np.any(acts, axis=0))
         for p, T, acting in zip(patches, held, acts, strict=True):
             counts[p.name][name] = Counts(
@@ -368,7 +398,7 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
     skip_missing = recipe.get("missing", "error") == "skip"
     for name in targets:
         n = math.prod(base[name].shape)
-        r[name] = retained(n, p.retain, random_key(recipe.get("seed", 0), p.name, name))
+        r[name] = retained(n, p.at(name).retain, random_key(recipe.get("seed", 0), p.name, name))
         if not p.touches(name) or (skip_missing and not p.ranks(name)):
             d[name], s[name], e[name] = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, bool)
             continue
@@ -383,15 +413,16 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
 
     if not any(np.any(np.isfinite(x) & (x != 0)) for x in d.values()):
         raise BadInput(f"{p.name}: every delta is zero")
-    if p.top > 0 and p.retain > 0 and p.c != 0 and not any(np.any(x) for x in e.values()):
+    asks = bool(p.entry.get("overrides")) or (p.top > 0 and p.retain > 0 and p.c != 0)
+    if asks and not any(np.any(x) for x in e.values()):
         raise BadInput(f"{p.name}: nothing is eligible")
     if recipe.get("scope", "tensor") == "tensor":
-        T = {n: top_k(s[n], e[n], count_of_top(p.top, len(s[n]))) for n in targets}
+        T = {n: top_k(s[n], e[n], k_of(p.at(n).top, len(s[n]), recipe)) for n in targets}
     else:
         T = {}
         if targets:
             scores, able = np.concatenate([s[n] for n in targets]), np.concatenate([e[n] for n in targets])
-            chosen = top_k(scores, able, count_of_top(p.top, len(scores)))
+            chosen = top_k(scores, able, k_of(p.top, len(scores), recipe))
             cuts = np.cumsum([len(s[n]) for n in targets])[:-1]
             T = dict(zip(targets, np.split(chosen, cuts), strict=True))
     if not retain_first:
@@ -400,16 +431,19 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
 
 
 def combine(
-    acts: str, join: str, w: F32Array, held: list[BoolArray], cd: list[F32Array]
+    acts: str, join: str, w: F32Array, held: list[BoolArray], cd: list[F32Array], c: list[np.float32]
 ) -> tuple[F32Array, list[BoolArray]]:
     """What each entry becomes in float32, and where each patch acts on it."""
-    acting = {"alone": alone, "all": lambda held, cd: held, "elected": elected}[acts](held, cd)
+    who = {"alone": alone, "all": lambda held, cd: held, "elected": elected, "elected_up": elected_up}
+    acting = who[acts](held, cd)
     total, number = w if join == "sum" else np.zeros_like(w), np.zeros_like(w)
-    for mine, change in zip(acting, cd, strict=True):
+    for mine, change, weight in zip(acting, cd, c, strict=True):
         total = np.where(mine, total + change, total)
-        number = number + mine.astype(np.float32)
-    if join == "mean":
-        total = np.where(number > 0, w + total / number, w)
+        number = np.where(mine, number + (weight if join == "weighted" else np.float32(1)), number)
+    if join in ("mean", "weighted"):
+        total = np.divide(total, np.where(number == 0, np.float32(1), number), dtype=np.float32)
+    if join != "sum":
+        total = np.where(np.any(acting, axis=0), w + total, w)
     return total, acting
 
 
@@ -426,6 +460,15 @@ def elected(held: list[BoolArray], cd: list[F32Array]) -> list[BoolArray]:
         T & (((total > 0) & (change > 0)) | ((total < 0) & (change < 0)) | np.isnan(total))
         for T, change in zip(held, cd, strict=True)
     ]
+
+
+def elected_up(held: list[BoolArray], cd: list[F32Array]) -> list[BoolArray]:
+    """The same, and where the sum is zero those that go up."""
+    even = np.zeros_like(cd[0])
+    for T, change in zip(held, cd, strict=True):
+        even = np.where(T, even + change, even)
+    tied = [T & (change > 0) & (even == 0) for T, change in zip(held, cd, strict=True)]
+    return [a | b for a, b in zip(elected(held, cd), tied, strict=True)]
 
 
 def write(name: str, base: Tensor, acc: F32Array, acting: BoolArray) -> Tensor:

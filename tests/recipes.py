@@ -286,6 +286,11 @@ class Generator:
         options["rescale"] = options["rescale"] and options["retain"] > 0
         defaults = {"top": 1, "retain": 1, "scale": 1, "rescale": False}
         entry.update({k: v for k, v in options.items() if v != defaults[k] or self.chance(0.3)})
+        if self.chance(0.25):
+            globs = (["*.weight"], [self.py.choice(list(base))], ["*a*", "*.bias"])
+            rates = {"scale": self.py.choice((-1, 0.5, 2)), "retain": self.py.choice((1, 0.5, 0.3))}
+            some = self.py.sample(sorted(rates), self.py.choice((1, 2)))
+            entry["overrides"] = [{"names": self.py.choice(globs), **{key: rates[key] for key in some}}]
         return entry
 
     def opposed(self, base: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -345,6 +350,7 @@ class Generator:
             "seed": self.py.choice((0, 1, 2**64 - 1, self.py.getrandbits(64))),
             "nonfinite": "skip" if skip else "error",
             "missing": self.py.choice(("error", "skip")),
+            "quota": self.py.choice(("even", "even", "floor")),
             "max_shard_size": self.py.choice((None, None, "1KB", "3KB", "5GB")),
         }
         defaults: dict[str, Any] = {
@@ -353,7 +359,16 @@ class Generator:
             "order": "retain-first",
             "targets": "linear",
         }
+        if COMBINE[options["combine"]].acts != Acts.ELECTED:
+            options["accumulate"] = self.py.choice(("base", "base", "deltas"))
+        elif self.chance(0.6):
+            zero, divide = self.py.choice(("leave", "positive")), self.py.choice(("count", "weights", "none"))
+            options["elect"] = {"zero": zero, "divide": divide}
+        defaults |= {"quota": "even", "accumulate": "base", "elect": None}
         defaults |= {"seed": 0, "nonfinite": "error", "missing": "error", "max_shard_size": None}
+        if options["scope"] == "tensor":
+            for other in (other for entry in patches for other in entry.get("overrides", [])):
+                other["top"] = self.py.choice((1.0, 0.5, 0.1, 0.03))
         recipe.update({k: v for k, v in options.items() if v != defaults[k] or self.chance(0.2)})
         path = self.root / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=self.chance(0.5), allow_unicode=True))

@@ -41,9 +41,10 @@ def expected(block: Block) -> tuple[np.ndarray, list[int], list[int]]:
     w = oracle.to_f32(base)
     deltas = [p.values.data.view(np.float32) for p in block.patches if p and isinstance(p.values, Bits)]
     with np.errstate(all="ignore"):
+        scales = [np.float32(p.scale) for p in block.patches if p]
         steps = [np.float32(p.scale) * d for p, d in zip(block.patches, deltas, strict=True) if p]
         acts, join = (axis.name.lower() for axis in block.rule)
-        acc, acting = oracle.combine(acts, join, w, [d != 0 for d in deltas], steps)
+        acc, acting = oracle.combine(acts, join, w, [d != 0 for d in deltas], steps, scales)
         bits = oracle.from_f32(acc, base.dtype)
     finite = np.isfinite(oracle.to_f32(oracle.Tensor(base.dtype, base.shape, bits)))
     touched = np.any(acting, axis=0) & np.isfinite(w)

@@ -13,7 +13,8 @@ from safepatch_core import SafepatchError
 
 FUNCTIONS = (
     "apply apply_ build build_between derive describe evaluate get_cmake_dir get_include get_library_dir load_recipe "
-    "log merge open_backend open_checkpoint open_fix open_fixed plan prepare revert revert_ run sweep verify"
+    "log merge merge_state_dicts open_backend open_checkpoint open_fix open_fixed plan prepare revert revert_ run "
+    "sweep verify"
 ).split()
 TYPES = (
     "Applied ApplyResult Backend BuildResult Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig "

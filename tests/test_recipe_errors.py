@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from safepatch_core.commands.cli import main
+from safepatch_core.errors import UsageError
+from safepatch_core.merging.recipe import parse_recipe
 from tests.oracle import Tensor, save_file
 from tests.recipes import write_plain
 
@@ -534,3 +536,22 @@ def test_a_checkpoint_is_no_adapter(refused: Refusal, tmp_path: Path) -> None:
     recipe["patches"][1]["kind"] = "lora"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert "other" in refused(tmp_path / "recipe.yaml", 65)
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"accumulate": "deltas", "combine": "ties"}, "accumulate: deltas goes with combine: difference or sum"),
+        ({"elect": {"zero": "positive"}}, "elect goes with combine: ties"),
+        ({"elect": {"divide": "some"}, "combine": "ties"}, "elect.divide"),
+        ({"quota": "ceil"}, "quota"),
+        ({"scope": "model", "patches": [{"overrides": [{"names": ["*"], "top": 0.5}]}]}, "goes with scope: tensor"),
+        ({"patches": [{"overrides": [{"names": ["*"]}]}]}, "an override has top, retain or scale"),
+        ({"patches": [{"overrides": [{"names": [], "top": 0.5}]}]}, "names"),
+        ({"patches": [{"rescale": True, "overrides": [{"names": ["*"], "retain": 0}]}]}, "divides by retain"),
+    ],
+)
+def test_keys_that_do_not_go_together(keys: dict[str, Any], line: str) -> None:
+    patches = [{"name": "p", "source": "there", **patch} for patch in keys.pop("patches", [{}])]
+    with pytest.raises(UsageError, match=line):
+        parse_recipe({"base": "base", "patches": patches, **keys})

@@ -54,8 +54,8 @@ enum { SP_F32 = 0, SP_F16 = 1, SP_BF16 = 2 };                            /* dtyp
 enum { SP_CHECKPOINT = 0, SP_DELTA = 1, SP_LORA = 2 };                   /* kind */
 enum { SP_MAGNITUDE = 0, SP_SCORES = 1, SP_GRADIENTS = 2 };              /* importance */
 enum { SP_WEIGHT_PATCHED = 0, SP_WEIGHT_BASE = 1, SP_WEIGHT_DELTA = 2 }; /* weight */
-enum { SP_ALONE = 0, SP_ALL = 1, SP_ELECTED = 2 };                       /* acts */
-enum { SP_SUM = 0, SP_MEAN = 1 };                                        /* join */
+enum { SP_ALONE = 0, SP_ALL = 1, SP_ELECTED = 2, SP_ELECTED_UP = 3 };    /* acts */
+enum { SP_SUM = 0, SP_MEAN = 1, SP_TOTAL = 2, SP_WEIGHTED = 3 };         /* join */
 enum { SP_RETAIN_FIRST = 0, SP_SELECT_FIRST = 1 };                       /* order */
 
 typedef struct sp_engine sp_engine;

@@ -171,23 +171,24 @@ def acting(acts: Acts, selected: Sequence[Mask], steps: Sequence[F32]) -> list[M
     total = np.zeros(selected[0].shape if selected else 0, dtype=np.float32)
     for mine, step in zip(selected, steps, strict=True):
         total = np.where(mine, total + step, total)
+    up = total >= 0 if acts == Acts.ELECTED_UP else total > 0
     lost = np.isnan(total)  # infinite both ways: no sign, so all act, and what they make is not finite either
     return [
-        mine & (((step > 0) & (total > 0)) | ((step < 0) & (total < 0)) | lost)
+        mine & (((step > 0) & up) | ((step < 0) & (total < 0)) | lost)
         for mine, step in zip(selected, steps, strict=True)
     ]
 
 
-def joined(join: Join, acts: Sequence[Mask], steps: Sequence[F32], w: F32) -> F32:
-    """What the acting steps make of w, before it is rounded into the base's dtype; [n]."""
+def joined(join: Join, acts: Sequence[Mask], steps: Sequence[F32], scales: Sequence[float], w: F32) -> F32:
+    """What the acting steps make of w, before it is rounded into the base's dtype; scales: each patch's c; [n]."""
     total = w if join == Join.SUM else np.zeros_like(w)
-    members = np.zeros_like(w)
-    for act, step in zip(acts, steps, strict=True):
+    divisor = np.zeros_like(w)
+    for act, step, scale in zip(acts, steps, scales, strict=True):
         total = np.where(act, total + step, total)
-        members += act
-    if join == Join.MEAN:
-        total = w + np.divide(total, np.maximum(members, np.float32(1)), dtype=np.float32)
-    return total
+        divisor = np.where(act, divisor + np.float32(scale if join == Join.WEIGHTED else 1), divisor)
+    if join in (Join.MEAN, Join.WEIGHTED):
+        total = np.divide(total, np.where(divisor == 0, np.float32(1), divisor), dtype=np.float32)
+    return total if join == Join.SUM else w + total
 
 
 def stored(acc: F32, dtype: Dtype) -> tuple[NDArray[np.unsignedinteger], Mask]:
@@ -252,7 +253,8 @@ class ReferenceBackend:
                 for s, p in zip(scored, block.patches, strict=True)
             ]
             acts = acting(block.rule.acts, selected, steps)
-            rounded, fits = stored(joined(block.rule.join, acts, steps, w), block.base.dtype)
+            scales = [0.0 if p is None else p.scale for p in block.patches]
+            rounded, fits = stored(joined(block.rule.join, acts, steps, scales, w), block.base.dtype)
         acted = np.any([nothing, *acts], axis=0)
         touched = acted & np.isfinite(w)
         written = np.where(touched & fits, rounded, block.base.data)

@@ -27,10 +27,12 @@ COMMANDS = {
     "info": ("safepatch_core.commands.info", "What a fix changes, per layer and tensor."),
     "export": ("safepatch_core.commands.export", "A fix as a checkpoint, PEFT's adapter or a server's deltas."),
     "log": ("safepatch_core.commands.log", "Which fixes a checkpoint carries; finish what was interrupted."),
+    "import": ("safepatch_core.commands.import_", "A mergekit configuration as a recipe."),
     "eval": ("safepatch_core.commands.evaluate", "Measure harmful rate, over-refusal and utility of a model."),
     "run": ("safepatch_core.commands.run", "Derive, merge and evaluate, from one YAML file."),
     "sweep": ("safepatch_core.commands.sweep", "Search the recipe that scores best, from one YAML file."),
     "selftest": ("safepatch_core.commands.selftest", "Compare an engine with the reference here, bit for bit."),
+    "schema": ("safepatch_core.commands.schema", "The JSON Schema of recipes, for editors."),
     "config": ("safepatch_core.commands.config", "Flags for compiling and linking with the C library."),
     "bench": ("safepatch_core.bench.command", "Measure the engine here, beside its limits and its peers."),
 }

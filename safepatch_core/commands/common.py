@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -14,6 +14,9 @@ from safepatch_core.backends import ENGINES, find_engine
 
 # Bytes below which a line per tenth would be noise: a second's work.
 LINES_FROM = 1_000_000_000
+
+if TYPE_CHECKING:
+    from safepatch_core.merging.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,6 +82,19 @@ write_options = _options(
     click.option("--force", is_flag=True, help="Replace an existing output, in one step."),
     click.option("--resume", is_flag=True, help="Finish an interrupted run, to the same bytes."),
 )
+
+
+def any_recipe(path: str, quiet: bool) -> Recipe | str:
+    """A recipe's path as it is; of a mergekit configuration its recipe, and what it promises on stderr."""
+    from safepatch_core.integrations.mergekit import is_mergekit, read_mergekit
+    from safepatch_core.merging.recipe import parse_recipe
+    from safepatch_core.settings import read_yaml
+
+    if not is_mergekit(read_yaml(path, "recipe")):
+        return path
+    data, promise = read_mergekit(path)
+    say_to_stderr(quiet)(f"{path}: {promise}")
+    return parse_recipe(data, file=path)
 
 
 def emit(data: object) -> None:

@@ -28,12 +28,13 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Merge a RECIPE's patches into its base: a new checkpoint."""
+    """Merge a RECIPE's patches into its base: a new checkpoint. A mergekit configuration is a recipe too."""
+    from safepatch_core.commands.common import any_recipe
     from safepatch_core.merging.api import merge
     from safepatch_core.merging.text import count_table
 
     with ByteProgress("merge", quiet) as progress:
-        result = merge(recipe, out, force=force, resume=resume, progress=progress, **engine)
+        result = merge(any_recipe(recipe, quiet), out, force=force, resume=resume, progress=progress, **engine)
     for warning in () if quiet else result.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
     if as_json:

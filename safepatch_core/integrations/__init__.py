@@ -1,1 +1,1 @@
-"""Fixes in other toolchains: a file for each, which uses what `safepatch_core` shows and no more."""
+"""Other toolchains, each on the public API alone."""

@@ -86,7 +86,7 @@ class Plan:
     @cached_property
     def model_quotas(self) -> tuple[int, ...]:
         """k per patch over all targets, for scope: model."""
-        return tuple(quota(p.top, self.total_entries) for p in self.recipe.patches)
+        return tuple(quota(p.top, self.total_entries, self.recipe.quota) for p in self.recipe.patches)
 
     def sweeps(self, target: Target) -> int:
         """How often a target's inputs are read: once where no selection is needed or it is held whole, else twice.
@@ -342,7 +342,7 @@ def _ranks_nothing(spec: PatchSpec) -> InputError:
 
 
 def _is_off(spec: PatchSpec) -> bool:
-    return spec.top == 0 or spec.retain == 0 or spec.scale == 0
+    return not spec.overrides and (spec.top == 0 or spec.retain == 0 or spec.scale == 0)
 
 
 def _target(given: _Opened, name: str) -> Target:
@@ -357,15 +357,16 @@ def _target(given: _Opened, name: str) -> Target:
             expected="F32, F16 or BF16 (or exclude it from targets)",
         )
     patches: list[PatchInput | None] = []
-    for spec, source, ranking in zip(recipe.patches, given.sources, given.importance, strict=True):
+    specs = [spec.at(entry.name) for spec in recipe.patches]
+    for spec, source, ranking in zip(specs, given.sources, given.importance, strict=True):
         delta = source.lookup(entry, recipe.missing)
         scores = None if ranking is None or delta is None else ranking.lookup(entry, recipe.missing)
         if delta is None or (ranking is not None and scores is None):
             patches.append(None)
             continue
         key = random_key(recipe.seed, spec.name, entry.name)
-        patches.append(PatchInput(delta, scores, key, keep_threshold(spec.retain)))
-    return Target(entry, tuple(patches), tuple(quota(p.top, entry.entries) for p in recipe.patches), whole=True)
+        patches.append(PatchInput(delta, scores, key, keep_threshold(spec.retain), spec.factor))
+    return Target(entry, tuple(patches), tuple(quota(s.top, entry.entries, recipe.quota) for s in specs), whole=True)
 
 
 def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: int | None) -> Target:

@@ -10,10 +10,26 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from safepatch_core.errors import UsageError
 from safepatch_core.settings import Strict, explain, parse_size, read_yaml
-from safepatch_core.spec import Combine, Importance, Kind, Missing, NonFinite, Order, Rows, Scope, Weight
+from safepatch_core.spec import (
+    COMBINE,
+    Acts,
+    Combine,
+    Importance,
+    Join,
+    Kind,
+    Missing,
+    NonFinite,
+    Order,
+    Quota,
+    Rows,
+    Rule,
+    Scope,
+    Weight,
+)
 
 NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "shared.weight")
 # What models that see or hear have beside the language model: towers, and what leads from them to it.
@@ -43,6 +59,25 @@ class Gradients(Strict):
     weight: Weight = "patched"
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Override(Strict):
+    """What a patch has instead for the tensors of these names; the first override that names a tensor counts."""
+
+    names: Annotated[list[str], Field(min_length=1)]  # globs
+    top: Share | None = None
+    retain: Share | None = None
+    scale: Finite | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if self.model_fields_set <= {"names"}:
+            raise ValueError("an override has top, retain or scale")
+        return self
+
+
 class PatchSpec(Strict):
     """One patch: where its change comes from, and which share of it is kept."""
 
@@ -50,12 +85,23 @@ class PatchSpec(Strict):
     source: Annotated[str, Field(min_length=1)]
     kind: Kind | None = None
     importance: Literal["magnitude"] | Scores | Gradients = "magnitude"
-    top: Annotated[float, Field(ge=0, le=1)] = 1.0
-    retain: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top: Share = 1.0
+    retain: Share = 1.0
     rescale: bool = False
-    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    scale: Finite = 1.0
     minus: Annotated[str, Field(min_length=1)] | None = None  # what the change is measured from, if not the base
     rows: Rows = "all"
+    overrides: list[Override] = []
+
+    def at(self, tensor: str) -> PatchSpec:
+        """The patch as it is for one tensor: with what the first override that names it says."""
+        for other in self.overrides:
+            if any(fnmatch.fnmatchcase(tensor, glob) for glob in other.names):
+                return self._with(other)
+        return self
+
+    def _with(self, other: Override) -> PatchSpec:
+        return self.model_copy(update=other.model_dump(exclude_none=True, exclude={"names"}) | {"overrides": []})
 
     @model_validator(mode="after")
     def _minus_is_of_a_checkpoint(self) -> PatchSpec:
@@ -65,10 +111,11 @@ class PatchSpec(Strict):
 
     @model_validator(mode="after")
     def _factor_is_finite(self) -> PatchSpec:
-        if self.rescale and self.retain == 0:
-            raise ValueError("rescale divides by retain, which is 0")
-        if not np.isfinite(self.factor):
-            raise ValueError("scale (divided by retain, with rescale) does not fit float32")
+        for spec in (self, *map(self._with, self.overrides)):
+            if spec.rescale and spec.retain == 0:
+                raise ValueError("rescale divides by retain, which is 0")
+            if not np.isfinite(spec.factor):
+                raise ValueError("scale (divided by retain, with rescale) does not fit float32")
         return self
 
     @property
@@ -101,6 +148,13 @@ class Globs(Strict):
     exclude: list[str] = []
 
 
+class Elect(Strict):
+    """How `ties` elects and divides; by default as the TIES paper does it."""
+
+    zero: Literal["leave", "positive"] = "leave"
+    divide: Literal["count", "weights", "none"] = "count"
+
+
 class Recipe(Strict):
     """A validated recipe. `origin` is the directory that its relative paths are relative to."""
 
@@ -114,7 +168,10 @@ class Recipe(Strict):
     nonfinite: NonFinite = "error"
     missing: Missing = "error"
     max_shard_size: str | int | None = None
-    origin: Annotated[Path, Field(exclude=True)] = Path(".")
+    accumulate: Literal["base", "deltas"] = "base"
+    elect: Elect = Elect()
+    quota: Quota = "even"
+    origin: Annotated[SkipJsonSchema[Path], Field(exclude=True)] = Path(".")
 
     @field_validator("max_shard_size")
     @classmethod
@@ -132,6 +189,27 @@ class Recipe(Strict):
             raise ValueError(f"two patches are named {twice[0]!r}; names are part of the random key")
         return patches
 
+    @model_validator(mode="after")
+    def _keys_fit_each_other(self) -> Recipe:
+        elected = COMBINE[self.combine].acts == Acts.ELECTED
+        if elected and self.accumulate != "base":
+            raise ValueError("accumulate: deltas goes with combine: difference or sum; ties has elect.divide")
+        if not elected and self.elect != Elect():
+            raise ValueError("elect goes with combine: ties")
+        if self.scope == "model" and any(other.top is not None for p in self.patches for other in p.overrides):
+            raise ValueError("an override's top goes with scope: tensor")
+        return self
+
+    @property
+    def rule(self) -> Rule:
+        """Who acts and how steps join."""
+        acts, join = COMBINE[self.combine]
+        if self.elect.zero == "positive":
+            acts = Acts.ELECTED_UP
+        if self.accumulate == "deltas" or self.elect.divide == "none":
+            join = Join.TOTAL
+        return Rule(acts, Join.WEIGHTED if self.elect.divide == "weights" else join)
+
     def is_target(self, name: str, dimensions: int) -> bool:
         """Whether a float tensor of that name and rank is patched."""
         if self.targets == "all":
@@ -147,6 +225,10 @@ class Recipe(Strict):
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included; absolute paths are cut to their last component."""
         data = self.model_dump(mode="json")
+        # Later keys are shown where they are used, so that earlier recipes stay what they were.
+        for key, usual in (("accumulate", "base"), ("elect", Elect().model_dump()), ("quota", "even")):
+            if data[key] == usual:
+                del data[key]
 
         def shown(path: str) -> str:
             return Path(path).name if os.path.isabs(path) or path.startswith("~") else path
@@ -155,6 +237,9 @@ class Recipe(Strict):
         for patch in data["patches"]:
             patch["source"] = shown(patch["source"])
             patch["minus"] = patch["minus"] and shown(patch["minus"])
+            patch["overrides"] = [{k: v for k, v in of.items() if v is not None} for of in patch["overrides"]]
+            if not patch["overrides"]:
+                del patch["overrides"]
             for key in ("scores", "gradients"):
                 if isinstance(patch["importance"], dict) and key in patch["importance"]:
                     patch["importance"][key] = shown(patch["importance"][key])

@@ -34,7 +34,6 @@ from safepatch_core.merging.sources.contract import Held, PatchTensor, Range, al
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target, Unit
 from safepatch_core.ranks import Alone, Ranks
-from safepatch_core.spec import COMBINE
 
 Counts = dict[str, Report]
 Shared = dict[PatchTensor, Held]
@@ -231,7 +230,7 @@ class Merge:
                     weight=spec.weight,
                     random_key=given.random_key,
                     keep=given.keep,
-                    scale=spec.factor,
+                    scale=given.scale,
                 )
             )
         block = Block(
@@ -239,7 +238,7 @@ class Merge:
             start=unit.lo,
             cols=target.entry.shape[-1] if target.entry.shape else 1,
             patches=tuple(patches),
-            rule=COMBINE[recipe.combine],
+            rule=recipe.rule,
             order=recipe.order,
         )
         return Work(unit, bits.data.view(np.uint8), block)

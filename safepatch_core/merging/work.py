@@ -17,6 +17,7 @@ class PatchInput:
     scores: PatchTensor | None
     random_key: int
     keep: int  # retention threshold
+    scale: float  # c
 
     @property
     def tensors(self) -> list[PatchTensor]:

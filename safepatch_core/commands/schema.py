@@ -1,0 +1,15 @@
+"""`safepatch schema`: what a recipe may say, for editors and validators."""
+
+from __future__ import annotations
+
+import click
+
+from safepatch_core.commands.common import emit
+
+
+@click.command(name="schema")
+def command() -> None:
+    """The JSON Schema of recipes. In an editor: `# yaml-language-server: $schema=recipe.schema.json`."""
+    from safepatch_core.merging.recipe import Recipe
+
+    emit(Recipe.model_json_schema())

@@ -1,0 +1,30 @@
+"""The JSON Schema that is shipped is the recipe's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import safepatch_core
+from safepatch_core.merging.recipe import PatchSpec, Recipe
+from safepatch_core.spec import COMBINE
+
+SHIPPED = Path(safepatch_core.__file__).with_name("recipe.schema.json")
+
+
+def test_the_file_is_the_recipes_schema() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "safepatch_core", "schema"], capture_output=True, text=True, check=True
+    )
+    assert SHIPPED.read_text() == told.stdout, "safepatch schema > safepatch_core/recipe.schema.json"
+
+
+def test_an_editor_knows_every_key_and_no_other() -> None:
+    schema = json.loads(SHIPPED.read_text())
+    for model, found in ((Recipe, schema), (PatchSpec, schema["$defs"]["PatchSpec"])):
+        assert set(found["properties"]) == set(model.model_fields) - {"origin"}
+        assert found["additionalProperties"] is False
+    assert schema["properties"]["combine"]["enum"] == list(COMBINE)
+    assert (schema["required"], schema["$defs"]["PatchSpec"]["required"]) == (["base", "patches"], ["name", "source"])
