@@ -122,9 +122,8 @@ def fused(tensors: Mapping[str, TensorEntry], base: Checkpoint) -> tuple[dict[st
 def apart(name: str, shape: tuple[int, ...], base: Checkpoint) -> list[str]:
     """The base's tensors that make up one of that name and shape which it lacks, or nothing."""
     kind = model_type(base)
-    return next(
-        (found for fusion, head in _wholes(name) if (found := _parts(fusion, head, shape, base.tensors, kind))), []
-    )
+    made = (_parts(fusion, head, shape, base.tensors, kind) for fusion, head in _wholes(name))
+    return next((parts for parts in made if parts), [])
 
 
 def fusion_of(name: str, base: Checkpoint) -> str | None:
