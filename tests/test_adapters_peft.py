@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.against_peft import gpt2, llama, peft, require_peft, torch, transformers, write_adapter
+from safepatch_core import merge
+from tests.against_peft import (
+    HOSTS,
+    gpt2,
+    llama,
+    merged,
+    peft,
+    require_peft,
+    torch,
+    transformers,
+    write_adapter,
+    write_recipe,
+)
+from tests.oracle import Tensor, load_checkpoint, save_file, to_f32
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LORA = peft.LoraConfig
@@ -73,3 +88,48 @@ def test_merges_as_peft(tmp_path: Path, case: str, dtype: str) -> None:
     make, config = CASES[case]
     live = write_adapter(tmp_path, make(), config, getattr(torch, dtype))
     require_peft(tmp_path, live, tmp_path / "recipe.yaml")
+
+
+def qwen3_moe() -> Any:
+    config = transformers.Qwen3MoeConfig(
+        **SMALL, **HEADS, intermediate_size=24, moe_intermediate_size=8, num_experts=4, mlp_only_layers=[]
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def test_experts_that_the_base_keeps_apart(tmp_path: Path) -> None:
+    """The file has them one by one, and in memory they are joined, where PEFT adapts them."""
+    config = LORA(r=2, target_modules=["q_proj"], target_parameters=EXPERTS, rank_pattern={"experts.down_proj": 3})
+    live = write_adapter(tmp_path, qwen3_moe(), config, torch.float32)
+    for i, options in enumerate(HOSTS):
+        merge(tmp_path / "recipe.yaml", tmp_path / f"out-{i}", **options)
+    live.merge_and_unload().save_pretrained(tmp_path / "peft")
+    base, theirs, *ours = (load_checkpoint(tmp_path / name) for name in ("base", "peft", "out-0", "out-1", "out-2"))
+    assert ours[0] == ours[1] == ours[2] and theirs.keys() == base.keys()
+    changed = [name for name in base if "experts." in name or "q_proj" in name]
+    assert len(changed) == 13
+    for name in base:
+        assert np.allclose(to_f32(ours[0][name]), to_f32(theirs[name]), rtol=2e-5, atol=2e-6), name
+        assert (ours[0][name] != base[name]) == (name in changed)
+
+
+def test_experts_apart_have_the_sums_of_single_layers(tmp_path: Path) -> None:
+    """Bit by bit what an adapter with a pair of factors for every expert gives."""
+    write_adapter(tmp_path, qwen3_moe(), LORA(r=3, target_modules=[], target_parameters=EXPERTS), torch.bfloat16)
+    merge(tmp_path / "recipe.yaml", tmp_path / "out", backend="cpu")
+    single = {}
+    for name, t in load_checkpoint(tmp_path / "adapter" / "adapter_model.safetensors").items():
+        values, prefix = to_f32(t).reshape(t.shape), name.split(".base_layer")[0].split(".lora_")[0]
+        for e in range(4):
+            joined = ".base_layer." in name  # gate and up, which are the inner pair
+            part = values[3 * e : 3 * e + 3] if "lora_A" in name else values[:, e::4]
+            halves = np.split(part, 2) if joined and "lora_B" in name else [part] * 2
+            for leaf, half in zip(("gate_proj", "up_proj") if joined else ("down_proj",), halves, strict=False):
+                key = f"{prefix}.{e}.{leaf}.lora_{'A' if 'lora_A' in name else 'B'}.weight"
+                single[key] = Tensor("F32", half.shape, np.ascontiguousarray(half).tobytes())
+    (tmp_path / "single").mkdir()
+    save_file(tmp_path / "single" / "adapter_model.safetensors", single)
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 8}
+    (tmp_path / "single" / "adapter_config.json").write_text(json.dumps(config))
+    expected = merged(write_recipe(tmp_path, patch={"source": "single"}), "single-out")
+    assert load_checkpoint(tmp_path / "out") == expected

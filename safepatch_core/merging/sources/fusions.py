@@ -119,6 +119,13 @@ def fused(tensors: Mapping[str, TensorEntry], base: Checkpoint) -> tuple[dict[st
     return found, list(done)
 
 
+def apart(name: str, shape: tuple[int, ...], base: Checkpoint) -> list[str]:
+    """The base's tensors that make up one of that name and shape which it lacks, or nothing."""
+    kind = model_type(base)
+    made = (_parts(fusion, head, shape, base.tensors, kind) for fusion, head in _wholes(name))
+    return next((parts for parts in made if parts), [])
+
+
 def fusion_of(name: str, base: Checkpoint) -> str | None:
     """What the base has in place of a tensor that it lacks under that name, if it has it joined or apart."""
     for fusion, head in _wholes(name):

@@ -16,11 +16,11 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.files.filenames import ADAPTER_CONFIG
 from safepatch_core.merging.sources.dora import Directions
-from safepatch_core.merging.sources.experts import Nested, Parameters, Scaled
 from safepatch_core.merging.sources.factors import Bias, Factors
 from safepatch_core.merging.sources.folder import PREFIX, Entries, Folder, Found, Part, Shape, together
 from safepatch_core.merging.sources.foreign import refuse_ungathered
 from safepatch_core.merging.sources.orientation import Orientation
+from safepatch_core.merging.sources.parameters import Nested, Parameters, Scaled
 from safepatch_core.merging.sources.tokens import trained_rows
 
 USED = frozenset(
