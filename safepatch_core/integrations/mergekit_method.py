@@ -1,7 +1,7 @@
 """`merge_method: safepatch` for mergekit: importing this module registers it.
 
-`python -m safepatch_core.integrations.mergekit_method CONFIG OUT` is mergekit-yaml that knows it. mergekit has no place
-for scores files, so importance is magnitude; it holds tensors whole, and so does this.
+`python -m safepatch_core.integrations.mergekit_method CONFIG OUT` is mergekit-yaml that knows it. mergekit has no
+place for scores files, so importance is magnitude; it holds tensors whole, and so does this.
 """
 
 # Not `from __future__ import annotations`: mergekit reads the signature.
@@ -20,7 +20,9 @@ from safepatch_core.integrations.mergekit import patch_names
 from safepatch_core.integrations.state_dicts import merge_state_dicts
 
 
-@merge_method(name="safepatch", uses_accelerator=False, contract=InputContract(base=BasePolicy.REQUIRED))
+@merge_method(  # type: ignore[untyped-decorator]
+    name="safepatch", uses_accelerator=False, contract=InputContract(base=BasePolicy.REQUIRED)
+)
 def safepatch(
     group: TensorGroup,
     weight: PerNonBase[float] = 1.0,
