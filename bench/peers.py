@@ -58,19 +58,19 @@ def mergekit(method: str, bench: Bench, folder: Path, out: Path) -> list[str]:
     return [program, str(path), str(out), "--quiet", "--no-copy-tokenizer", "--random-seed", "0"]
 
 
-def _needs(*modules: str) -> None:
+def needs(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise Skipped(f"{', '.join(missing)} is not installed")
 
 
 def plain_torch(scope: str, bench: Bench, folder: Path, out: Path) -> list[str]:
-    _needs("torch", "safetensors")
+    needs("torch", "safetensors")
     return [*PYTHON, str(HERE / "plain_torch.py"), str(models.recipe_path(folder, scope=scope)), str(out)]
 
 
 def _peft(method: str, bench: Bench, folder: Path, out: Path) -> list[str]:
-    _needs("torch", "transformers", "peft")
+    needs("torch", "transformers", "peft")
     adapters = [str(folder / models.source_name(name, "lora")) for name in models.PATCHES]
     return [*PYTHON, str(HERE / "peft_merge.py"), method, str(folder / "base"), *adapters, str(out)]
 

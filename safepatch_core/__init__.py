@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from safepatch_core.fixes.memory import revert_ as revert_
     from safepatch_core.fixes.reading import Fix as Fix
     from safepatch_core.fixes.reading import open_fix as open_fix
+    from safepatch_core.fixes.stack import FixedCheckpoint as FixedCheckpoint
+    from safepatch_core.fixes.stack import open_fixed as open_fixed
     from safepatch_core.integrations.state_dicts import merge_state_dicts as merge_state_dicts
     from safepatch_core.library import get_cmake_dir as get_cmake_dir
     from safepatch_core.library import get_include as get_include
@@ -77,6 +79,7 @@ _HOMES = {
     "fixes.log": ("LogResult", "log"),
     "fixes.memory": ("Applied", "apply_", "revert_"),
     "fixes.reading": ("Fix", "open_fix"),
+    "fixes.stack": ("FixedCheckpoint", "open_fixed"),
     "merging.api": ("MergeResult", "describe", "merge", "plan", "prepare"),
     "merging.engine": ("EngineOptions",),
     "merging.plan": ("Plan",),

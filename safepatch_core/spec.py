@@ -57,6 +57,7 @@ Quota = Literal["even", "floor"]
 NonFinite = Literal["error", "skip"]
 Missing = Literal["error", "skip"]
 Scope = Literal["tensor", "model"]
+Rows = Literal["all", "common"]
 
 ITEMSIZE: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from tests.oracle_adapters import Adapter, Change, Misfit, model_type
+from tests.oracle_adapters import Adapter, Change, Misfit, model_type, with_rows
 
 F32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -209,6 +209,7 @@ class Patch:
     retain: float
     c: np.float32
     minus: dict[str, Tensor] | None
+    rows: str
     entry: Mapping[str, Any]
 
     def at(self, name: str) -> Patch:
@@ -243,15 +244,20 @@ class Patch:
                 raise BadInput(f"{name}: does not fit {base.shape}") from error
             assert found is not None
             return Change(found.patched, found.values.reshape(-1))
-        t = self.tensors[name]
-        if t.shape != base.shape:
-            raise BadInput(f"{name}: shape {t.shape}, the base has {base.shape}")
+        values = self.fitted(name, self.tensors[name], base, self.kind == "checkpoint")
         if self.kind == "delta" or self.minus is None:
-            return Change(self.kind == "checkpoint", to_f32(t))
-        before = self.minus[name]
-        if before.shape != base.shape:
-            raise BadInput(f"{name}: measured from shape {before.shape}, the base has {base.shape}")
-        return Change(False, to_f32(t) - to_f32(before))
+            return Change(self.kind == "checkpoint", values)
+        return Change(False, values - self.fitted(name, self.minus[name], base, True))
+
+    def fitted(self, name: str, t: Tensor, base: Tensor, absolute: bool) -> F32Array:
+        """Flat; with `rows: common` the rows that both have, the others the base's, or zero."""
+        x = to_f32(t).reshape(t.shape)
+        if self.rows == "common" and any(word in name for word in NOT_LINEAR):
+            rest = to_f32(base).reshape(base.shape)
+            x = with_rows(x, rest if absolute else np.zeros_like(rest))
+        if x.shape != base.shape:
+            raise BadInput(f"{name}: shape {t.shape}, the base has {base.shape}")
+        return x.reshape(-1)
 
     def delta(self, name: str, base: Tensor) -> F32Array:
         change = self.change(name, base)
@@ -263,9 +269,7 @@ class Patch:
         if name not in self.importance:
             raise BadInput(f"{name}: missing from the importance")
         t = self.importance[name]
-        if t.shape != base.shape:
-            raise BadInput(f"{name}: importance of shape {t.shape}, the base has {base.shape}")
-        x = to_f32(t)
+        x = self.fitted(name, t, base, False)
         if self.weight == "scores":
             if np.any((x < 0) & np.isfinite(x)):
                 raise BadInput(f"{name}: negative score")
@@ -279,18 +283,19 @@ class Patch:
         return np.abs(product)
 
 
-def load_adapter(folder: Path, base: Path) -> Adapter:
+def load_adapter(folder: Path, base: Path, rows: str) -> Adapter:
     tensors: dict[str, Any] = {}
     for name, t in load_file(folder / "adapter_model.safetensors").items():
         tensors[name] = (np.frombuffer(t.data, "<i4") if t.dtype == "I32" else to_f32(t)).reshape(t.shape)
-    return Adapter(json.loads((folder / "adapter_config.json").read_text()), tensors, model_type(base))
+    return Adapter(json.loads((folder / "adapter_config.json").read_text()), tensors, model_type(base), rows)
 
 
 def load_patch(entry: Mapping[str, Any], root: Path, base: Path) -> Patch:
     source = root / entry["source"]
     is_adapter = (source / "adapter_config.json").is_file()
     kind = entry.get("kind", "lora" if is_adapter else "checkpoint")
-    adapter = load_adapter(source, base) if kind == "lora" else None
+    rows = entry.get("rows", "all")
+    adapter = load_adapter(source, base, rows) if kind == "lora" else None
     tensors = {} if kind == "lora" else load_checkpoint(source)
     importance = entry.get("importance", "magnitude")
     weight, scores = "magnitude", {}
@@ -299,7 +304,7 @@ def load_patch(entry: Mapping[str, Any], root: Path, base: Path) -> Patch:
         weight = "scores" if given == "scores" else importance.get("weight", "patched")
         scores = load_checkpoint(root / importance[given])
     minus = load_checkpoint(root / entry["minus"]) if entry.get("minus") else None
-    return Patch(entry["name"], kind, tensors, adapter, weight, scores, *rates(entry), minus, entry)
+    return Patch(entry["name"], kind, tensors, adapter, weight, scores, *rates(entry), minus, rows, entry)
 
 
 def rates(entry: Mapping[str, Any]) -> tuple[float, float, np.float32]:
@@ -312,6 +317,7 @@ def rates(entry: Mapping[str, Any]) -> tuple[float, float, np.float32]:
 # The merge
 
 # Who acts where several patches hold an entry, and what becomes of their changes.
+NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "shared.weight")
 RULES = {"difference": ("alone", "sum"), "sum": ("all", "sum"), "ties": ("elected", "mean")}
 
 
@@ -332,8 +338,7 @@ def is_target(name: str, t: Tensor, rule: Any) -> bool:
     if rule == "all":
         return True
     if rule == "linear":
-        words = ("embed", "lm_head", "wte", "wpe", "shared.weight")
-        return len(t.shape) >= 2 and not any(word in name for word in words)
+        return len(t.shape) >= 2 and not any(word in name for word in NOT_LINEAR)
     included = any(fnmatchcase(name, glob) for glob in rule.get("include", ["*"]))
     return included and not any(fnmatchcase(name, glob) for glob in rule.get("exclude", []))
 

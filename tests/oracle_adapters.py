@@ -32,8 +32,10 @@ class Change(NamedTuple):
 class Adapter:
     """`tensors`: name -> float32 array (or int32 indices) of the adapter's file; `base` likewise."""
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Any], model_type: str | None) -> None:
-        self.config, self.model_type = config, model_type
+    def __init__(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Any], model_type: str | None, rows: str
+    ) -> None:
+        self.config, self.model_type, self.common = config, model_type, rows == "common"
         self.tensors = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
         self.kind = config["peft_type"]
 
@@ -49,7 +51,7 @@ class Adapter:
                 found[f"{match[1]}.bias"] = name
         for name in self.tensors:
             bare = name.replace(".base_layer.", ".")
-            if "lora_" not in name and name.endswith((".weight", ".bias")):
+            if not re.search(r"lora_|vera_|shira_|trainable_tokens", name):
                 found.setdefault(bare, name)
         return found
 
@@ -76,6 +78,7 @@ class Adapter:
         if stored.endswith("lora_B.bias"):
             return Change(False, self.scale(module, self.rank(module)) * (np.float32(0) + np.float32(1) * given))
         if "lora_" not in stored and "vera_" not in stored:
+            given = with_rows(given, base) if self.common else given
             if given.shape != base.shape:
                 raise Misfit(name)
             return Change(True, given)
@@ -88,10 +91,13 @@ class Adapter:
         turned = embedding or self.turned(name, base.shape, (b.shape[0], a.shape[1]))
         delta = scale * in_order(b, a)
         magnitude = self.tensors.get(f"{module}.lora_magnitude_vector")
-        if (delta.T if turned else delta).shape != base.shape:
+        fitted = delta.T if turned else delta
+        if self.common and magnitude is None:
+            fitted = with_rows(fitted, np.zeros_like(base))
+        if fitted.shape != base.shape:
             raise Misfit(name)
         if magnitude is None:
-            return Change(False, delta.T if turned else delta)
+            return Change(False, fitted)
         moved = (base.T if turned else base) + delta
         norms = np.zeros(len(moved), np.float64)
         for column in moved.T.astype(np.float64):
@@ -142,7 +148,9 @@ class Adapter:
         if isinstance(indices, dict):
             indices = next(of for key, of in indices.items() if f".{module}".endswith(f".{key}"))
         patched = base.copy()
-        patched[indices] = given
+        for index, row in zip(indices, given, strict=True):
+            if index < len(base) or not self.common:
+                patched[index] = row
         return patched
 
     def scattered(self, module: str, base: F32, given: F32) -> F32:
@@ -164,6 +172,11 @@ class Adapter:
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
         return default
+
+
+def with_rows(given: F32, rest: F32) -> F32:
+    """As many rows as `rest` has, the missing ones from there."""
+    return np.concatenate([given[: len(rest)], rest[len(given) :]]) if given.shape[1:] == rest.shape[1:] else given
 
 
 def in_order(left: F32, right: F32) -> F32:

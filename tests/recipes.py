@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
@@ -57,6 +57,7 @@ class Generator:
     seed: int
     size: int = 24
     hostile: bool = False
+    kinds: ClassVar[tuple[str, ...]] = ("checkpoint", "checkpoint", "delta", "lora")
     py: random.Random = field(init=False)
     np: np.random.Generator = field(init=False)
 
@@ -251,7 +252,7 @@ class Generator:
         return Tensor(t.dtype, t.shape, from_f32(x, t.dtype))
 
     def patch(self, name: str, base: dict[str, Tensor]) -> dict[str, Any]:
-        kind = self.py.choice(("checkpoint", "checkpoint", "delta", "lora"))
+        kind = self.py.choice(self.kinds)
         entry: dict[str, Any] = {"name": name}
         if kind == "lora" and any(n.endswith(".weight") and len(t.shape) == 2 for n, t in base.items()):
             entry["source"] = self.lora(f"adapter-{name}", base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 from safepatch_core.backends.reference import ReferenceBackend
-from safepatch_core.bench import kernels, measure, merges, models, registry, report, results, shape, tracing
+from safepatch_core.bench import fixes, kernels, measure, merges, models, registry, report, results, shape, tracing
 from safepatch_core.bench.command import command
 from safepatch_core.bench.measure import Failed, Red, Skipped
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.fixes import codec
 from safepatch_core.merging import rates
 from safepatch_core.merging.api import describe, plan
 from safepatch_core.spec import Kind
@@ -43,7 +45,7 @@ def test_every_case_has_its_own_name_and_every_group_a_short_one() -> None:
     cases = registry.cases()
     assert all(case.name == name and case.description for name, case in cases.items())
     groups = {name.partition("/")[0] for name in cases}
-    assert groups == {"kernels", "merge", "memory", "floor", "peers", "derive", "shape", "profile"}
+    assert groups == {"kernels", "merge", "memory", "floor", "peers", "fixes", "derive", "shape", "profile"}
     assert {case.name.partition("/")[0] for case in cases.values() if case.short} == groups
 
 
@@ -478,6 +480,65 @@ def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
     made = plan(models.recipe_path(folder), backend="reference")
     slow = seconds("checkpoint", "tensor", 0.0, **{rates.DISK_READ: 1e4, rates.DISK_WRITE: 1e9})
     assert slow == pytest.approx(1.0 + made.bytes_to_read / 1e4, rel=1e-3)
+
+
+# Fix files
+
+
+@pytest.mark.parametrize("measure_", [fixes._measure_build, fixes._measure_apply, fixes._measure_in_place])
+def test_fixes_are_measured_beside_what_they_do(measure_: Any, bench: registry.Bench) -> None:
+    measured = measure_("tiny", "warm", bench)
+    assert all(measured.series[name]["wall_s"] for pair in measured.ratios for name in pair)
+    assert 5 * measured.facts["fix_bytes"] < TINY.nbytes
+
+
+def test_the_floor_in_place_reads_all_and_writes_where_a_fix_changes_something(
+    tmp_path: Path, bench: registry.Bench
+) -> None:
+    from safepatch_core.fixes.build import build
+    from safepatch_core.fixes.reading import open_fix
+
+    folder = bench.models(TINY)
+    made = build(models.recipe_path(folder), tmp_path / "fix", backend="reference")
+    (shard,) = open_checkpoint(folder / "base").shards
+    with open_fix(made.out) as fix:
+        pieces = fixes.pieces(shard, fix)
+        touched = [entry for entry in shard.tensors if entry.name in fix.tensors]
+    assert [at for at, _, _ in pieces] == [0, *np.cumsum([n for _, n, _ in pieces])[:-1]]
+    assert sum(n for _, n, _ in pieces) == shard.size
+    assert sum(n for _, n, back in pieces if back) == sum(entry.nbytes for entry in touched) > 0
+    before = digest(folder / "base")
+    (tmp_path / "plan").write_text(json.dumps({str(shard.path): pieces}))
+    cost, _ = measure.run([*measure.ISOLATED, fixes.IN_PLACE, "2", tmp_path / "plan"])
+    assert cost.read_bytes >= shard.size and cost.written_bytes >= sum(n for _, n, back in pieces if back)
+    assert digest(folder / "base") == before
+
+
+def test_the_gate_of_fixes_sees_one_wrong_byte(monkeypatch: pytest.MonkeyPatch, bench: registry.Bench) -> None:
+    def wrong(source: Path, target: Path) -> Path:
+        path = fixes.shards(shutil.copytree(source, target))["model.safetensors"]
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+        return target
+
+    monkeypatch.setattr(fixes, "copied", wrong)
+    with pytest.raises(Red, match="model.safetensors of model differs from merged's"):
+        fixes.applies(bench)
+
+
+def test_the_gate_of_decoding_sees_a_wrong_codec(monkeypatch: pytest.MonkeyPatch, bench: registry.Bench) -> None:
+    fixes._decodes(bench)
+    monkeypatch.setattr(codec, "settle", lambda *_: None)
+    with pytest.raises(Red, match=r"C\+\+ decodes another window at 1%"):
+        fixes._decodes(bench)
+
+
+@pytest.mark.parametrize("peer", fixes.PEERS)
+def test_patches_of_others_lead_to_the_same_weights(peer: str, bench: registry.Bench) -> None:
+    try:
+        measured = fixes._measure_peer("tiny", peer, bench)
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    assert measured.facts[f"{peer}_bytes"] > 0 < measured.facts["fix_bytes"]
 
 
 # Peers

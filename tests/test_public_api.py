@@ -13,12 +13,13 @@ from safepatch_core import SafepatchError
 
 FUNCTIONS = (
     "apply apply_ build build_between derive describe evaluate get_cmake_dir get_include get_library_dir load_recipe "
-    "log merge merge_state_dicts open_backend open_checkpoint open_fix plan prepare revert revert_ run sweep verify"
+    "log merge merge_state_dicts open_backend open_checkpoint open_fix open_fixed plan prepare revert "
+    "revert_ run sweep verify"
 ).split()
 TYPES = (
     "Applied ApplyResult Backend BuildResult Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig "
-    "EvalResult Fix IOFailure InputError LogResult MergeResult OutputError Plan Recipe RunConfig RunResult "
-    "SafepatchError SweepConfig SweepResult UsageError VerifyResult"
+    "EvalResult Fix FixedCheckpoint IOFailure InputError LogResult MergeResult OutputError Plan Recipe RunConfig "
+    "RunResult SafepatchError SweepConfig SweepResult UsageError VerifyResult"
 ).split()
 
 

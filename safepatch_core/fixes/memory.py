@@ -81,10 +81,10 @@ def _run(model: Any, fix: str | os.PathLike[str] | Fix, direction: Direction) ->
         try:
             for name, tensor in live.items():
                 done.append(name)
-                _settle(opened, name, tensor, GOAL[direction])
+                settle(opened, name, tensor, GOAL[direction])
         except BaseException:
             for name in done:  # whatever side an entry is on
-                _settle(opened, name, live[name], codec.OLD if direction == "apply" else codec.NEW)
+                settle(opened, name, live[name], codec.OLD if direction == "apply" else codec.NEW)
             raise
         return Applied(opened.id, direction, len(opened.tensors), opened.changes)
 
@@ -116,7 +116,7 @@ def _found(fix: Fix, tensors: Mapping[str, Any]) -> dict[str, Live]:
                 tensor=name,
                 expected="the names of the checkpoint; apply the fix to the checkpoint, and load that",
             )
-        tensor = _live(name, tensors[name])
+        tensor = live_of(name, tensors[name])
         if tensor.entries != touched.entries:
             raise InputError(
                 "is not the tensor that the fix touches",
@@ -135,18 +135,20 @@ def _found(fix: Fix, tensors: Mapping[str, Any]) -> dict[str, Live]:
 def _all_on_one_side(fix: Fix, live: Mapping[str, Live], direction: Direction) -> None:
     sides = Sides(0, 0)
     for name, tensor in live.items():
-        sides += _settle(fix, name, tensor, codec.KEEP)
+        sides += settle(fix, name, tensor, codec.KEEP)
     require(fix, sides, direction, "the model")
 
 
-def _settle(fix: Fix, name: str, tensor: Live, goal: int) -> Sides:
+def settle(fix: Fix, name: str, tensor: Live, goal: int) -> Sides:
+    """Tell the sides of one tensor's touched entries, leave the side `goal` there, then prove what it met."""
     teller = Teller(fix, fix.tensors[name], tensor.width, "the model")
     for lo, run in teller.windows():
         teller.settle(run, partial(tensor.settle, lo, goal))
     return teller.finish()
 
 
-def _live(name: str, tensor: Any) -> Live:
+def live_of(name: str, tensor: Any) -> Live:
+    """The entries of an array. Raises InputError where they can't be changed in place."""
     torch = sys.modules.get("torch")
     if not isinstance(tensor, np.ndarray) and hasattr(tensor, "__dlpack__"):
         if torch is None or not isinstance(tensor, torch.Tensor):

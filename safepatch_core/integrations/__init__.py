@@ -1,1 +1,1 @@
-"""Other toolchains, each on the public API alone."""
+"""Other toolchains: a file for each, which uses what `safepatch_core` shows and no more."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from safepatch_core.files.companions import companions, left_out
 from safepatch_core.merging.beside import Beside, beside
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
@@ -218,57 +218,30 @@ def make_plan(
     limit = memory_limit or DEFAULT_LIMIT
     if limit < SMALLEST_LIMIT:
         raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 16MiB")
-    base = open_checkpoint(recipe.base, relative_to=recipe.origin)
-    sources = [
-        open_source(p.name, p.source, p.kind, base, relative_to=recipe.origin, minus=p.minus, takes=recipe.is_target)
-        for p in recipe.patches
-    ]
-    importance = [
-        None if p.importance_path is None else ImportanceFile.open(p.importance_path, base, relative_to=recipe.origin)
-        for p in recipe.patches
-    ]
-    names = _weights(recipe, base, sources)
-    for spec, ranking in zip(recipe.patches, importance, strict=True):
-        if ranking is not None and not any(name in ranking.named.tensors for name in names):
-            raise _ranks_nothing(spec)
-    others = tuple(beside(recipe, base, source, frozenset(names)) for source in sources)
-    targets = {
-        name: _placed(_target(recipe, base.tensors[name], sources, importance), recipe, engine, limit, chunk_entries)
-        for name in names
-    }
+    given = _Opened.of(recipe)
+    names = _weights(recipe, given.base, given.sources)
+    given.require_ranked(names)
+    others = tuple(beside(recipe, given.base, source, frozenset(names)) for source in given.sources)
+    targets = {name: _placed(_target(given, name), recipe, engine, limit, chunk_entries) for name in names}
     _require_inputs(recipe, targets)
-    lines = [of.line(spec.name) for spec, of in zip(recipe.patches, others, strict=True)]
-    outputs, index = lay_out(base, recipe.max_shard_size)
+    outputs, index = lay_out(given.base, recipe.max_shard_size)
     ring_bytes, beside_bytes = _memory(targets, engine, limit)
-    inputs = (
-        base,
-        *(checkpoint for source in sources for checkpoint in source.checkpoints),
-        *(scores.named.checkpoint for scores in importance if scores is not None),
-    )
     return Plan(
         recipe=recipe,
         engine=engine,
-        kinds=tuple(s.kind for s in sources),
-        adapters=tuple(s.config for s in sources),
-        sources=tuple(s.checkpoints[0] for s in sources),
+        kinds=tuple(s.kind for s in given.sources),
+        adapters=tuple(s.config for s in given.sources),
+        sources=tuple(s.checkpoints[0] for s in given.sources),
+        renamed=tuple(s.exchange.lines for s in given.sources),
         beside=others,
-        base=base,
-        inputs=inputs,
+        base=given.base,
+        inputs=given.checkpoints,
         targets=targets,
         outputs=outputs,
         index=index,
-        companions=tuple(companions(base)),
-        warnings=(
-            *(lines[p] for p, of in enumerate(others) if of.sure),
-            *_switched_off(recipe),
-            *(f"{checkpoint.ref}: {line}" for checkpoint in inputs for line in checkpoint.warnings),
-            *left_out(base),
-        ),
-        notes=(
-            *_renamings(recipe, sources, importance),
-            *(lines[p] for p, of in enumerate(others) if of.tensors and not of.sure),
-        ),
-        renamed=tuple(source.exchange.lines for source in sources),
+        companions=tuple(companions(given.base)),
+        warnings=tuple(_warnings(given, others)),
+        notes=(*_notes(given, others), *_cuts(given, names)),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -276,27 +249,88 @@ def make_plan(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """All that a recipe reads."""
+
+    recipe: Recipe
+    base: Checkpoint
+    sources: tuple[Source, ...]  # per patch
+    importance: tuple[ImportanceFile | None, ...]  # per patch
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> _Opened:
+        origin = recipe.origin
+        base = open_checkpoint(recipe.base, relative_to=origin)
+        sources = tuple(
+            open_source(
+                *(p.name, p.source, p.kind, base),
+                relative_to=origin,
+                minus=p.minus,
+                takes=recipe.is_target,
+                rows=p.rows,
+            )
+            for p in recipe.patches
+        )
+        importance = tuple(
+            None
+            if p.importance_path is None
+            else ImportanceFile.open(p.importance_path, base, relative_to=origin, rows=p.rows)
+            for p in recipe.patches
+        )
+        return cls(recipe, base, sources, importance)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        patches = (checkpoint for source in self.sources for checkpoint in source.checkpoints)
+        return (self.base, *patches, *(of.named.checkpoint for of in self.importance if of is not None))
+
+    def require_ranked(self, names: Sequence[str]) -> None:
+        """Raises InputError for an importance file that has none of the targets."""
+        for spec, ranking in zip(self.recipe.patches, self.importance, strict=True):
+            if ranking is not None and not any(name in ranking.named.tensors for name in names):
+                raise _ranks_nothing(spec)
+
+
+def _cuts(given: _Opened, names: Sequence[str]) -> Iterator[str]:
+    """What `rows: common` leaves out, a line per tensor."""
+    for spec, source in zip(given.recipe.patches, given.sources, strict=True):
+        shapes = source.shapes if spec.rows == "common" else {}
+        for name in names:
+            rows = given.base.tensors[name].shape[:1]
+            if shapes.get(name, ())[:1] > rows:
+                more = f"{shapes[name][0] - rows[0]} rows of '{name}' beyond the base's {rows[0]} are left out"
+                yield f"patch {spec.name}: {more}, as rows: common asks"
+
+
+def _warnings(given: _Opened, others: Sequence[Beside]) -> Iterator[str]:
+    """A line for whatever may be missed, or not be what was meant."""
+    for spec, other in zip(given.recipe.patches, others, strict=True):
+        if other.sure:
+            yield other.line(spec.name)
+    for spec in given.recipe.patches:
+        if _is_off(spec):
+            yield f"patch {spec.name} changes nothing, as its top, retain or scale of 0 asks"
+    for checkpoint in given.checkpoints:
+        yield from (f"{checkpoint.ref}: {line}" for line in checkpoint.warnings)
+    yield from left_out(given.base)
+
+
+def _notes(given: _Opened, others: Sequence[Beside]) -> Iterator[str]:
+    """A line for what is worth knowing and no warning."""
+    for spec, source, ranking in zip(given.recipe.patches, given.sources, given.importance, strict=True):
+        yield from renaming(f"patch {spec.name}", source.exchange.lines)
+        yield from renaming(f"the importance of patch {spec.name}", ranking.named.exchange.lines if ranking else ())
+    for spec, other in zip(given.recipe.patches, others, strict=True):
+        if other.tensors and not other.sure:
+            yield other.line(spec.name)
+
+
 def _require_inputs(recipe: Recipe, targets: Mapping[str, Target]) -> None:
     """Raises InputError for a patch whose importance leaves nothing of it."""
     for p, spec in enumerate(recipe.patches):
         if not any(target.patches[p] for target in targets.values()):
             raise _ranks_nothing(spec)
-
-
-def _renamings(
-    recipe: Recipe, sources: Sequence[Source], importance: Sequence[ImportanceFile | None]
-) -> Iterator[str]:
-    for spec, source, ranking in zip(recipe.patches, sources, importance, strict=True):
-        yield from renaming(f"patch {spec.name}", source.exchange.lines)
-        yield from renaming(f"the importance of patch {spec.name}", ranking.named.exchange.lines if ranking else ())
-
-
-def _switched_off(recipe: Recipe) -> list[str]:
-    return [
-        f"patch {spec.name} changes nothing, as its top, retain or scale of 0 asks"
-        for spec in recipe.patches
-        if _is_off(spec)
-    ]
 
 
 def _ranks_nothing(spec: PatchSpec) -> InputError:
@@ -311,10 +345,9 @@ def _is_off(spec: PatchSpec) -> bool:
     return not spec.overrides and (spec.top == 0 or spec.retain == 0 or spec.scale == 0)
 
 
-def _target(
-    recipe: Recipe, entry: TensorEntry, sources: Sequence[Source], importance: Sequence[ImportanceFile | None]
-) -> Target:
+def _target(given: _Opened, name: str) -> Target:
     """A tensor of the base, once it and what every patch says about it can be merged."""
+    recipe, entry = given.recipe, given.base.tensors[name]
     if entry.dtype not in ITEMSIZE:
         raise InputError(
             "a target's dtype can't be patched",
@@ -325,7 +358,7 @@ def _target(
         )
     patches: list[PatchInput | None] = []
     specs = [spec.at(entry.name) for spec in recipe.patches]
-    for spec, source, ranking in zip(specs, sources, importance, strict=True):
+    for spec, source, ranking in zip(specs, given.sources, given.importance, strict=True):
         delta = source.lookup(entry, recipe.missing)
         scores = None if ranking is None or delta is None else ranking.lookup(entry, recipe.missing)
         if delta is None or (ranking is not None and scores is None):

@@ -25,6 +25,7 @@ from safepatch_core.spec import (
     NonFinite,
     Order,
     Quota,
+    Rows,
     Rule,
     Scope,
     Weight,
@@ -89,6 +90,7 @@ class PatchSpec(Strict):
     rescale: bool = False
     scale: Finite = 1.0
     minus: Annotated[str, Field(min_length=1)] | None = None  # what the change is measured from, if not the base
+    rows: Rows = "all"
     overrides: list[Override] = []
 
     def at(self, tensor: str) -> PatchSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import re
 import shutil
@@ -131,8 +132,9 @@ def _base() -> Checkpoint:
     if not _BASE:
         path = ROOT / "base.safetensors"
         tensors, at = {}, 0
-        for name, shape in (("m.q.weight", [4, 6]), ("m.k.weight", [2, 6]), ("embed.weight", [8, 4])):
-            end = at + 2 * shape[0] * shape[1]
+        shapes = {"m.q.weight": [4, 6], "m.k.weight": [2, 6], "embed.weight": [8, 4], "m.experts": [2, 4, 6]}
+        for name, shape in {**shapes, "m.q.bias": [4]}.items():
+            end = at + 2 * math.prod(shape)
             tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
             at = end
         path.write_bytes(safetensors_file(tensors, at))
@@ -166,7 +168,7 @@ def adapter(data: bytes) -> None:
             if entry and found:
                 with closing(Inputs((base, *source.checkpoints))) as inputs:
                     values = load_alone(found, inputs, 0, entry.entries)
-                if isinstance(values, Lora) and (values.b.shape[0], values.a.shape[1]) != entry.shape:
+                if isinstance(values, Lora) and (values.b.shape[0], values.a.shape[1]) != (1, *entry.shape)[-2:]:
                     raise Violation(f"factors of another shape than {name}")
                 if isinstance(values, Bits) and len(values.data) != entry.entries:
                     raise Violation(f"another number of entries than {name}")

@@ -14,8 +14,8 @@ from safepatch_core.merging.names import Takes
 from safepatch_core.merging.sources.adapter import open_adapter
 from safepatch_core.merging.sources.contract import Origin, Source
 from safepatch_core.merging.sources.dense import open_checkpoints, open_deltas
-from safepatch_core.merging.sources.foreign import refuse_kohya
-from safepatch_core.spec import Kind
+from safepatch_core.merging.sources.foreign import is_adapter, refuse_kohya
+from safepatch_core.spec import Kind, Rows
 
 KINDS: dict[Kind, Callable[[Origin], Source]] = {
     "checkpoint": open_checkpoints,
@@ -35,39 +35,31 @@ def open_source(
     relative_to: Path | None,
     minus: str | None = None,
     takes: Takes = lambda name, dimensions: True,
+    rows: Rows = "all",
 ) -> Source:
     """Open the patch `name` of `base`: a fine-tuned checkpoint, a delta checkpoint or a LoRA adapter.
 
-    With `kind` None a directory that has an adapter_config.json is a LoRA adapter, anything else a checkpoint. The
-    change of a checkpoint is measured from the checkpoint `minus`, or from the base. Names are resolved with what the
-    rule `takes` in view.
+    With `kind` None a directory that has an adapter_config.json is an adapter (unless only the weights of a full
+    model lie beside it), and so is its file of weights; anything else is a checkpoint. The change of a checkpoint is
+    measured from the checkpoint `minus`, or from the base. Names are resolved with what the rule `takes` in view.
+    With `rows` common, embeddings and heads may have more or fewer rows than the base's.
     Raises InputError naming file and tensor; UsageError for a hub id without huggingface_hub, or a `minus` that does
     not go with the kind.
     """
     path, revision = locate(ref, relative_to=relative_to)
-    if path.name == ADAPTER_WEIGHTS and os.path.lexists(path.with_name(ADAPTER_CONFIG)):
-        path = path.parent
-    guessed, kind = kind is None, kind or ("lora" if _is_adapter(path) else "checkpoint")
+    guessed, kind = kind is None, kind or ("lora" if is_adapter(path) else "checkpoint")
     if minus is not None and kind != "checkpoint":
         raise UsageError(f"patch '{name}': minus goes with checkpoints", file=path, found=f"kind {kind}")
     reference = None if minus is None else open_checkpoint(minus, relative_to=relative_to)
-    source = KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference, base, takes))
+    source = KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference, base, takes, rows))
     if guessed and kind == "checkpoint":
         _refuse_factors(source)
     return source
 
 
-def _is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter; its config alone may lie beside the checkpoint that it was merged into."""
-    if not os.path.lexists(path / ADAPTER_CONFIG):
-        return False
-    weights = [name for name in os.listdir(path) if name.endswith((".safetensors", ".safetensors.index.json"))]
-    return not weights or any(name.startswith("adapter") for name in weights)
-
-
 def _refuse_factors(source: Source) -> None:
     """A file of factors alone is an adapter that lost its config, or one of another layout (kohya's)."""
-    refuse_kohya(source.checkpoints[0].shards[0].path, list(source.shapes))
+    refuse_kohya(source.checkpoints[0].shards[0].path, source.shapes)
     factors = [name for name in source.shapes if _FACTOR.search(name)]
     if factors and len(factors) == len(source.shapes):
         raise InputError(

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, read_tensor
+from safepatch_core.files.checkpoint import Checkpoint, Identity, TensorEntry, read_tensor
 from safepatch_core.merging.names import Exchange, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor
 from safepatch_core.merging.sources.dense import Named, fitted
-from safepatch_core.merging.sources.folder import INSTEAD, PREFIX, Folder, Found, Part, open_folder
+from safepatch_core.merging.sources.folder import INSTEAD, PREFIX, Folder, Found, Part, Shape, open_folder
 from safepatch_core.merging.sources.foreign import refuse_kohya
 from safepatch_core.merging.sources.fusions import Stored
 from safepatch_core.merging.sources.lora import read_lora
+from safepatch_core.merging.sources.rows import common, shapes_of
 from safepatch_core.merging.sources.shira import read_shira
 from safepatch_core.merging.sources.tokens import read_tokens
 from safepatch_core.merging.sources.vera import read_vera
-from safepatch_core.spec import Kind, Missing
+from safepatch_core.spec import Kind, Missing, Rows
 
 # A new kind of adapter is a file beside these and a row here, by the `peft_type` of its config.
 KINDS: dict[str, Callable[[Folder], Found]] = {
@@ -65,7 +66,8 @@ class AdapterSource:
 
     def lookup(self, entry: TensorEntry, missing: Missing) -> PatchTensor | None:
         if (part := self.parts.get(entry.name)) is not None:
-            return part.fit(entry)
+            cut = self.whole.rows == "common" and common(entry.name, part.shape, entry.shape)
+            return part.fit(entry, cut)
         return fitted(self.whole, entry, "checkpoint", "skip", f"patch '{self.name}'")
 
 
@@ -78,16 +80,24 @@ def open_adapter(origin: Origin) -> AdapterSource:
     checkpoint = Checkpoint(origin.ref, folder.file.parent, (folder.shard,), entries, None, origin.revision)
     found = KINDS[folder.kind](folder)
     if not found.fits:
-        refuse_kohya(folder.file, list(entries))
+        refuse_kohya(folder.file, entries)
         first = next(iter(entries), None)
         raise InputError("no LoRA factors in the adapter", file=folder.file, tensor=first, expected="those of PEFT")
     others = [(_model_name(folder, entry), entry) for entry in entries.values() if entry.name not in found.taken]
-    shapes = {name: (entry.shape,) for name, entry in others} | dict(found.fits)
-    exchange = resolve(shapes, base, origin.takes, origin.ref)
+    exchange = resolve(_shapes(origin, found, others), base, origin.takes, origin.ref)
     there = {name: base.tensors[exchange(name)] for name in found.fits if exchange(name) in base.tensors}
     parts = {exchange(name): part for name, part in found.parts(there).items()}
-    whole = Named(checkpoint, exchange, _whole(folder, parts, others, exchange))
+    whole = Named(checkpoint, exchange, _whole(folder, parts, others, exchange, origin.rows), origin.rows)
     return AdapterSource(origin.name, checkpoint, folder.config, exchange, parts, whole)
+
+
+def _shapes(origin: Origin, found: Found, others: list[tuple[str, TensorEntry]]) -> dict[str, list[Shape]]:
+    """By the model's names, those that the base's tensors may have."""
+    given = {name: [entry.shape] for name, entry in others} | dict(found.fits)
+    return {
+        name: [shape for one in fits for shape in shapes_of(name, one, origin.base, origin.rows)]
+        for name, fits in given.items()
+    }
 
 
 def _what_to_do(kind: str) -> str:
@@ -104,7 +114,11 @@ def _model_name(folder: Folder, entry: TensorEntry) -> str:
 
 
 def _whole(
-    folder: Folder, parts: Mapping[str, Part], others: list[tuple[str, TensorEntry]], exchange: Exchange
+    folder: Folder,
+    parts: Mapping[str, Part],
+    others: list[tuple[str, TensorEntry]],
+    exchange: Exchange,
+    rows: Rows,
 ) -> dict[str, TensorEntry]:
     """Of what is no kind's own, the tensors that replace the base's; the rest are copies of its embeddings."""
     trained = [f".{module}." for module in folder.names("modules_to_save")]
@@ -112,7 +126,7 @@ def _whole(
     for name, entry in others:
         target = exchange(name)
         if target in parts or target in whole:
-            _require_copy(folder, entry, target)
+            _require_copy(folder, entry, target, rows)
         elif target in folder.base.tensors or any(module in f".{name}" for module in trained):
             whole[target] = entry
         else:
@@ -125,19 +139,25 @@ def _stranger(folder: Folder, entry: TensorEntry) -> InputError:
     return InputError(what, file=folder.file, tensor=entry.name, expected="what PEFT saves of one")
 
 
-def _require_copy(folder: Folder, entry: TensorEntry, target: str) -> None:
+def _require_copy(folder: Folder, entry: TensorEntry, target: str, rows: Rows) -> None:
     """PEFT saves the base's embeddings along with an adapter of them: harmless as long as they are the base's."""
     base, original = folder.base, folder.base.tensors.get(target)
-    same = (
-        original is not None
-        and (entry.dtype, entry.shape) == (original.dtype, original.shape)
-        and all(
-            read_tensor(entry, folder.shard.identity, lo, lo + _PIECE)
-            == read_tensor(original, base.identity_of(original), lo, lo + _PIECE)
-            for lo in range(0, entry.nbytes, _PIECE)
-        )
-    )
-    if not same:
+    if original is None or not _equal(entry, folder.shard.identity, original, base.identity_of(original), rows):
         raise InputError(
             "replaces a tensor of the base", file=folder.file, tensor=entry.name, expected="LoRA factors only"
         )
+
+
+def _equal(entry: TensorEntry, identity: Identity, original: TensorEntry, base: Identity, rows: Rows) -> bool:
+    """Whether both hold the same bytes, as far as the rule of rows asks."""
+    cut = rows == "common" and common(original.name, entry.shape, original.shape)
+    size = min(entry.nbytes, original.nbytes)
+    return (
+        entry.dtype == original.dtype
+        and (cut or entry.shape == original.shape)
+        and all(
+            read_tensor(entry, identity, lo, min(lo + _PIECE, size))
+            == read_tensor(original, base, lo, min(lo + _PIECE, size))
+            for lo in range(0, size, _PIECE)
+        )
+    )

@@ -14,7 +14,7 @@ from safepatch_core.backends.contract import Bits, Lora
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes
-from safepatch_core.spec import Kind, Missing
+from safepatch_core.spec import Kind, Missing, Rows
 
 ALIGN = 64  # of every buffer in the ring
 Range = tuple[TensorEntry, int, int]  # bytes [lo, hi) of a tensor
@@ -35,6 +35,7 @@ class Origin:
     minus: Checkpoint | None  # what the change is measured from, where it is not the base
     base: Checkpoint
     takes: Takes  # the recipe's rule of targets
+    rows: Rows
 
 
 class Held(Protocol):

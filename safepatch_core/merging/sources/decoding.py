@@ -75,6 +75,13 @@ def read_float32(inputs: Inputs, entry: TensorEntry, lo: int = 0, hi: int | None
     return to_float32(Bits(data.view(np.uint32 if size == 4 else np.uint16), cast(Dtype, entry.dtype)))
 
 
+def read_into(out: F32Array, inputs: Inputs, entry: TensorEntry, lo: int) -> None:
+    """As many entries from `lo` on as `out` has room for; a piece at a time, so that little lies beside it."""
+    for at in range(0, len(out), PIECE):
+        end = min(at + PIECE, len(out))
+        out[at:end] = read_float32(inputs, entry, lo + at, lo + end)
+
+
 def read_matrix(inputs: Inputs, entry: TensorEntry) -> F32Array:
     return read_float32(inputs, entry).reshape(entry.shape)
 

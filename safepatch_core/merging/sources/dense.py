@@ -19,8 +19,9 @@ from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
 from safepatch_core.merging.sources.decoding import PIECE
 from safepatch_core.merging.sources.foreign import refuse_ungathered
-from safepatch_core.merging.sources.fusions import Stored, fused, runs
-from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing
+from safepatch_core.merging.sources.fusions import Joined, Stored, fused, runs
+from safepatch_core.merging.sources.rows import FewerRows, as_in_base, common, first_rows, shapes_of
+from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,17 @@ class Dense:
         return Bits(buffer.view(np.uint32 if self.entry_bytes == 4 else np.uint16), cast(Dtype, self.entry.dtype))
 
 
+Fitted = Dense | FewerRows
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Patched values minus those of another checkpoint: subtracted here, so that the engine is handed deltas."""
 
-    patched: Dense
-    minus: Dense
+    patched: Fitted
+    minus: Fitted
     form: Kind = "delta"
     ring_bytes: int = 4
-    once_bytes: int = 0
     held_bytes: int = 0
 
     @property
@@ -82,6 +85,10 @@ class Difference:
     @property
     def entry_bytes(self) -> int:
         return self.patched.entry_bytes + self.minus.entry_bytes
+
+    @property
+    def once_bytes(self) -> int:
+        return self.patched.once_bytes + self.minus.once_bytes
 
     def ranges(self, lo: int, hi: int) -> list[Range]:
         return self.patched.ranges(lo, hi) + self.minus.ranges(lo, hi)
@@ -109,11 +116,12 @@ class Named:
     checkpoint: Checkpoint
     exchange: Exchange
     tensors: Mapping[str, Stored]
+    rows: Rows
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, base: Checkpoint, takes: Takes) -> Named:
+    def of(cls, checkpoint: Checkpoint, base: Checkpoint, takes: Takes, rows: Rows) -> Named:
         """Raises InputError where names are the base's in two ways."""
-        floats = {n: (t.shape,) for n, t in checkpoint.tensors.items() if t.dtype in FLOATS}
+        floats = {n: shapes_of(n, t.shape, base, rows) for n, t in checkpoint.tensors.items() if t.dtype in FLOATS}
         exchange = resolve(floats, base, takes, checkpoint.ref)
         tensors = {exchange(name): entry for name, entry in checkpoint.tensors.items()}
         for shard in checkpoint.shards:
@@ -122,7 +130,7 @@ class Named:
                 if exchange(alias) in base.tensors and name in checkpoint.tensors:
                     tensors.setdefault(exchange(alias), checkpoint.tensors[name])
         stored, done = fused(tensors, base)
-        return cls(checkpoint, replace(exchange, fusions=tuple(done)), stored)
+        return cls(checkpoint, replace(exchange, fusions=tuple(done)), stored, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +172,7 @@ class DenseSource:
 
 def open_checkpoints(origin: Origin) -> DenseSource:
     """A fine-tuned checkpoint."""
-    minus = None if origin.minus is None else Named.of(origin.minus, origin.base, origin.takes)
+    minus = None if origin.minus is None else Named.of(origin.minus, origin.base, origin.takes, origin.rows)
     return DenseSource(origin.name, "checkpoint", _opened(origin), minus)
 
 
@@ -175,10 +183,10 @@ def open_deltas(origin: Origin) -> DenseSource:
 
 def _opened(origin: Origin) -> Named:
     checkpoint = replace(open_checkpoint(origin.path), ref=origin.ref, revision=origin.revision)
-    return Named.of(checkpoint, origin.base, origin.takes)
+    return Named.of(checkpoint, origin.base, origin.takes, origin.rows)
 
 
-def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what: str) -> Dense | None:
+def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what: str) -> Fitted | None:
     """The counterpart of the base's tensor `entry`, once it is there and fits."""
     checkpoint, found = patch.checkpoint, patch.tensors.get(entry.name)
     if found is None:
@@ -191,14 +199,15 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             expected=f"{list(entry.shape)} as in the base (or missing: skip)",
         )
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
+    cut = patch.rows == "common" and isinstance(found, TensorEntry) and common(entry.name, found.shape, entry.shape)
     refuse_ungathered(file, found, found.shape != entry.shape)
-    if found.shape != entry.shape:
+    if found.shape != entry.shape and not cut:
         raise InputError(
             f"{what} has another shape than the base",
             file=file,
             tensor=entry.name,
             found=list(found.shape),
-            expected=list(entry.shape),
+            expected=as_in_base(entry, found.shape),
         )
     if found.dtype not in ITEMSIZE:
         raise InputError(
@@ -208,7 +217,9 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             found=found.dtype,
             expected=" or ".join(ITEMSIZE),
         )
-    return Dense(found, form)
+    if found.shape == entry.shape or isinstance(found, Joined):
+        return Dense(found, form)
+    return FewerRows(entry, found, form) if found.entries < entry.entries else Dense(first_rows(found, entry), form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +229,10 @@ class ImportanceFile:
     named: Named
 
     @classmethod
-    def open(cls, ref: str, base: Checkpoint, *, relative_to: Path | None) -> ImportanceFile:
+    def open(cls, ref: str, base: Checkpoint, *, relative_to: Path | None, rows: Rows = "all") -> ImportanceFile:
         """Raises as `open_checkpoint`. Tensors that are no targets, or that the base lacks, are not read."""
-        return cls(Named.of(open_checkpoint(ref, relative_to=relative_to), base, lambda name, dimensions: False))
+        checkpoint = open_checkpoint(ref, relative_to=relative_to)
+        return cls(Named.of(checkpoint, base, lambda name, dimensions: False, rows))
 
     def lookup(self, entry: TensorEntry, missing: Missing) -> PatchTensor | None:
         """The scores or gradients of the base's tensor `entry`; raises as `Source.lookup`."""

@@ -46,7 +46,7 @@ class Directions:
     def shape(self) -> tuple[int, int]:
         return self.factors.shape
 
-    def fit(self, entry: TensorEntry) -> Dora:
+    def fit(self, entry: TensorEntry, cut: bool) -> Dora:
         require_fit(self.factors.a, self.shape, entry)
         out = self.shape[1 if self.factors.transposed else 0]
         if self.magnitude.shape != (out,):

@@ -25,8 +25,10 @@ from safepatch_core.merging.sources.folder import INSTEAD, Entries, Folder, Foun
 from safepatch_core.merging.sources.orientation import model_type
 from safepatch_core.spec import Kind
 
-# Models whose experts are stored [experts, in, out], as transformers' classes say of themselves.
-_TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
+# Models whose classes tell PEFT that their experts are stored [experts, in, out]. Llama 4 has them so without a word,
+# and PEFT takes them the other way round.
+_TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
+_MOST = 6  # parameters of one module: their ways to fit are tried one by one
 Nested = tuple[str, TensorEntry, TensorEntry]  # module, A, B
 Scaled = Callable[[str], tuple[int, float]]  # rank and scale of a module
 
@@ -66,7 +68,7 @@ class ExpertFactors:
     def held_bytes(self) -> int:
         return align(4 * self.a.entries) + align(4 * self.b.entries)
 
-    def fit(self, entry: TensorEntry) -> ExpertFactors:
+    def fit(self, entry: TensorEntry, cut: bool) -> ExpertFactors:
         require_fit(self.a, self.shape, entry, " (transposed)" if self.transposed else "")
         return self
 
@@ -149,6 +151,8 @@ class Parameters:
         parts: dict[str, Pairs] = {}
         for module, items in modules.items():
             names = self.adapted(module)
+            if len(names) > _MOST:
+                raise self._folder.fault("target_parameters of one module", names, f"at most {_MOST}")
             found = list(_assigned(there, names, items, scaled))
             if len(found) != 1:
                 raise self._refuse(there, items[0], names, several=bool(found))

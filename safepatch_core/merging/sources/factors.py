@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources.contract import Range, align
-from safepatch_core.merging.sources.decoding import Ready, placed, read_float32, read_matrix
+from safepatch_core.merging.sources.decoding import F32Array, Ready, placed, read_float32, read_matrix
 from safepatch_core.merging.sources.foreign import refuse_ungathered
+from safepatch_core.merging.sources.rows import as_in_base
 from safepatch_core.spec import ITEMSIZE, Kind
 
 
@@ -27,6 +28,7 @@ class Factors:
     rank: int
     scale: float  # a float32 value
     transposed: bool  # the base stores [in, out]
+    rows: int | None = None  # of the base's tensor, where it has others than the factors give
     form: Kind = "lora"
     entry_bytes: int = 0
     ring_bytes: int = 0
@@ -43,7 +45,8 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         """That of the delta."""
         out, into = self.b.shape[0], self.a.shape[1]
-        return (into, out) if self.transposed else (out, into)
+        rows, cols = (into, out) if self.transposed else (out, into)
+        return (rows if self.rows is None else self.rows, cols)
 
     @property
     def once_bytes(self) -> int:
@@ -54,7 +57,9 @@ class Factors:
         rows, cols = self.shape
         return align(4 * self.rank * cols) + align(4 * self.rank * rows)
 
-    def fit(self, entry: TensorEntry) -> Factors:
+    def fit(self, entry: TensorEntry, cut: bool) -> Factors:
+        if cut:
+            return replace(self, rows=entry.shape[0])
         require_fit(self.a, self.shape, entry, " (transposed)" if self.transposed else "")
         return self
 
@@ -72,8 +77,15 @@ class Factors:
         """
         a, b = read_matrix(inputs, self.a), read_matrix(inputs, self.b)
         left, right = (a.T, b.T) if self.transposed else (b, a)
-        a, b = placed([right, left], memory)
+        a, b = placed([right, _with_rows(left, self.rows)], memory)
         return Lora(a, b, self.scale)
+
+
+def _with_rows(left: F32Array, rows: int | None) -> F32Array:
+    """So many rows of it, and zeros where it has fewer."""
+    if rows is None or rows <= len(left):
+        return left[:rows]
+    return np.concatenate([left, np.zeros((rows - len(left), left.shape[1]), np.float32)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +118,7 @@ class Bias:
     def held_bytes(self) -> int:
         return align(4 * self.bias.entries) + align(4)
 
-    def fit(self, entry: TensorEntry) -> Bias:
+    def fit(self, entry: TensorEntry, cut: bool) -> Bias:
         require_fit(self.bias, self.shape, entry)
         return self
 
@@ -127,7 +139,7 @@ def require_fit(stored: TensorEntry, shape: tuple[int, ...], entry: TensorEntry,
             file=stored.path,
             tensor=entry.name,
             found=f"{list(shape)} from its factors{how}",
-            expected=f"{list(entry.shape)} as in the base",
+            expected=as_in_base(entry, shape),
         )
     if entry.dtype not in ITEMSIZE:
         raise InputError(

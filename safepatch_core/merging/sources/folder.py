@@ -46,8 +46,8 @@ class Part(Protocol):
     def shape(self) -> Shape:
         """That of the base's tensor, as far as it is known."""
 
-    def fit(self, entry: TensorEntry) -> PatchTensor:
-        """For the base's tensor `entry`. Raises InputError where it does not fit."""
+    def fit(self, entry: TensorEntry, cut: bool) -> PatchTensor:
+        """For the base's tensor `entry`, with `cut` the rows that both have. Raises InputError if it doesn't fit."""
 
 
 class Found(NamedTuple):

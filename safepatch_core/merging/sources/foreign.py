@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from safepatch_core.errors import InputError
@@ -15,6 +16,20 @@ _MLX = "adapters.safetensors"
 _PICKLE = "adapter_model.bin"
 _KOHYA = re.compile(r"lora_(unet|te|te1|te2|transformer)_.+\.(lora_(down|up)\.weight|alpha|hada_.+|lokr_.+)")
 _PLAIN = f"a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the folder at `path` holds an adapter, or the file at `path` is the weights of one beside its config.
+
+    A config alone may lie beside the checkpoint that the adapter was merged into.
+    """
+    adapters = (ADAPTER_WEIGHTS, _PICKLE, _MLX)
+    if not os.path.isdir(path):
+        return path.name in adapters and os.path.lexists(path.parent / ADAPTER_CONFIG)
+    if not os.path.lexists(path / ADAPTER_CONFIG):
+        return False
+    weights = [name for name in os.listdir(path) if name.endswith((".safetensors", ".safetensors.index.json"))]
+    return not weights or any(os.path.lexists(path / name) for name in adapters)
 
 
 def refuse_foreign(path: Path) -> None:
@@ -37,16 +52,16 @@ def refuse_foreign(path: Path) -> None:
         )
 
 
-def refuse_kohya(file: Path, names: list[str]) -> None:
+def refuse_kohya(file: Path, names: Iterable[str]) -> None:
     """Raises InputError for the tensors of a kohya-ss file."""
-    first = next((name for name in names if _KOHYA.fullmatch(name)), None)
-    if first is not None:
-        raise InputError(
-            "an adapter in the layout of kohya-ss, not of PEFT",
-            file=file,
-            tensor=first,
-            expected="the model that diffusers' load_lora_weights and fuse_lora make with it, as a checkpoint",
-        )
+    for name in names:
+        if _KOHYA.fullmatch(name):
+            raise InputError(
+                "an adapter in the layout of kohya-ss, not of PEFT",
+                file=file,
+                tensor=name,
+                expected="the model that diffusers' load_lora_weights and fuse_lora make with it, as a checkpoint",
+            )
 
 
 def refuse_ungathered(file: Path, entry: TensorEntry | Joined, misfit: bool) -> None:

@@ -16,7 +16,7 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.files.filenames import ADAPTER_CONFIG
 from safepatch_core.merging.sources.dora import Directions
-from safepatch_core.merging.sources.experts import Parameters, Scaled
+from safepatch_core.merging.sources.experts import Nested, Parameters, Scaled
 from safepatch_core.merging.sources.factors import Bias, Factors
 from safepatch_core.merging.sources.folder import PREFIX, Entries, Folder, Found, Part, Shape, together
 from safepatch_core.merging.sources.foreign import refuse_ungathered
@@ -77,9 +77,20 @@ def read_lora(folder: Folder) -> Found:
     _check_config(folder)
     pairs, parameters, scaled = _sorted_out(folder), Parameters(folder), _scales(folder)
     layers = [pair for pair in pairs if not parameters.adapted(pair.module)]
-    nested = [(pair.module, *_halves(folder, pair)) for pair in pairs if parameters.adapted(pair.module)]
+    nested = [_nested(folder, pair) for pair in pairs if parameters.adapted(pair.module)]
     rows = trained_rows(folder, folder.config.get("trainable_token_indices"), "trainable_token_indices")
+    for pair in layers:
+        if pair.target in rows.fits:
+            raise InputError("both factors and trained rows", file=folder.file, tensor=pair.target)
     return together(_read_layers(folder, layers, scaled), parameters.read(nested, scaled), rows)
+
+
+def _nested(folder: Folder, pair: Pair) -> Nested:
+    """A pair of a parameter, which has nothing but its factors."""
+    others = [entry for side, entry in pair.sides.items() if side in ("bias", "magnitude")]
+    if others:
+        raise InputError("not of a parameter's factors", file=folder.file, tensor=others[0].name)
+    return (pair.module, *_halves(folder, pair))
 
 
 def _read_layers(folder: Folder, pairs: list[Pair], scaled: Scaled) -> Found:

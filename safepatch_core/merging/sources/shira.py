@@ -51,7 +51,7 @@ class SparseDelta:
     def held_bytes(self) -> int:
         return align(8 * self.values.entries) + align(4 * self.values.entries)
 
-    def fit(self, entry: TensorEntry) -> SparseDelta:
+    def fit(self, entry: TensorEntry, cut: bool) -> SparseDelta:
         require_fit(self.values, (*entry.shape[:2],), entry)
         return replace(self, shape=entry.shape)
 

@@ -16,7 +16,7 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources.contract import Range, align
-from safepatch_core.merging.sources.decoding import F32Array, as_bits, placed, read_float32, read_matrix
+from safepatch_core.merging.sources.decoding import F32Array, as_bits, placed, read_into, read_matrix
 from safepatch_core.merging.sources.factors import require_fit
 from safepatch_core.merging.sources.folder import PREFIX, Folder, Found, Shape
 from safepatch_core.spec import ITEMSIZE, Kind
@@ -45,8 +45,8 @@ class TokenRows:
     def may_be(self, shape: Shape) -> bool:
         return len(shape) == 2 and shape[0] >= self.shape[0] and shape[1] == self.shape[1]
 
-    def fit(self, entry: TensorEntry) -> ReplacedRows:
-        there = entry.shape[:1] if self.shape[0] <= entry.shape[0] else self.shape[:1]
+    def fit(self, entry: TensorEntry, cut: bool) -> ReplacedRows:
+        there = entry.shape[:1] if self.shape[0] <= entry.shape[0] or cut else self.shape[:1]
         require_fit(self.rows, (*there, self.shape[1]), entry)
         return ReplacedRows(entry, self.rows, self.tokens)
 
@@ -82,7 +82,8 @@ class ReplacedRows:
         return [*once, (self.entry, lo * self.entry_bytes, hi * self.entry_bytes)]
 
     def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> HeldRows:
-        order = sorted(range(len(self.tokens)), key=self.tokens.__getitem__)
+        there = [i for i, token in enumerate(self.tokens) if token < self.entry.shape[0]]
+        order = sorted(there, key=self.tokens.__getitem__)
         (rows,) = placed([read_matrix(inputs, self.rows)[order]], memory)
         return HeldRows(self.entry, rows, tuple(self.tokens[i] for i in order))
 
@@ -97,7 +98,7 @@ class HeldRows:
 
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
         out = memory[: 4 * (hi - lo)].view(np.float32)
-        out[:] = read_float32(inputs, self.entry, lo, hi)
+        read_into(out, inputs, self.entry, lo)
         cols = self.entry.shape[1]
         first, last = bisect_left(self.tokens, lo // cols), bisect_left(self.tokens, -(-hi // cols))
         for token, row in zip(self.tokens[first:last], self.rows[first:last], strict=True):

@@ -67,7 +67,7 @@ class VeraFactors:
         out, into, rank = self._sizes
         return align(4 * rank * into) + align(4 * out * rank)
 
-    def fit(self, entry: TensorEntry) -> VeraFactors:
+    def fit(self, entry: TensorEntry, cut: bool) -> VeraFactors:
         require_fit(self.scale_b, self.shape, entry)
         return self
 
@@ -147,8 +147,10 @@ def _vectors(folder: Folder, sides: dict[str, TensorEntry]) -> tuple[TensorEntry
 
 
 def _inputs(there: Entries, name: str, out: int) -> int:
-    """How many inputs a layer of so many outputs has: only the base tells."""
-    shape = there[name].shape if name in there and len(there[name].shape) == 2 else (out, 0)
+    """How many inputs a layer of so many outputs has: only the base tells. 0 where it has no such layer."""
+    shape = there[name].shape if name in there else ()
+    if not _may_be(out, shape):
+        return 0
     return shape[1] if shape[0] == out else shape[0]
 
 
