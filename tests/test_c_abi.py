@@ -117,7 +117,7 @@ int main(void) {
     refuse(sp_count_equal(NULL, &block, keys, ties), SP_BAD_ARGUMENT);
     window.patch = 3;
     refuse(sp_histogram(engine, &block, &window, 1, &report), SP_BAD_ARGUMENT);
-    block.acts = 3;
+    block.acts = 4;
     refuse(sp_apply(engine, &block, cuts, out, &report), SP_BAD_ARGUMENT);
     block.acts = SP_ELECTED;
     block.join = -1;
