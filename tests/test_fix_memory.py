@@ -232,3 +232,10 @@ def test_graphs_that_saved_old_values_notice(tmp_path: Path) -> None:
     apply_(model, write_fix(tmp_path / "fix.safetensors", base, merged))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def test_tensors_of_inference_mode(fix: Path) -> None:
+    with torch.inference_mode():
+        tensors = as_torch(BASE)
+        apply_(tensors, fix)
+        assert data(tensors) == {name: t.data for name, t in MERGED.items()}

@@ -185,9 +185,7 @@ class _Numpy:
     def settle(self, lo: int, goal: int, run: Run, old: Entries, new: Entries) -> Tally:
         tally = codec.settle(run, self._flat[lo : lo + run.entries], goal, old, new)
         if goal != codec.KEEP and self._owner is not None:
-            import torch
-
-            torch.autograd.graph.increment_version(self._owner)  # graphs that saved the old values must notice
+            _note_change(self._owner)
         return tally
 
 
@@ -220,7 +218,7 @@ class _Torch:
         flat = self._tensor.detach().view(-1).view(self._type)[lo : lo + run.entries]
         tally = self._settle(flat, goal, run, old, new)
         if goal != codec.KEEP:
-            self._torch.autograd.graph.increment_version(self._tensor)
+            _note_change(self._tensor)
         return tally
 
     def _sent(self, array: Any) -> Any:
@@ -260,6 +258,14 @@ class _Torch:
             flat[index] = olds if goal == codec.OLD else olds ^ x
         count = int(is_old.sum())
         return Tally(count, len(at) - count, reference.other_codes(run))
+
+
+def _note_change(tensor: Any) -> None:
+    """Graphs that saved the old values must notice; tensors made in inference mode are in none."""
+    import torch
+
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _has_kernel(tensor: Any) -> bool:
