@@ -115,6 +115,7 @@ def test_the_recipe_is_ready_to_merge(where: Path, monkeypatch: pytest.MonkeyPat
                 "rescale": False,
                 "scale": scale,
                 "minus": None,
+                "rows": "all",
             }
             for name, top, scale in (("safety", 0.03, 1.0), ("over-safety", 0.25, 2.0))
         ],

@@ -280,7 +280,7 @@ class Job:
         """RUN/recipe.yaml."""
         with out.new_file(RECIPE) as file:
             file.write("# The two patches of this run. Merge them with: safepatch merge recipe.yaml -o OUT\n")
-            yaml.safe_dump(self._recipe.model_dump(mode="json"), file, sort_keys=False)
+            yaml.safe_dump(self._recipe.written(), file, sort_keys=False)
 
     def _nll(self, model: Any, name: str) -> float:
         size, probe = self._config.batch_size, self._probe

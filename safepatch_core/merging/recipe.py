@@ -222,13 +222,22 @@ class Recipe(Strict):
             fnmatch.fnmatchcase(name, g) for g in self.targets.exclude
         )
 
-    def resolved(self) -> dict[str, Any]:
-        """Every key with its value, defaults included; absolute paths are cut to their last component."""
+    def written(self) -> dict[str, Any]:
+        """Every key with its value, defaults included."""
         data = self.model_dump(mode="json")
         # Later keys are shown where they are used, so that earlier recipes stay what they were.
         for key, usual in (("accumulate", "base"), ("elect", Elect().model_dump()), ("quota", "even")):
             if data[key] == usual:
                 del data[key]
+        for patch in data["patches"]:
+            patch["overrides"] = [{k: v for k, v in of.items() if v is not None} for of in patch["overrides"]]
+            if not patch["overrides"]:
+                del patch["overrides"]
+        return data
+
+    def resolved(self) -> dict[str, Any]:
+        """As `written`; absolute paths are cut to their last component."""
+        data = self.written()
 
         def shown(path: str) -> str:
             return Path(path).name if os.path.isabs(path) or path.startswith("~") else path
@@ -237,9 +246,6 @@ class Recipe(Strict):
         for patch in data["patches"]:
             patch["source"] = shown(patch["source"])
             patch["minus"] = patch["minus"] and shown(patch["minus"])
-            patch["overrides"] = [{k: v for k, v in of.items() if v is not None} for of in patch["overrides"]]
-            if not patch["overrides"]:
-                del patch["overrides"]
             for key in ("scores", "gradients"):
                 if isinstance(patch["importance"], dict) and key in patch["importance"]:
                     patch["importance"][key] = shown(patch["importance"][key])
