@@ -161,7 +161,8 @@ class Fix:
         if isinstance(plane, TensorEntry):
             return self._array(plane, "u1", lo, hi)
         at, val = plane
-        first, last = self._place(at, lo), self._place(at, hi)
+        first = self._place(at, lo) if lo else 0
+        last = self._place(at, hi) if hi < touched.changes else at.entries
         places = self._array(at, _place_dtype(at), first, last)
         values = self._array(val, "u1", first, last)
         if len(places) and (places[0] < lo or places[-1] >= hi or (places[1:] <= places[:-1]).any()):
