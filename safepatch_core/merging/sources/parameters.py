@@ -15,9 +15,11 @@ from safepatch_core.merging.sources.folder import INSTEAD, Entries, Folder, Foun
 from safepatch_core.merging.sources.fusions import apart
 from safepatch_core.merging.sources.orientation import model_type
 
-# Models whose classes tell PEFT that their experts are stored [experts, in, out]. Llama 4 has them so without a word,
-# and PEFT takes them the other way round.
-_TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
+# Models whose classes tell PEFT that their experts are stored [experts, in, out], and Qwen3-VL, whose files have them
+# so. Llama 4 has them so without a word, and PEFT takes them the other way round.
+_TRANSPOSED = frozenset(
+    {"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+)
 _MOST = 6  # parameters of one module: their ways to fit are tried one by one
 Nested = tuple[str, TensorEntry, TensorEntry]  # module, A, B
 Scaled = Callable[[str], tuple[int, float]]  # rank and scale of a module
