@@ -174,13 +174,40 @@ def turned_shape(name: str, shape: Shape) -> Shape:
     return (shape[0], shape[2], shape[1]) if experts else shape
 
 
-def apart(name: str, shape: Shape, base: Checkpoint) -> list[str]:
-    """The base's tensors whose rows make up one of that name and shape which it lacks, or nothing."""
+def apart(name: str, shape: Shape, base: Checkpoint) -> dict[str, Shape]:
+    """The base's tensors whose rows make up one of that name and shape which it lacks, or nothing.
+
+    They are named as `name` begins, where the base may have another prefix.
+    """
     kind = model_type(base)
     if kind in _TURNED | _IN_TURN:
-        return []
-    made = (_made(fusion, head, shape, base.tensors, kind) for fusion, head in _wholes(name))
-    return next((of.parts for of in made if of and not of.turned), [])
+        return {}
+    for fusion, head in _wholes(name):
+        for other in _heads(fusion, head, base):
+            made = _made(fusion, other, shape, base.tensors, kind)
+            if made and not made.turned:
+                return {head + part.removeprefix(other): base.tensors[part].shape for part in made.parts}
+    return {}
+
+
+def _heads(fusion: Fusion, head: str, base: Checkpoint) -> list[str]:
+    """What stands before such parts in the base: `head`, or what ends as it does from the layer on."""
+    first, parts = fusion.names("", 1)[0], head.split(".")
+    layer = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    if head + first in base.tensors or not layer:
+        return [head]
+    end = ".".join(parts[layer - 1 :]) + first
+    return [other.removesuffix(first) for other in base.tensors if f".{other}".endswith(f".{end}")]
+
+
+def holders(leaf: str, base: Checkpoint) -> set[str]:
+    """The last names of the base's modules that have a parameter `leaf`, also where the base keeps it apart."""
+    modules = {name.rpartition(".")[0] for name in base.tensors if name.endswith(f".{leaf}")}
+    for fusion in FUSIONS:
+        whole, _, parameter = fusion.whole.rpartition(".")
+        if parameter == leaf and any(fusion.patterns[0].fullmatch(name) for name in base.tensors):
+            modules.add(whole)
+    return {module.rpartition(".")[2] for module in modules}
 
 
 def fusion_of(name: str, base: Checkpoint) -> str | None:
