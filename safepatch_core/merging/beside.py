@@ -70,7 +70,10 @@ def beside(recipe: Recipe, base: Checkpoint, source: Source, targets: Collection
             file=source.checkpoints[0].ref,
             tensor=lost[0],
             found=f"{len(lost)} such tensors" if len(lost) > 1 else None,
-            expected=fusion_of(lost[0], base) or source.exchange.closest or "a patch of this base (or missing: skip)",
+            expected=base.of_several
+            or fusion_of(lost[0], base)
+            or source.exchange.closest
+            or "a patch of this base (or missing: skip)",
         )
     grown = [name for name in others if name in base.tensors and shapes[name] != base.tensors[name].shape]
     files = _other_files(base, source.checkpoints[0])
@@ -88,7 +91,9 @@ def _lands_nowhere(base: Checkpoint, source: Source, names: list[str], targets: 
         what, expected = "no tensor of the patch is a target", "a patch of what `targets` takes"
     else:
         what, found = "no tensor of the patch is in the base", f"{len(names)} other names"
-        expected = fusion_of(names[0], base) or source.exchange.closest or f"names like '{min(targets)}'"
+        expected = (
+            base.of_several or fusion_of(names[0], base) or source.exchange.closest or f"names like '{min(targets)}'"
+        )
     first = next(iter(known or names), None)
     return InputError(what, file=source.checkpoints[0].ref, tensor=first, found=found, expected=expected)
 

@@ -221,7 +221,7 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             f"missing from {what}",
             file=checkpoint.root or checkpoint.shards[0].path,
             tensor=entry.name,
-            expected=f"{list(entry.shape)} as in the base (or missing: skip)",
+            expected=checkpoint.of_several or f"{list(entry.shape)} as in the base (or missing: skip)",
         )
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
     cut = patch.rows == "common" and isinstance(found, TensorEntry) and common(entry.name, found.shape, entry.shape)
