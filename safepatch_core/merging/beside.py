@@ -84,13 +84,13 @@ def beside(recipe: Recipe, base: Checkpoint, source: Source, targets: Collection
 
 def _lands_nowhere(base: Checkpoint, source: Source, names: list[str], targets: Collection[str]) -> InputError:
     known = [name for name in names if name in base.tensors]
-    found = f"{len(names)} tensors that are none" if names else "no float tensors"
+    found = f"{_count(names, 'tensor')} beside them" if names else "no float tensors"
     if not targets:
         what, expected = "the rule of `targets` takes no tensor of the base", "targets that the base has"
     elif known or not names:
-        what, expected = "no tensor of the patch is a target", "a patch of what `targets` takes"
+        what, expected = "no tensor of the patch is a target", "a patch of what `targets` takes (or other targets)"
     else:
-        what, found = "no tensor of the patch is in the base", f"{len(names)} other names"
+        what, found = "no tensor of the patch is in the base", _count(names, "other name")
         expected = (
             base.of_several or fusion_of(names[0], base) or source.exchange.closest or f"names like '{min(targets)}'"
         )
