@@ -69,7 +69,9 @@ class Parameters:
     def _fits(self, name: str, items: list[Nested], scaled: Scaled) -> dict[str, Sequence[Shape]]:
         """The parameter, or what it is made of in a base that keeps its experts apart."""
         rank, _ = scaled(name)
-        parts = {part: [s] for _, a, b in items for part, s in self._apart(name, a, b, rank).items()}
+        parts: dict[str, Sequence[Shape]] = {
+            part: [shape] for _, a, b in items for part, shape in self._apart(name, a, b, rank).items()
+        }
         if parts:
             return parts
         _, a, b = items[0]
