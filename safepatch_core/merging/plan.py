@@ -20,7 +20,7 @@ from safepatch_core.files.companions import companions, left_out
 from safepatch_core.merging.beside import Beside, beside
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
-from safepatch_core.merging.quantised import module_of, quantised, refuse_base, refuse_patch
+from safepatch_core.merging.quantised.modules import module_of, quantised, refuse_base, refuse_patch
 from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targets
 from safepatch_core.merging.sources import open_source
 from safepatch_core.merging.sources.contract import ALIGN, Source, align
