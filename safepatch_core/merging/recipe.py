@@ -256,7 +256,12 @@ class Recipe(Strict):
         """Every key with its value, defaults included."""
         data = self.model_dump(mode="json")
         # Later keys are shown where they are used, so that earlier recipes stay what they were.
-        for key, usual in (("accumulate", "base"), ("elect", Elect().model_dump()), ("quota", "even"), ("quantized", None)):
+        for key, usual in (
+            ("accumulate", "base"),
+            ("elect", Elect().model_dump()),
+            ("quota", "even"),
+            ("quantized", None),
+        ):
             if data[key] == usual:
                 del data[key]
         for patch in data["patches"]:

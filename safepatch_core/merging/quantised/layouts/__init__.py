@@ -1,4 +1,4 @@
-"""The layouts of quantised weights that can be merged into. A new one is a file beside these and a row of `LAYOUTS`."""
+"""The layouts of quantised weights that can be merged into. A new one is a file beside these, and a row here."""
 
 from __future__ import annotations
 

@@ -86,4 +86,3 @@ class Finder(Protocol):
 
 class Unfit(Exception):
     """Codes of a known layout that are not accepted; the text says by which name."""
-

@@ -99,8 +99,8 @@ def _said(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     groups = config.get("config_groups")
     weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
     named = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, dict))]
-    return tuple((b[0], b[1]) for b in named if _is_block(b))
+    return tuple((b[0], b[1]) for b in named if isinstance(b, list) and _is_block(b))
 
 
-def _is_block(block: object) -> bool:
-    return isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+def _is_block(block: list[object]) -> bool:
+    return len(block) == 2 and all(type(n) is int and n > 0 for n in block)

@@ -67,7 +67,9 @@ class Blocks:
     def read(self, inputs: Inputs, lo: int, hi: int) -> BlockScales:
         first, last = self._span(lo, hi)
         width = self.table[1]
-        return BlockScales(self, first, read_scales(inputs, self.entry, first * width, last * width).reshape(-1, width))
+        return BlockScales(
+            self, first, read_scales(inputs, self.entry, first * width, last * width).reshape(-1, width)
+        )
 
 
 @dataclass(frozen=True, slots=True)
