@@ -120,9 +120,10 @@ class Plan:
         for name, target in self.targets.items():
             if target.entry.entries:
                 sweeps = self.sweeps(target)
+                before = sweeps - 1 + (name in names)
                 total += (sweeps - 1) * target.bytes_of(target.entry.entries, selecting=True)
-                total += target.bytes_of(target.entry.entries)
-                total += (sweeps + (name in names)) * target.once_bytes
+                total += before * target.once_bytes(selecting=True)
+                total += target.bytes_of(target.entry.entries) + target.once_bytes()
         return total
 
     @cached_property

@@ -105,10 +105,9 @@ class Target:
             sizes += [self.coded.original.ring_bytes] if self.coded.original else []
         return sizes + [tensor.ring_bytes for tensor in self.given]
 
-    @property
-    def once_bytes(self) -> int:
+    def once_bytes(self, selecting: bool = False) -> int:
         """Bytes that are read once per sweep."""
-        return sum(tensor.once_bytes for tensor in self.read)
+        return sum(tensor.once_bytes for tensor in self.tensors(selecting))
 
     @property
     def held_bytes(self) -> int:

@@ -29,13 +29,15 @@ class Twin:
             shapes alone: their bytes are codes.
         held: its quantised modules, None where it has none.
         weights: the logical weights that can be merged into, by name.
-        reasons: why others can't be, by the name of their codes.
+        closed: the codes of the modules that the recipe can't merge into, by module.
+        reasons: why, where it is known, by the name of the codes.
         also: what else a refused recipe may ask for.
     """
 
     base: Checkpoint
     held: Quantised | None
     weights: Mapping[str, CodedWeight] = field(default_factory=dict)
+    closed: Mapping[str, TensorEntry] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     also: str = ""
 
@@ -43,10 +45,7 @@ class Twin:
         """The codes that a patch of the tensor `name` would have to change and can't; None where there are none."""
         if self.held is None or name in self.weights or not self.held.targeted(recipe, name):
             return None
-        module = module_of(name)
-        served = any(module_of(weight.codes.name) == module for weight in self.weights.values())
-        unfit = any(module_of(codes) == module for codes in self.reasons)
-        return None if served and not unfit else self.held.codes[module]
+        return self.closed.get(module_of(name))
 
 
 def twin_of(recipe: Recipe, base: Checkpoint) -> Twin:
@@ -56,15 +55,19 @@ def twin_of(recipe: Recipe, base: Checkpoint) -> Twin:
         InputError: the recipe has `quantized:`, and the base is not quantised.
     """
     held = quantised(base)
-    if recipe.quantized is None:
-        return Twin(base, held, also=_KEY if held is not None and _recognised(base, held)[0] else "")
     if held is None:
-        raise InputError("the base is not quantised", file=base.ref, expected="a recipe without `quantized:`")
+        if recipe.quantized is not None:
+            raise InputError("the base is not quantised", file=base.ref, expected="a recipe without `quantized:`")
+        return Twin(base, None)
     weights, reasons = _recognised(base, held)
+    if recipe.quantized is None:
+        return Twin(base, held, closed=held.codes, also=_KEY if weights else "")
+    open_ = {module_of(weight.codes.name) for weight in weights.values()} - set(map(module_of, reasons))
     stored = {entry.name for weight in weights.values() for entry in (weight.codes, *weight.companions)}
     tensors = {name: entry for name, entry in base.tensors.items() if name not in stored}
     tensors |= {name: _logical(weight) for name, weight in weights.items()}
-    return Twin(replace(base, tensors=tensors), held, weights, reasons)
+    closed = {module: codes for module, codes in held.codes.items() if module not in open_}
+    return Twin(replace(base, tensors=tensors), held, weights, closed, reasons)
 
 
 def _recognised(base: Checkpoint, held: Quantised) -> tuple[dict[str, CodedWeight], dict[str, str]]:
@@ -95,7 +98,7 @@ def _refused_whole(config: Mapping[str, Any]) -> str | None:
 
 
 def _logical(weight: CodedWeight) -> TensorEntry:
-    return replace(weight.codes, name=weight.name, shape=weight.shape, dtype="F32")
+    return weight.codes._replace(name=weight.name, shape=weight.shape, dtype="F32")
 
 
 def refuse_weight(twin: Twin, codes: TensorEntry, base: Checkpoint) -> InputError:
