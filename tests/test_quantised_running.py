@@ -15,7 +15,7 @@ from safepatch_core import apply, build, merge, revert, verify
 from safepatch_core.errors import InputError, Stopped
 from safepatch_core.files.checkpoint import BITS
 from safepatch_core.fixes.build import build_between
-from safepatch_core.merging import api
+from safepatch_core.merging.sink import CheckpointSink
 from tests.oracle import Tensor, from_f32, load_checkpoint, save_file
 from tests.test_cli import safepatch
 from tests.test_ranks import ROOT, files, torchrun
@@ -70,16 +70,16 @@ def test_verify_finds_another_code(tmp_path: Path) -> None:
 def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, path = recipe(tmp_path)
     merge(path, tmp_path / "undisturbed", backend="cpu")
-    end, ended = api.CheckpointSink.end, 0
+    end, ended = CheckpointSink.end, 0
 
-    def stopped(self: api.CheckpointSink) -> None:
+    def stopped(self: CheckpointSink) -> None:
         nonlocal ended
         ended += 1
         if ended == 3:
             raise Stopped
         end(self)
 
-    monkeypatch.setattr(api.CheckpointSink, "end", stopped)
+    monkeypatch.setattr(CheckpointSink, "end", stopped)
     with pytest.raises(Stopped):
         merge(path, tmp_path / "out", backend="cpu")
     merge(path, tmp_path / "out", backend="cpu", resume=True)
@@ -150,7 +150,8 @@ def test_what_is_not_accepted_is_refused_by_name(
     for end, what in change.items():
         twin.base.pop(module + end, None)
         if what is not None:
-            twin.base[module + end] = Tensor(*what, bytes(BITS[what[0]] // 8 * math.prod(what[1])))
+            dtype, shape = what
+            twin.base[module + end] = Tensor(dtype, shape, bytes(BITS[dtype] // 8 * math.prod(shape)))
     path = twin.recipe(twin.patch("a"))
     twin.save_base(twin.base)
     (tmp_path / "base" / "config.json").write_text(json.dumps({"quantization_config": config}))
