@@ -21,7 +21,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safepatch_core.errors import InputError, IOFailure
+from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.converters import foreign, kind_by_name
 from safepatch_core.files.filenames import DIFFUSERS, DIFFUSERS_INDEX, INDEX, LEDGER, SINGLE
 
@@ -60,6 +60,8 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 _INTEGER = frozenset((int,))
 _INDEX = re.compile(r"[^.].*\.safetensors\.index(\..+)?\.json")  # a variant may stand before the ending
 _INDEXED = "loading with transformers and save_pretrained writes one"
+_HUBS = ("huggingface.co", "hf.co")
+_ADDRESS = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://|(www\.)?({'|'.join(map(re.escape, _HUBS))})/")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 
@@ -162,6 +164,7 @@ def locate(ref: str | os.PathLike[str], *, relative_to: Path | None = None) -> t
         path = Path(os.path.expanduser(text))
     if os.path.lexists(path):
         return path, None
+    _refuse_address(text)
     hub_id = _HUB_ID.fullmatch(text)
     if hub_id is None or text.endswith(".safetensors"):
         raise InputError("no such file or directory", file=path)
@@ -183,6 +186,29 @@ def uncollected() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+def _refuse_address(text: str) -> None:
+    """Recipes and manifests name a model as everybody would, wherever it was fetched from."""
+    if _ADDRESS.match(text):
+        expected = _hub_id(text) or "a path, or org/name[@revision] of the Hugging Face hub"
+        raise UsageError("an address instead of a model's name", found=text, expected=expected)
+
+
+def _hub_id(address: str) -> str | None:
+    """What to write for the address of a model's page, or of a file of it."""
+    from urllib.parse import unquote, urlsplit  # it takes as long to load as all the rest here
+
+    parts = urlsplit(address if "://" in address else f"https://{address}")
+    path = parts.path.strip("/").split("/")
+    if parts.scheme == "hf":
+        path.insert(0, parts.netloc)
+    elif parts.netloc.removeprefix("www.") not in _HUBS:
+        return None
+    if len(path) < 2 or path[0] in ("datasets", "spaces"):
+        return None
+    repo, revision = "/".join(path[:2]).removesuffix(".git"), unquote("/".join(path[3:4]))
+    return repo if revision in ("", "main") else f"{repo}@{revision}"
 
 
 def read_shard(
@@ -402,7 +428,8 @@ def _open_indexed(root: Path, names: Sequence[str], index_name: str) -> _Found:
                 expected=seen[name],
             )
         if name not in seen:
-            raise _fault(root / file, "in the index, but not in the shard", tensor=name)
+            expected = f"an index of what is there: it is stale ({_INDEXED})"
+            raise _fault(root / file, "in the index, but not in the shard", tensor=name, expected=expected)
     beyond = sorted(seen.keys() - files.keys())
     told = f"{len(beyond)} tensors of the shards are not in {index_name}, the first '{beyond[0]}'" if beyond else ""
     warnings = (f"{told}: copied, and never a target",) if beyond else ()

@@ -471,7 +471,7 @@ def _memory(targets: Mapping[str, Target], engine: Backend, limit: int) -> tuple
     if room < (4 << 20):
         worst = max(targets.values(), key=lambda t: t.held_bytes)
         raise UsageError(
-            f"--memory-limit is too small for the LoRA factors of '{worst.entry.name}'",
+            f"--memory-limit is too small for what all chunks of '{worst.entry.name}' share",
             found=f"{limit} bytes",
             expected=f"at least {limit + (4 << 20) - room} bytes",
         )
