@@ -19,7 +19,7 @@ PIECE = 8 << 20  # bytes of each checkpoint in memory at once
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class Counts(BaseModel):
+class TensorCounts(BaseModel):
     """Entries of one tensor: all, in a patch's set, and acted on by that patch."""
 
     entries: int
@@ -31,7 +31,7 @@ class Patch(BaseModel):
     """What the manifest says about one patch; every patch has the same tensors."""
 
     name: str
-    tensors: dict[str, Counts]
+    tensors: dict[str, TensorCounts]
 
 
 class Made(BaseModel):
