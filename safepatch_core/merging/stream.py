@@ -16,6 +16,7 @@ from safepatch_core.backends.contract import (
     Backend,
     Bits,
     Block,
+    Cut,
     Fault,
     Lora,
     PatchData,
@@ -60,12 +61,16 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """A unit whose inputs are in memory. `block` is None for bytes that are only copied, from `source`."""
+    """A unit whose inputs are in memory. `block` is None for bytes that are only copied, from `source`.
+
+    `cuts` are those that the patches were applied with.
+    """
 
     unit: Unit
     base: NDArray[np.uint8]
     block: Block | None
     source: Extent | None = None
+    cuts: Sequence[Cut] = ()
 
 
 class Merge:
@@ -274,10 +279,10 @@ class _Apply:
         if block is None or unit.target is None:
             return
         if unit.target.whole:
-            _, report = self._engine.merge(block, unit.target.quotas, block.base.data)
+            work.cuts, report = self._engine.merge(block, unit.target.quotas, block.base.data)
         else:
-            cuts = self._ties.get(unit.entry.name).cuts(self._engine, block)
-            report = self._engine.apply(block, cuts, block.base.data)
+            work.cuts = self._ties.get(unit.entry.name).cuts(self._engine, block)
+            report = self._engine.apply(block, work.cuts, block.base.data)
         _collect(self._plan, unit, report, self._counts)
 
 
