@@ -87,8 +87,8 @@ def expected(before: Any, after: Any, old: F32, new: F32, mine: Any = True) -> d
     left = (after[1].astype(np.float64) - before[1])[changed]
     moved = before[0] != after[0]
     return {
-        "changed": int(changed.sum()),
-        "moved": int((moved & changed).sum()),
+        "entries": int(changed.sum()),
+        "changed": int((moved & changed).sum()),
         "elsewhere": int((moved & (old == new)).sum()),
         "survival": (delta @ left) / (delta @ delta),
         "cosine": (delta @ left) / np.sqrt((delta @ delta) * (left @ left)) if left.any() else 0.0,
@@ -136,7 +136,7 @@ def check(result: SurviveResult, name: str, old: dict[str, F32], new: dict[str, 
         elsewhere += wanted.pop("elsewhere")
         assert of.whole.tensors[tensor].facts() == pytest.approx(wanted, rel=1e-9), tensor
     assert of.elsewhere == elsewhere
-    assert of.whole.total.changed == sum(found.changed for found in of.whole.tensors.values())
+    assert of.whole.total.entries == sum(found.entries for found in of.whole.tensors.values())
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -152,7 +152,7 @@ def test_any_cut_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     old = write(tmp_path / "base", weights(1))
     write(tmp_path / "out", patched(old, 2))
     whole = survive(tmp_path / "out", tmp_path / "base")
-    monkeypatch.setattr("safepatch_core.merging.quantised.survival.PIECE", 7)
+    monkeypatch.setattr("safepatch_core.merging.quantised.sums.PIECE", 7)
     monkeypatch.setattr("safepatch_core.merging.quantised.comparison.STRIPE_BYTES", 700)  # 128 rows fit
     for threads in (1, 3):
         cut = survive(tmp_path / "out", tmp_path / "base", memory_limit="33MiB", threads=threads)
@@ -180,8 +180,8 @@ def test_a_base_on_the_grid_loses_small_steps(tmp_path: Path) -> None:
     steps = np.where(np.abs(old) < 7, np.float32(0.3), np.float32(0))
     write(tmp_path / "out", {"a.weight": old + steps}, "F32")
     of = survive(tmp_path / "out", tmp_path / "base", ["int4-g32"]).formats["int4-g32"].whole.total
-    assert of.changed > 5000
-    assert (of.moved, of.survival, of.cosine) == (0, 0.0, 0.0)
+    assert of.entries > 5000
+    assert (of.changed, of.survival, of.cosine) == (0, 0.0, 0.0)
 
 
 def two_patches(root: Path, extra: str = "", over: str = "over-safety") -> tuple[dict[str, F32], ...]:
@@ -264,7 +264,7 @@ def test_one_patch_needs_no_recipe(tmp_path: Path) -> None:
     merge(tmp_path / "r.yaml", tmp_path / "out")
     (tmp_path / "tuned").rename(tmp_path / "gone")
     of = survive(tmp_path / "out", tmp_path / "base", ["fp8-block"]).formats["fp8-block"]
-    assert of.patches == {"only": of.whole} and of.whole.total.changed
+    assert of.patches == {"only": of.whole} and of.whole.total.entries
 
 
 def test_what_stays_float_is_told(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_what_stays_float_is_told(tmp_path: Path) -> None:
     found = survive(tmp_path / "out", tmp_path / "base", ["nvfp4"])
     assert found.floats == ["lm_head.weight", "norm"]
     total = found.formats["nvfp4"].whole.total
-    assert (total.changed, total.survival, total.cosine) == (0, None, None)
+    assert (total.entries, total.survival, total.cosine) == (0, None, None)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -313,6 +313,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert data["formats"]["int4-g32"]["unfit"] == ["d.weight"]
     whole = data["formats"]["fp8-block"]["whole"]
     shown = CliRunner().invoke(cli, [*words, "--tensors"]).output
-    assert f"{whole['changed']:,d}" in shown and f"{whole['survival']:.4f}" in shown and "a.weight" in shown
+    assert f"{whole['entries']:,d}" in shown and f"{whole['survival']:.4f}" in shown and "a.weight" in shown
     assert "int4-g32: does not take 'd.weight'" in shown
     assert CliRunner().invoke(cli, [*words, "--quiet"]).output == ""

@@ -17,7 +17,7 @@ from safepatch_core.files.disk import Extent
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.plan import Plan
-from safepatch_core.merging.quantised.survival import Owners
+from safepatch_core.merging.quantised.sums import Owners
 from safepatch_core.merging.stream import Merge, Work
 from safepatch_core.spec import ITEMSIZE
 

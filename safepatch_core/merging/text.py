@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from safepatch_core.merging.quantised.comparison import FormatResult, SurviveResult
-    from safepatch_core.merging.quantised.survival import Survival
+    from safepatch_core.merging.quantised.sums import Survival
 
 
 def count_table(counts: Mapping[str, Mapping[str, int]]) -> str:
@@ -23,9 +23,9 @@ def count_table(counts: Mapping[str, Mapping[str, int]]) -> str:
 def survival_lines(result: SurviveResult, *, tensors: bool = False) -> list[str]:
     """What later quantisations leave of a merge: a row per format and patch, on request one per tensor, and notes.
 
-    Elsewhere: codes that move where the merge changed nothing, because the scale of their block does.
+    Elsewhere: codes that change where the merge changed nothing, because the scale of their block does.
     """
-    rows: list[tuple[str, ...]] = [("format", "of", "changed", "codes moved", "elsewhere", "survival", "cosine")]
+    rows: list[tuple[str, ...]] = [("format", "of", "entries", "codes changed", "elsewhere", "survival", "cosine")]
     for name, of in result.formats.items():
         rows += [(name if i == 0 else "", *row) for i, row in enumerate(_survivals(of, tensors))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -48,9 +48,9 @@ def _survivals(of: FormatResult, tensors: bool) -> Iterator[tuple[str, ...]]:
 
 
 def _survival(name: str, of: Survival, elsewhere: str) -> tuple[str, ...]:
-    moved = f"{of.moved:,d} ({of.moved / of.changed:.2%})" if of.changed else "0"
+    changed = f"{of.changed:,d} ({of.changed / of.entries:.2%})" if of.entries else "0"
     rates = ("-" if rate is None else f"{rate:.4f}" for rate in (of.survival, of.cosine))
-    return (name, f"{of.changed:,d}", moved, elsewhere, *rates)
+    return (name, f"{of.entries:,d}", changed, elsewhere, *rates)
 
 
 def _first(names: list[str]) -> str:

@@ -20,7 +20,7 @@ from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.formats import Format
-from safepatch_core.merging.quantised.survival import PIECE_BYTES, Found, Owners, Stripe, Survival, measure, nothing
+from safepatch_core.merging.quantised.sums import PIECE_BYTES, Found, Owners, Stripe, Survival, measure, nothing
 from safepatch_core.merging.recipe import NOT_LINEAR
 from safepatch_core.spec import ITEMSIZE, Dtype
 
@@ -39,7 +39,7 @@ class Share:
     tensors: dict[str, Survival] = field(default_factory=dict)
 
     def add(self, tensor: str, found: Survival) -> None:
-        if found.changed:
+        if found.entries:
             self.total += found
             self.tensors[tensor] = found
 
@@ -55,7 +55,7 @@ class FormatResult:
     Attributes:
         whole: of the whole change.
         patches: of each patch, over the entries that it alone selected; empty where patches aren't told apart.
-        elsewhere: codes that move where the merge left the entry alone, since the scale of its block moves.
+        elsewhere: codes that change where the merge left the entry alone, since the scale of its block does.
         unfit: tensors that the merge changed and the format doesn't take: their rows don't come out even in groups.
     """
 

@@ -25,16 +25,16 @@ class Survival:
     """How much of a change a quantisation leaves, over the entries that the change is made of.
 
     Attributes:
-        changed: entries that the merge changed.
-        moved: those of them whose code stands for another number than the base's.
-        asked, got, along: sums of Δ², (v′ - v)² and Δ·(v′ - v), where Δ is the change, and v′ and v are the values
+        entries: those whose stored bits the merge changed.
+        changed: those of them whose code stands for another number than the base's.
+        asked, moved, along: sums of Δ², (v′ - v)² and Δ·(v′ - v), where Δ is the change, and v′ and v are the values
             that the codes of the merged model and of the base stand for.
     """
 
+    entries: int = 0
     changed: int = 0
-    moved: int = 0
     asked: float = 0.0
-    got: float = 0.0
+    moved: float = 0.0
     along: float = 0.0
 
     @property
@@ -47,16 +47,16 @@ class Survival:
         """Between what is left and the change; small where what is left is drowned in rounding noise."""
         if not self.asked:
             return None
-        return self.along / float(np.sqrt(self.asked) * np.sqrt(self.got)) if self.got else 0.0
+        return self.along / float(np.sqrt(self.asked) * np.sqrt(self.moved)) if self.moved else 0.0
 
     def __iadd__(self, other: Survival) -> Survival:
-        for name in ("changed", "moved", "asked", "got", "along"):
+        for name in ("entries", "changed", "asked", "moved", "along"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 
     def facts(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {name: getattr(self, name) for name in ("changed", "moved", "survival", "cosine")}
+        return {name: getattr(self, name) for name in ("entries", "changed", "survival", "cosine")}
 
 
 @dataclass(slots=True)
