@@ -56,3 +56,16 @@ def _survival(name: str, of: Survival, elsewhere: str) -> tuple[str, ...]:
 def _first(names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"'{names[0]}'{more}"
+
+
+def codes_line(patch: str, kept: Mapping[str, float | None]) -> str:
+    """What rounding to the codes of a quantised base left of one patch."""
+    survival, cosine = (_number(kept[key]) for key in ("survival", "cosine"))
+    return (
+        f"patch {patch}: {kept['changed']:,d} of {kept['acted']:,d} codes changed, {kept['saturated']:,d} saturated, "
+        f"survival {survival}, cosine {cosine}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
