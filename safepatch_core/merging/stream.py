@@ -16,6 +16,7 @@ from safepatch_core.backends.contract import (
     Backend,
     Bits,
     Block,
+    Cut,
     Fault,
     Lora,
     PatchData,
@@ -62,13 +63,17 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """A unit whose inputs are in memory. `block` is None for bytes that are only copied, from `source`."""
+    """A unit whose inputs are in memory. `block` is None for bytes that are only copied, from `source`.
+
+    `cuts` are those that the patches of a target of floats were applied with.
+    """
 
     unit: Unit
     base: NDArray[np.uint8]  # what is written
     block: Block | None
     source: Extent | None = None
     codes: Loaded | None = None  # of a target that is stored as codes, where it is about to be written
+    cuts: Sequence[Cut] = ()
 
 
 class Merge:
@@ -289,10 +294,11 @@ class _Apply:
         if target.whole:
 
             def patch(block: Block, of: slice) -> Report:
-                return engine.merge(block, target.quotas[of], block.base.data)[1]
+                work.cuts, report = engine.merge(block, target.quotas[of], block.base.data)
+                return report
 
         else:
-            cuts = self._ties.get(unit.entry.name).cuts(engine, block)
+            work.cuts = cuts = self._ties.get(unit.entry.name).cuts(engine, block)
 
             def patch(block: Block, of: slice) -> Report:
                 return engine.apply(block, cuts[of], block.base.data)
