@@ -132,7 +132,7 @@ class Checkpoint:
 
     def identity_of(self, entry: TensorEntry) -> Identity:
         """The identity of the file that holds a tensor of this checkpoint."""
-        return next(shard.identity for shard in self.shards if shard.path == entry.path)
+        return next(shard.identity for shard in self.shards if shard.file == entry.file)
 
 
 def open_checkpoint(
