@@ -24,7 +24,7 @@ from safepatch_core.kernels.apply import apply
 from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, COPIES, HISTOGRAMS, INTERPRETED, VECTOR, Launch, options
-from safepatch_core.kernels.score import COUNTS, ENDING, FIELDS, Form, Piece, Plan, score_keys
+from safepatch_core.kernels.score import COUNTS, ENDING, FIELDS, Form, Piece, Variant, score_keys
 from safepatch_core.kernels.select import WINDOW_FIELDS, count_equal, fold, histogram
 from safepatch_core.spec import COMBINE
 
@@ -156,7 +156,7 @@ def _read_amd(name: str, target: str, found: Any, types: tuple[str, ...]) -> Cod
     )
 
 
-def make_piece(plan: Plan) -> Piece:
+def make_piece(plan: Variant) -> Piece:
     """A piece of one block, for compiling: its contents don't matter."""
 
     def empty(dtype: str) -> torch.Tensor:
@@ -180,7 +180,7 @@ def make_piece(plan: Plan) -> Piece:
     )
 
 
-def plans() -> dict[str, Plan]:
+def plans() -> dict[str, Variant]:
     """The recipes whose code is kept in the table."""
     scored = Form("checkpoint", "BF16", "scores", "BF16", "patched", True)
     wide = Form("checkpoint", "F32", "scores", "F32", "patched", True)
@@ -188,9 +188,9 @@ def plans() -> dict[str, Plan]:
     gradients = Form("delta", "F16", "gradients", "F16", "patched", True)
     lora = Form("lora", "", "magnitude", "", "patched", True)
 
-    def plan(form: Form, patches: int = 2, dtype: str = "BF16", combine: str = "difference") -> Plan:
+    def plan(form: Form, patches: int = 2, dtype: str = "BF16", combine: str = "difference") -> Variant:
         acts, join = COMBINE[combine]
-        return Plan(dtype, (form,) * patches, int(acts), int(join), "retain-first")
+        return Variant(dtype, (form,) * patches, int(acts), int(join), "retain-first")
 
     return {
         "two patches": plan(scored),

@@ -16,7 +16,7 @@ import yaml
 
 from safepatch_core.backends.contract import Backend, Report
 from safepatch_core.errors import IOFailure, UsageError
-from safepatch_core.files.checkpoint import Identity, identify
+from safepatch_core.files.checkpoint import Identity, identify, uncollected
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
@@ -153,7 +153,8 @@ def plan(recipe: str | os.PathLike[str] | Recipe, **engine: Unpack[EngineOptions
     opened, limit = open_engine(engine)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    return make_plan(recipe, opened, limit, chunk_entries=engine.get("chunk_entries"))
+    with uncollected():
+        return make_plan(recipe, opened, limit, chunk_entries=engine.get("chunk_entries"))
 
 
 def planned(recipe: str | os.PathLike[str] | Recipe | Plan, engine: EngineOptions) -> Plan:

@@ -14,7 +14,7 @@ from safepatch_core.spec import COMBINE, Acts, Combine
 Count = Annotated[int, Field(ge=0)]
 
 
-class Counts(BaseModel):
+class TensorCounts(BaseModel):
     """Entries of one tensor: all, in a patch's set, and acted on by that patch."""
 
     entries: Count
@@ -26,7 +26,7 @@ class Patch(BaseModel):
     """What the manifest says about one patch; every patch has the same tensors."""
 
     name: str
-    tensors: dict[str, Counts]
+    tensors: dict[str, TensorCounts]
 
 
 class Made(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -15,16 +14,15 @@ from safepatch_core.merging.layout import OutputPart
 
 # After so many bytes a file's beginning is made durable and marked in the journal, where a tensor ends: the most that
 # a kill costs. A mark waited 0.1 to 0.5 s for the disk (2 cores, others at work); shards of ordinary size need none.
-# Tests set less.
 MARK_BYTES = 4 << 30
 
 
 class CheckpointSink:
     """Writes the merged shards into a stage; a `stream.Sink`."""
 
-    def __init__(self, staging: Staging, drop: bool = False) -> None:
+    def __init__(self, staging: Staging, drop: bool = False, mark_bytes: int | None = None) -> None:
         self._staging, self._drop = staging, drop
-        self._step = int(os.environ.get("SAFEPATCH_MARK", MARK_BYTES))
+        self._step = MARK_BYTES if mark_bytes is None else mark_bytes
         self._file: HashedFile | None = None
         self.counts: dict[str, Report] = {}
 

@@ -27,7 +27,7 @@ KILL, TORN, TERM, INTERRUPT = -1, -2, -3, -4  # as in shim.c
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 STEM = "model-0000{}-of-00003.safetensors"
 # Bytes after which the beginning of a file is made durable: a shard of `write_model` has a mark in its middle.
-MARKS = {"SAFEPATCH_MARK": "3000"}
+MARK_BYTES = 3000
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Server:
         limits: dict[str, int] | None = None,
         cwd: Path | None = None,
         timeout: float = 60,
-        env: dict[str, str] | None = None,
         chunk: int | None = None,
+        mark_bytes: int | None = None,
     ) -> Ended:
         """Run a command; `fault` are the arguments of the shim, `signal` a number and after how many seconds.
 
-        chunk: entries per unit of its merges.
+        chunk: entries per unit of its merges. mark_bytes: after how many a file's beginning is marked.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
@@ -80,8 +80,8 @@ class Server:
             "limits": limits or {},
             "cwd": str(cwd or Path.cwd()),
             "timeout": timeout,
-            "env": env or {},
             "chunk": chunk,
+            "mark_bytes": mark_bytes,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -180,9 +180,9 @@ class Bench:
     old: dict[str, bytes]
     new: dict[str, bytes]
 
-    def merge(self, place: Path, *options: str, env: dict[str, str] | None = None, **how: Any) -> Ended:
+    def merge(self, place: Path, *options: str, **how: Any) -> Ended:
         args = ("merge", self.recipe, "-o", place / "out", "--backend", "cpu", "--threads", 1, *options)
-        return self.run(*args, env={**MARKS, **(env or {})}, **how)
+        return self.run(*args, mark_bytes=MARK_BYTES, **how)
 
     def calls(self, place: Path, old: bool) -> list[str]:
         """The counted calls of an undisturbed merge, in order."""

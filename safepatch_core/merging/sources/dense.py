@@ -198,6 +198,8 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             tensor=entry.name,
             expected=f"{list(entry.shape)} as in the base (or missing: skip)",
         )
+    if found.shape == entry.shape and found.dtype in ITEMSIZE:
+        return Dense(found, form)
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
     cut = patch.rows == "common" and isinstance(found, TensorEntry) and common(entry.name, found.shape, entry.shape)
     refuse_ungathered(file, found, found.shape != entry.shape)
@@ -217,7 +219,7 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             found=found.dtype,
             expected=" or ".join(ITEMSIZE),
         )
-    if found.shape == entry.shape or isinstance(found, Joined):
+    if isinstance(found, Joined):
         return Dense(found, form)
     return FewerRows(entry, found, form) if found.entries < entry.entries else Dense(first_rows(found, entry), form)
 

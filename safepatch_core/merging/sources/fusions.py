@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,7 +153,7 @@ def _cut(entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     parts, at = {}, entry.start
     for i, (name, shape) in enumerate(shapes.items()):
         nbytes = entry.nbytes * math.prod(shape) // max(entry.entries, 1)
-        parts[name] = replace(entry, name=f"{entry.name}[{i}]", shape=shape, start=at, nbytes=nbytes)
+        parts[name] = entry._replace(name=f"{entry.name}[{i}]", shape=shape, start=at, nbytes=nbytes)
         at += nbytes
     return parts
 
