@@ -21,7 +21,8 @@ from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Place
 from safepatch_core.merging.quantised.survival import CodesReport, Kept, exact_sum
 from safepatch_core.merging.recipe import Quantized
 from safepatch_core.merging.sources.contract import align
-from safepatch_core.merging.sources.dense import Fitted
+from safepatch_core.merging.sources.dense import Dense
+from safepatch_core.merging.sources.rows import FewerRows
 from safepatch_core.spec import Acts, Join, Rule
 
 Mask = NDArray[np.bool_]
@@ -40,7 +41,7 @@ class Coded:
     """How a target that is stored as codes is merged into."""
 
     weight: CodedWeight
-    original: Fitted | None  # the float original's tensor, where the recipe names one
+    original: Dense | FewerRows | None  # the float original's tensor, where the recipe names one
     key: int  # of the random numbers that it is rounded with
     rule: Quantized
 
