@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_tensor
+from safepatch_core.merging.survive import survive
 from safepatch_core.spec import COMBINE, ITEMSIZE, Acts, Combine
 
 PIECE = 8 << 20  # bytes of each checkpoint in memory at once
@@ -78,9 +79,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def survivals(
-    manifests: Mapping[str, Manifest], folders: Mapping[str, Path], models: Mapping[str, Mapping[str, Any]]
+    manifests: Mapping[str, Manifest],
+    folders: Mapping[str, Path],
+    models: Mapping[str, Mapping[str, Any]],
+    formats: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Label of a merged model → its `survival`, where the baseline can be seen to be its base.
+
+    With `formats` also `later`, what these quantisations would leave of it.
 
     Of its base a manifest says no more than what it is called. That is not enough where the baseline is a merge too:
     the model may be merged from a later one of the same name, which differs from both in few entries.
@@ -94,7 +100,21 @@ def survivals(
         for label, manifest in manifests.items()
         if _last(manifest.recipe.base) in called
     }
-    return {label: of for label, of in found.items() if of is not None}
+    known = {label: of for label, of in found.items() if of is not None}
+    return {label: of | later(folders[label], baseline, formats) for label, of in known.items()}
+
+
+def later(merged: Path, baseline: Path, formats: Sequence[str]) -> dict[str, Any]:
+    """Per format, what it leaves of the whole change and of each patch; nothing where no format is asked for."""
+    if not formats:
+        return {}
+    found = survive(merged, baseline, formats)
+    return {
+        "later": {
+            name: {"whole": of.whole.total.facts(), "patches": {p: s.total.facts() for p, s in of.patches.items()}}
+            for name, of in found.formats.items()
+        }
+    }
 
 
 def _last(ref: str) -> str:
