@@ -39,7 +39,8 @@ def write_twin(root: Path) -> None:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(root / "float")
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape))
+    model.to(torch.bfloat16).save_pretrained(root / "float")
     tensors = load_file(root / "float" / "model.safetensors")
     twin = {}
     for name, tensor in tensors.items():

@@ -69,11 +69,10 @@ class Dequantised:
         begin, end = self.weight.stored(first, last)
         data = np.empty(end - begin, np.uint8)
         inputs.read(self.weight.codes, begin, data)
-        at = np.arange(lo, hi)
-        values = self.weight.grid.decode(self.weight.get(data, at - first))
+        codes = self.weight.unpack(data)[lo - first : hi - first]
         out = memory[: 4 * (hi - lo)].view(np.float32)
         with np.errstate(all="ignore"):  # a scale that is not finite has a rule of its own
-            np.multiply(values, self.weight.scales(inputs, first, last).at(at), out=out)
+            np.multiply(self.weight.grid.decode(codes), self.weight.scales(inputs, first, last).run(lo, hi), out=out)
         return as_bits(out)
 
 

@@ -29,7 +29,8 @@ Tile = NDArray[np.uint32]
 
 UNTOUCHED = np.uint32(0x8000_0000)  # minus zero
 LEAST_SCALE = 2.0**-100
-PIECE = 1 << 16  # entries that are worked on together
+SCAN = 1 << 20  # entries among which those in a T are looked for at once
+PIECE = 1 << 16  # of those, worked on together
 SCALES = "finite ones of at least 2^-100"
 ONE_PATCH = Rule(Acts.ALL, Join.TOTAL)
 
@@ -95,35 +96,31 @@ def rewrite(block: Block, coded: Coded, loaded: Loaded, patch: Patch) -> CodesRe
             alone = replace(block, base=Bits(tile, "F32"), patches=(replace(given, scale=1.0),), rule=ONE_PATCH)
             report.patches[p] = replace(patch(alone, slice(p, p + 1)).patches[0], applied=0)
     scales = [0.0 if given is None else given.scale for given in block.patches]
-    for lo in range(0, len(block), PIECE):
-        piece = _Piece(block.rule, scales, [None if tile is None else tile[lo : lo + PIECE] for tile in tiles], lo)
-        if len(piece.at):
+    for lo in range(0, len(block), SCAN):
+        held = [tile[lo : lo + SCAN] != UNTOUCHED for tile in tiles if tile is not None]
+        places = lo + np.flatnonzero(np.logical_or.reduce(held)) if held else np.zeros(0, np.int64)
+        for part in range(0, len(places), PIECE):
+            piece = _Piece(block.rule, scales, tiles, places[part : part + PIECE])
             report += _rewrite_piece(piece, coded, loaded)
     return report
 
 
 class _Piece:
-    """The entries of a piece on which a patch acts, and what is done to them. All arrays are [n]."""
+    """Entries on which a patch acts, and what is done to them. All arrays are [n]."""
 
     at: Places  # counted from the run's first entry
     acts: list[Mask]  # per patch
 
-    def __init__(self, rule: Rule, scales: Sequence[float], tiles: Sequence[Tile | None], lo: int) -> None:
-        held = [tile != UNTOUCHED for tile in tiles if tile is not None]
+    def __init__(self, rule: Rule, scales: Sequence[float], tiles: Sequence[Tile | None], held: Places) -> None:
+        """Of the entries `held` by a T, those on which somebody acts."""
         self._rule, self._scales = rule, scales
-        self.at = np.flatnonzero(np.any(held, axis=0)) if held else np.zeros(0, np.int64)
+        none = np.full(len(held), UNTOUCHED)
+        found = [none if tile is None else tile[held] for tile in tiles]
         with np.errstate(all="ignore"):
-            self._cut(tiles)
-        self.at += lo
-
-    def _cut(self, tiles: Sequence[Tile | None]) -> None:
-        """The steps at the entries that a T holds; then only those on which somebody acts."""
-        none = np.full(len(self.at), UNTOUCHED)
-        found = [none if tile is None else tile[self.at] for tile in tiles]
-        steps = [np.float32(c) * d.view(np.float32) for c, d in zip(self._scales, found, strict=True)]
-        acts = acting(self._rule.acts, [d != UNTOUCHED for d in found], steps)
-        some = np.any(acts, axis=0) if acts else np.zeros(0, bool)
-        self.at = self.at[some]
+            steps = [np.float32(c) * d.view(np.float32) for c, d in zip(scales, found, strict=True)]
+            acts = acting(rule.acts, [d != UNTOUCHED for d in found], steps)
+        some = np.logical_or.reduce(acts)
+        self.at = held[some]
         self.acts, self._steps = [of[some] for of in acts], [step[some] for step in steps]
 
     def made_of(self, w: F32) -> F32:

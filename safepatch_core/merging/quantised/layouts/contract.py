@@ -25,7 +25,10 @@ class Scales(Protocol):
     """The scales of some entries of one weight, in memory."""
 
     def at(self, positions: Places) -> F32:
-        """The scale of each entry, exactly as SPEC section 7 has it; positions in the weight, [n] to [n]."""
+        """The scale of each entry, as float32; positions in the weight, [n] to [n]."""
+
+    def run(self, lo: int, hi: int) -> F32:
+        """The same for all entries [lo, hi) of the weight."""
 
 
 class CodedWeight(Protocol):
@@ -67,8 +70,11 @@ class CodedWeight(Protocol):
     def scales(self, inputs: Inputs, lo: int, hi: int) -> Scales:
         """The scales of the entries [lo, hi)."""
 
+    def unpack(self, data: Bytes) -> Codes:
+        """The codes of all entries of a run whose bytes are `data`."""
+
     def get(self, data: Bytes, at: Places) -> Codes:
-        """The codes at these entries of a run whose bytes are `data`; `at` counts from the run's first entry."""
+        """The codes at these entries of a run; `at` counts from the run's first entry."""
 
     def put(self, data: Bytes, at: Places, codes: Codes) -> None:
         """Set the codes at these entries of a run, each named once."""

@@ -84,6 +84,14 @@ class BlockScales:
         rows = self.of.row_of(positions) - self.first
         return self.values[rows, positions % self.of.cols // self.of.block[1]]
 
+    def run(self, lo: int, hi: int) -> F32:
+        cols, (_, across) = self.of.cols, self.of.block
+        first, last = lo // cols, -(-hi // cols)
+        rows = self.of.row_of(np.arange(first, last) * cols) - self.first
+        least = rows[0]
+        wide = np.repeat(self.values[least : rows[-1] + 1], across, axis=1)[:, :cols]
+        return wide[rows - least].reshape(-1)[lo - first * cols : hi - first * cols]
+
 
 def laid_out(
     entry: TensorEntry, shape: tuple[int, ...], blocks: tuple[tuple[int, int], ...] = BLOCKS
