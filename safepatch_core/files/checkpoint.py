@@ -123,6 +123,13 @@ class Checkpoint:
     beyond: frozenset[str] = frozenset()  # tensors of the shards that the index does not name
     warnings: tuple[str, ...] = ()
 
+    @property
+    def of_several(self) -> str | None:
+        """What to name in its place where it is but one shard of several."""
+        if self.root is not None or not _one_of_several(self.shards[0].file):
+            return None
+        return f"the folder of {self.shards[0].file}, which is one shard of several"
+
     def identity_of(self, entry: TensorEntry) -> Identity:
         """The identity of the file that holds a tensor of this checkpoint."""
         return next(shard.identity for shard in self.shards if shard.path == entry.path)
@@ -144,7 +151,8 @@ def open_checkpoint(
         found = _open_directory(path)
         root, folder = path, path
     elif path.name.endswith(".safetensors"):
-        found, root, folder = _Found([read_shard(path)]), None, path.parent
+        warnings = (f"{path.name} is one shard of several, without the others",) if _one_of_several(path.name) else ()
+        found, root, folder = _Found([read_shard(path)], warnings=warnings), None, path.parent
     else:
         raise _fault(path, "not a checkpoint", found=_file_kind(path), expected="a directory or a .safetensors file")
     tensors = {entry.name: entry for shard in found.shards for entry in shard.tensors}
@@ -453,6 +461,11 @@ def _missing_shard(
     )
 
 
+def _one_of_several(file: str) -> bool:
+    found = re.search(r"-\d+-of-(\d+)\.safetensors$", file)
+    return found is not None and int(found[1]) > 1
+
+
 def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{', …' if names[3:] else ''}"
 
@@ -664,7 +677,8 @@ def _parse(decoder: json.JSONDecoder, path: Path, text: str, where: str) -> Any:
     except _Duplicate as error:
         raise _fault(path, f"duplicate key '{error.args[0]}' in {where}") from None
     except json.JSONDecodeError as error:
-        raise _fault(path, f"{where} is not JSON: {error.msg} at {error.pos}") from None
+        what = "a byte order mark" if text.startswith("\ufeff") else error.msg
+        raise _fault(path, f"{where} is not JSON: {what} at {error.pos}") from None
     except RecursionError:
         raise _fault(path, f"{where} is nested too deeply") from None
     if end != len(text):

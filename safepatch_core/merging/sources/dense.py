@@ -221,7 +221,7 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             f"missing from {what}",
             file=checkpoint.root or checkpoint.shards[0].path,
             tensor=entry.name,
-            expected=f"{list(entry.shape)} as in the base (or missing: skip)",
+            expected=checkpoint.of_several or f"{list(entry.shape)} as in the base (or missing: skip)",
         )
     if found.shape == entry.shape and found.dtype in ITEMSIZE:
         return TurnedTensor(found, form) if isinstance(found, Turned) else Dense(found, form)

@@ -70,7 +70,7 @@ class Parameters:
         """The parameter, or what it is made of in a base that keeps its experts apart."""
         rank, _ = scaled(name)
         parts: dict[str, Sequence[Shape]] = {
-            part: [s] for _, a, b in items for part, s in self._apart(name, a, b, rank).items()
+            part: [shape] for _, a, b in items for part, shape in self._apart(name, a, b, rank).items()
         }
         if parts:
             return parts
