@@ -63,19 +63,19 @@ class Target:
         return sum(patch is not None for patch in self.patches)
 
     @property
-    def given(self) -> list[PatchTensor]:
-        """All that is read beside the base."""
+    def said(self) -> list[PatchTensor]:
+        """What patches say."""
         return [tensor for patch in self.patches if patch for tensor in patch.tensors]
 
     @property
-    def read(self) -> list[PatchTensor]:
-        """All that is read."""
+    def given(self) -> list[PatchTensor]:
+        """All that is read beside the base."""
         original = self.coded and self.coded.original
-        return [self.base, *([original] if original else []), *self.given]
+        return [*([original] if original else []), *self.said]
 
     def tensors(self, selecting: bool = False) -> list[PatchTensor]:
         """All that is read, or what is needed to select."""
-        return self.given if selecting and self.coded else self.read
+        return self.said if selecting and self.coded else [self.base, *self.given]
 
     @property
     def step(self) -> int:
@@ -102,7 +102,6 @@ class Target:
         sizes: list[float] = [self.base.entry_bytes]
         if self.coded is not None:
             sizes += [4] * max(1, self.present)
-            sizes += [self.coded.original.ring_bytes] if self.coded.original else []
         return sizes + [tensor.ring_bytes for tensor in self.given]
 
     def once_bytes(self, selecting: bool = False) -> int:
