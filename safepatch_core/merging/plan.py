@@ -119,12 +119,11 @@ class Plan:
         total += sum(u.target.bytes_of(u.hi - u.lo, selecting=True) for u in sampled if u.target)
         names = {u.entry.name for u in sampled}
         for name, target in self.targets.items():
-            if target.entry.entries:
-                sweeps = self.sweeps(target)
-                before = sweeps - 1 + (name in names)
-                total += (sweeps - 1) * target.bytes_of(target.entry.entries, selecting=True)
-                total += before * target.once_bytes(selecting=True)
-                total += target.bytes_of(target.entry.entries) + target.once_bytes()
+            if entries := target.entry.entries:
+                total += target.bytes_of(entries) + target.once_bytes()
+                if selecting := self.sweeps(target) - 1:
+                    total += selecting * target.bytes_of(entries, selecting=True)
+                    total += (selecting + (name in names)) * target.once_bytes(selecting=True)
         return total
 
     @cached_property
