@@ -97,7 +97,12 @@ def revert(
 
     Args:
         fix: the fix file, or the id of one that the checkpoint keeps.
-        checkpoint, out, in_place, force, resume, progress: as for `apply`.
+        checkpoint: where the fix is.
+        out: as for `apply`.
+        in_place: as for `apply`.
+        force: as for `apply`.
+        resume: as for `apply`.
+        progress: as for `apply`.
 
     Raises:
         UsageError, OutputError, IOFailure, Busy: as for `apply`.
