@@ -56,8 +56,10 @@ if TYPE_CHECKING:
     from safepatch_core.merging.api import prepare as prepare
     from safepatch_core.merging.engine import EngineOptions as EngineOptions
     from safepatch_core.merging.plan import Plan as Plan
+    from safepatch_core.merging.quantised.comparison import SurviveResult as SurviveResult
     from safepatch_core.merging.recipe import Recipe as Recipe
     from safepatch_core.merging.recipe import load_recipe as load_recipe
+    from safepatch_core.merging.survive import survive as survive
     from safepatch_core.merging.verification import VerifyResult as VerifyResult
     from safepatch_core.merging.verification import verify as verify
     from safepatch_core.runs.run import RunConfig as RunConfig
@@ -87,7 +89,9 @@ _HOMES = {
     "merging.api": ("MergeResult", "describe", "merge", "plan", "prepare"),
     "merging.engine": ("EngineOptions",),
     "merging.plan": ("Plan",),
+    "merging.quantised.comparison": ("SurviveResult",),
     "merging.recipe": ("Recipe", "load_recipe"),
+    "merging.survive": ("survive",),
     "merging.verification": ("VerifyResult", "verify"),
     "runs.run": ("RunConfig", "RunResult", "run"),
     "runs.sweep": ("SweepConfig", "SweepResult", "sweep"),

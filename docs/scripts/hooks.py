@@ -1,4 +1,4 @@
-"""What the site takes from beside docs/, links that lead there, and proof that no page loads anything from outside."""
+"""What the site takes from beside docs/, links that lead there, and that no page loads anything from outside."""
 
 from __future__ import annotations
 

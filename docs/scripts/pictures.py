@@ -48,7 +48,8 @@ class Box(NamedTuple):
         return self.x + self.width // 2, self.y + self.height
 
     def svg(self) -> str:
-        shape = f'<rect class="{self.kind}" x="{self.x}" y="{self.y}" width="{self.width}" height="{self.height}" rx="6"/>'
+        size = f'width="{self.width}" height="{self.height}"'
+        shape = f'<rect class="{self.kind}" x="{self.x}" y="{self.y}" {size} rx="6"/>'
         texts = (
             f'<text x="{self.x + PAD}" y="{self.y + PAD + 9 + LINE * i}"{KIND[i > 0]}>{escape(line)}</text>'
             for i, line in enumerate(self.lines)
@@ -68,12 +69,16 @@ def arrow(start: Point, end: Point) -> str:
 
 
 def picture(title: str, width: int, height: int, *parts: str) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n<rect class="page" width="{width}" height="{height}" rx="8"/>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+    size = f'width="{width}" height="{height}"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {size} role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="page" {size} rx="8"/>',
+        *parts,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def method() -> str:
@@ -119,13 +124,21 @@ def selection() -> str:
     """On the CPU."""
     return _column(
         "guess, scan, narrow, place_cuts, patch_up",
-        ["guess", "256 runs of 64 entries are scored: a floor that", "the k-th key is above, with 8 deviations to spare"],
-        ["scan", "one pass: delta, score, faults; retained keys above the", "floor go to a list. Too few or too many: again, with",
-         "eligible bits marked and histograms over the inputs"],
-        ["narrow", "histograms of 4096 bins over the list, each in a bin", "of the last, until the bin is one key: the threshold"],
+        ["guess", "256 runs of 64 entries are scored: a floor that", "the k-th key is above, with room to spare"],
+        [
+            "scan",
+            "one pass: delta, score, faults; retained keys above the",
+            "floor go to a list. Too few or too many: again, with",
+            "eligible bits marked and histograms over the inputs",
+        ],
+        [
+            "narrow",
+            "histograms of 4096 bins over the list, each in a bin",
+            "of the last, until the bin is one key: the threshold",
+        ],
         ["place_cuts", "equal keys are counted per chunk;", "the last one that may be taken gives `before`"],
         ["patch_up", "the lists alone say where patches act;", "all other entries keep their bits"],
-    )  # fmt: skip
+    )
 
 
 def _column(title: str, *texts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Writes the pages of docs/reference from what the program itself says: click, pydantic, the contract, the public API.
+"""Writes docs/reference from what the program itself says: click, pydantic, the contract, the public API.
 
 python -m docs.scripts.reference
 """
@@ -116,8 +116,8 @@ def _recipe() -> Iterator[str]:
     schema = described_schema()
     models = {"": schema} | schema["$defs"]
     yield (
-        "# Recipe\n\nA YAML file. Unknown keys, values of another type and values out of range are errors that name the "
-        "key. Relative paths are relative to the recipe's file. What the keys mean to the bit: "
+        "# Recipe\n\nA YAML file. Unknown keys, values of another type and values out of range are errors that "
+        "name the key. Relative paths are relative to the recipe's file. What the keys mean to the bit: "
         "[the contract](../../safepatch_core/SPEC.md). For editors: `safepatch schema`.\n\n"
     )
     for title, model in models.items():
@@ -213,8 +213,8 @@ def _files() -> Iterator[str]:
 
 def _python() -> Iterator[str]:
     yield (
-        "# Python\n\nThe names of `safepatch_core`. They are imported on first use; merging and fix files need no torch. "
-        "Every failure is a [`SafepatchError`](#errors) with one line of text.\n\n"
+        "# Python\n\nThe names of `safepatch_core`. They are imported on first use; merging and fix files need no "
+        "torch. Every failure is a [`SafepatchError`](#errors) with one line of text.\n\n"
     )
     homes = {name: home for home, names in safepatch_core._HOMES.items() for name in names}
     for title, rooms in ROOMS.items():

@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": ("safepatch_core.commands.merge", "Merge a recipe's patches into its base: a new checkpoint."),
     "plan": ("safepatch_core.commands.plan", "What a merge will do: bytes, passes, memory. Writes nothing."),
     "verify": ("safepatch_core.commands.verify", "Check a checkpoint or a fix: checksums, with a recipe every byte."),
+    "survive": ("safepatch_core.commands.survive", "What a later quantisation would leave of a merge."),
     "build": ("safepatch_core.commands.build", "Write what a merge changes, and nothing else, to a fix file."),
     "apply": ("safepatch_core.commands.apply", "Apply a fix to a checkpoint: as a copy, or in place."),
     "revert": ("safepatch_core.commands.revert", "Take a fix out of a checkpoint again, to the bit."),

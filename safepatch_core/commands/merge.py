@@ -31,7 +31,7 @@ def command(
     """Merge a RECIPE's patches into its base: a new checkpoint. A mergekit configuration is a recipe too."""
     from safepatch_core.commands.common import any_recipe
     from safepatch_core.merging.api import merge
-    from safepatch_core.merging.text import count_table
+    from safepatch_core.merging.text import codes_line, count_table
 
     with ByteProgress("merge", quiet) as progress:
         result = merge(any_recipe(recipe, quiet), out, force=force, resume=resume, progress=progress, **engine)
@@ -45,6 +45,7 @@ def command(
                 "acted": result.acted,
                 "changed": result.changed,
                 "surviving": result.surviving,
+                "codes": result.kept,
                 "bytes_read": result.bytes_read,
                 "bytes_written": result.bytes_written,
             }
@@ -57,6 +58,8 @@ def command(
                 f"stored bits changed at {result.changed:,d} of {result.acted:,d} entries that patches act on "
                 f"({result.surviving:.1%}){lost}"
             )
+        for name, kept in (result.kept or {}).items():
+            click.echo(codes_line(name, kept))
         for note in result.notes:
             click.echo(printable(note))
         click.echo(f"written: {printable(result.out)}")

@@ -24,7 +24,7 @@ from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
 from safepatch_core.merging.api import plan
-from safepatch_core.merging.effect import require_deltas, require_eligible
+from safepatch_core.merging.effect import require_deltas, require_eligible, require_survival
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
@@ -88,7 +88,7 @@ def build(
         recipe = plan(recipe, **engine)
     require_deltas(recipe)
     inputs = [shard.path for checkpoint in recipe.inputs for shard in checkpoint.shards]
-    total = sum(target.entry_bytes * target.entry.entries for target in recipe.targets.values())
+    total = sum(target.bytes_of(target.entry.entries) for target in recipe.targets.values())
     with (
         closing(ranks_of_this_run()) as ranks,
         _output(Path(out), inputs, force, ranks) as path,
@@ -97,7 +97,9 @@ def build(
         recorder = _Recorder(recipe, writer)
         job = Merge(recipe, recipe.engine, _counted(progress, total), ranks=ranks, around=recorder.around)
         counts = job.run(recorder)
-        require_eligible(recipe, {name: report for of in ranks.gather(counts) for name, report in of.items()})
+        found = {name: report for of in ranks.gather(counts) for name, report in of.items()}
+        require_eligible(recipe, found)
+        require_survival(recipe, found)
         writer.join(ranks)
         result = _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks)
         return replace(result, warnings=recipe.warnings, notes=recipe.notes)
@@ -207,7 +209,7 @@ class _Recorder:
     def __init__(self, plan: Plan, writer: Writer) -> None:
         self.writer, self._plan = writer, plan
         sizes = [
-            WIDTH[t.entry.dtype] * (t.entry.entries if t.whole else plan.chunk_entries(t))
+            t.stored_bytes(t.entry.entries if t.whole else min(plan.chunk_entries(t), t.entry.entries))
             for t in plan.targets.values()
         ]
         self._old = np.empty(max(sizes, default=0), np.uint8)
@@ -223,16 +225,18 @@ class _Recorder:
         return work
 
     def _record(self, unit: Unit, old: Any, new: Any) -> None:
-        width = WIDTH[unit.entry.dtype]
+        assert unit.target is not None
+        stored = unit.target.stored
+        width = WIDTH[stored.dtype]
         if unit.lo == 0:
-            self._encoder = self.writer.encoder(unit.entry.entries, width)
+            self._encoder = self.writer.encoder(stored.entries, width)
         assert self._encoder is not None
-        self._encoder.add(old.view(f"u{width}"), new.view(f"u{width}"), unit.lo)
+        self._encoder.add(old.view(f"u{width}"), new.view(f"u{width}"), unit.target.stored_bytes(unit.lo) // width)
         if unit.hi == unit.entry.entries:
-            self.writer.add(unit.entry.name, self._encoder)
+            self.writer.add(stored.name, self._encoder)
 
     def begin(self, part: OutputPart, counts: dict[str, Report]) -> OutputPart | None:
-        targets = tuple(entry for entry in part.tensors if entry.name in self._plan.targets)
+        targets = tuple(entry for entry in part.tensors if entry.name in self._plan.by_stored)
         return OutputPart(part.output, targets, part.lo, part.hi)
 
     def write(self, data: memoryview, source: object = None) -> None:

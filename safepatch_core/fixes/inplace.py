@@ -89,8 +89,8 @@ def carry(
     sides = check(fix, checkpoint, advance)
     if resumed is None:
         require(fix, sides, direction, root)
-        _require_changeable(checkpoint, fix)
-    listed = _Sums(root)
+        require_changeable(checkpoint, fix)
+    listed = Sums(root)
     known = next((entry for entry in ledger.entries if entry.id == fix.id), None)
     entry = known or Entry(fix.id, fix.recipe, date=date)
     keep(fix.path, fix.id, root)
@@ -165,7 +165,8 @@ def require_free(ledger: Ledger, fix: Fix, checkpoint: Checkpoint) -> None:
             )
 
 
-def _require_changeable(checkpoint: Checkpoint, fix: Fix) -> None:
+def require_changeable(checkpoint: Checkpoint, fix: Fix) -> None:
+    """Raises InputError or OutputError if a file that the fix touches can't be changed in place."""
     root = checkpoint.root
     assert root is not None
     for shard in _touched(checkpoint, fix):
@@ -262,7 +263,7 @@ def _write(fd: int, data: memoryview, at: int) -> None:
         done += os.pwrite(fd, data[done:], at + done)
 
 
-class _Sums:
+class Sums:
     """What a checkpoint tells of its files' SHA-256: its sums and its manifest, where it has them."""
 
     def __init__(self, root: Path) -> None:
@@ -275,6 +276,7 @@ class _Sums:
 
     @property
     def any(self) -> bool:
+        """Whether a file that changes has to be hashed."""
         return self._lines is not None or self._data is not None
 
     def tell(self, sums: dict[str, str]) -> None:

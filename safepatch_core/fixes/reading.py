@@ -70,7 +70,7 @@ class Fix:
             self.id, self.base = self.about["id"], self.about["base"]
             self.recipe = _parsed(self.path, "recipe", self.about["recipe"])
             self.tensors = _tensors(self.path, shard, _checked_facts(self.path, self.about["tensors"]))
-        self._identity, self.size = shard.identity, shard.size
+        self._identity, self.size, self.header_size = shard.identity, shard.size, len(shard.header)
         self._fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
 
     def __enter__(self) -> Fix:

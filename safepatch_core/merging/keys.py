@@ -8,13 +8,13 @@ from safepatch_core.merging.recipe import Recipe
 
 KEYS = {
     "Recipe": {
-        "base": "The checkpoint that is patched: a directory, a .safetensors file, or org/name[@revision] of the hub.",
+        "base": "The checkpoint that is patched: a directory, a .safetensors file, or a hub id org/name[@revision].",
         "patches": "The patches, in the order in which their steps are added.",
-        "combine": "Who acts on an entry that several patches hold: difference (nobody), sum (all), ties (as elected).",
+        "combine": "Who acts where several patches hold an entry: difference (nobody), sum (all), ties (as elected).",
         "scope": "The share of top entries is taken of each tensor, or of all targets together.",
         "order": "Random retention before the top entries are taken, or of those that were taken.",
-        "targets": "What is patched: linear (matrices but embeddings and head), language (the same without towers that "
-        "see or hear), all (every float tensor), or names by globs.",
+        "targets": "What is patched: linear (matrices but embeddings and head), language (the same without towers "
+        "that see or hear), all (every float tensor), or names by globs.",
         "seed": "Of random retention; the same recipe and seed give the same bytes everywhere.",
         "nonfinite": "Whether a delta or score that is NaN or infinite stops the merge or is left out.",
         "missing": "Whether a target that a patch or its importance lacks stops the merge or is left out.",
@@ -22,6 +22,7 @@ KEYS = {
         "accumulate": "Steps are added to the base one by one, or summed first and added once.",
         "elect": "How ties elects a sign and divides.",
         "quota": "Whether the number of top entries is rounded half to even, or down to at least one.",
+        "quantized": "How a base whose weights are codes beside scales is merged into; else it is refused.",
     },
     "PatchSpec": {
         "name": "Unique; it is part of the random key.",
@@ -50,6 +51,13 @@ KEYS = {
     "Globs": {
         "include": "Globs of names that are patched.",
         "exclude": "Globs of names that are not.",
+    },
+    "Quantized": {
+        "reference": "What deltas are measured from: the dequantised base, or the float original of it, by its path.",
+        "reference_dtype": "What a trainer was handed; values of the reference are rounded to it.",
+        "rounding": "To a code: stochastic (unbiased), or nearest, which needs a reference file.",
+        "saturate": "What a code can't hold becomes the largest it can, or stops the merge.",
+        "survival": "What has to be left of each patch after rounding, from and to; else nothing is published.",
     },
     "Elect": {
         "zero": "Where the steps add up to 0: leave the entry, or take the positive ones.",
