@@ -262,7 +262,7 @@ def _rewrite_shard(fd: int, shard: Shard, fix: Fix, goal: int, summed: bool, adv
 
 
 def _settled(fd: int, entry: TensorEntry, teller: Teller, lo: int, run: Run, goal: int, whole: bool) -> memoryview:
-    """The window from entry `lo` on, on its new side and written back: of what is not `whole`, blocks with changes."""
+    """The window from entry `lo` on, on its new side and written back: not all of it, blocks with changes alone."""
     entries, parts = np.zeros(run.entries, f"<u{teller.width}"), stretches(run.rows, run.entries)
     for a, b in [(0, run.entries)] if whole else parts:
         read_exact(fd, entries[a:b], entry.start + (lo + a) * teller.width, entry)

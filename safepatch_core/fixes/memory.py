@@ -54,7 +54,8 @@ def revert_(model: Any, fix: str | os.PathLike[str] | Fix) -> Applied:
     """Take a fix out of a model in memory, which gives back the entries that were there, to the bit.
 
     Args:
-        model, fix: as for `apply_`.
+        model: what carries the fix, as for `apply_`.
+        fix: as for `apply_`.
 
     Raises:
         InputError: as for `apply_`.
