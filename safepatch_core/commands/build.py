@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import ByteProgress, OutPath, emit, engine_options, human, output_options
+from safepatch_core.commands.common import (
+    ByteProgress,
+    OutPath,
+    any_recipe,
+    emit,
+    engine_options,
+    human,
+    output_options,
+)
 from safepatch_core.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -36,7 +44,7 @@ def command(
 
     with ByteProgress("build", quiet) as progress:
         if recipe is not None and base is None and merged is None:
-            result = build(recipe, out, force=force, progress=progress, **engine)
+            result = build(any_recipe(recipe, quiet), out, force=force, progress=progress, **engine)
         elif recipe is None and base is not None and merged is not None:
             result = build_between(base, merged, out, force=force, progress=progress)
         else:

@@ -7,16 +7,19 @@ rejected here, and so are leading blanks, duplicate keys, unknown fields and fil
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
 import re
 import reprlib
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.converters import foreign, kind_by_name
@@ -54,6 +57,7 @@ HEADER_LIMIT = 100_000_000  # bytes, the format's own cap
 MARKS_LIMIT = 3_000_000
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_INTEGER = frozenset((int,))
 _INDEX = re.compile(r"[^.].*\.safetensors\.index(\..+)?\.json")  # a variant may stand before the ending
 _INDEXED = "loading with transformers and save_pretrained writes one"
 _HUBS = ("huggingface.co", "hf.co")
@@ -61,8 +65,7 @@ _ADDRESS = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://|(www\.)?({'|'.join(map(re.es
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """Where one tensor lies."""
 
     name: str
@@ -176,6 +179,21 @@ def locate(ref: str | os.PathLike[str], *, relative_to: Path | None = None) -> t
     from safepatch_core.files.hub import snapshot
 
     return snapshot(hub_id[1], hub_id[2])
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles, which walks through all of a large header again and again as it grows.
+
+    What is made of a header has no cycles. A fix of 45,000 tensors took 40 % longer to open with it.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _refuse_address(text: str) -> None:
@@ -479,15 +497,18 @@ def _read_table(
     path: Path, file: str, real: Path, header: bytearray, size: int, marks: int
 ) -> tuple[dict[str, str], tuple[TensorEntry, ...]]:
     text = _decode(path, header[8:].rstrip(b" "), "the header", marks)
-    table = _parse(_HEADER_DECODER, path, text, "the header")
-    metadata = _check_metadata(path, table.pop("__metadata__", None))
     first = len(header)
     tensors = []
-    for name, info in table.items():
-        begin, end = _check_entry(path, name, info)
-        shape = tuple(info["shape"])
-        tensors.append(TensorEntry(name, info["dtype"], shape, real, file, first + begin, end - begin))
-    tensors.sort(key=lambda entry: (entry.start, entry.nbytes))
+    with uncollected():
+        table = _parse(_HEADER_DECODER, path, text, "the header")
+        metadata = _check_metadata(path, table.pop("__metadata__", None))
+        for name, info in table.items():
+            if not _is_plain(name, info):
+                _check_entry(path, name, info)
+            begin, end = info["data_offsets"]
+            shape = tuple(info["shape"])
+            tensors.append(TensorEntry(name, info["dtype"], shape, real, file, first + begin, end - begin))
+    tensors.sort(key=attrgetter("start", "nbytes"))
     _check_layout(path, tensors, first, size)
     return metadata, tuple(tensors)
 
@@ -509,8 +530,27 @@ def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _check_entry(path: Path, name: str, info: Any) -> tuple[int, int]:
-    """The range of one tensor, relative to the data, once dtype, shape and range agree."""
+def _is_plain(name: str, info: Any) -> bool:
+    """Whether a tensor breaks no rule, told fast; what is not plain may still be legal."""
+    try:
+        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        begin, end = offsets
+        return (
+            len(info) == 3
+            and type(shape) is type(offsets) is list
+            and len(shape) <= 32
+            and _INTEGER.issuperset(map(type, shape + offsets))
+            and 0 <= begin <= end < 1 << 60
+            and min(shape, default=1) > 0
+            and math.prod(shape) * BITS[dtype] == 8 * (end - begin)
+            and _is_text(name)
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _check_entry(path: Path, name: str, info: Any) -> None:
+    """Raises InputError unless the dtype, shape and range of one tensor are there and agree."""
 
     def fault(what: str, found: object, expected: str) -> InputError:
         return _fault(path, what, tensor=name, found=shown(found), expected=expected)
@@ -550,7 +590,6 @@ def _check_entry(path: Path, name: str, info: Any) -> tuple[int, int]:
     if total != 8 * (end - begin):
         needed = f"{total // 8} bytes" if total % 8 == 0 else f"{total} bits"
         raise fault("its range does not fit its shape", f"{end - begin} bytes", f"{needed} for {dtype} {shape}")
-    return begin, end
 
 
 def _check_layout(path: Path, tensors: Sequence[TensorEntry], first: int, size: int) -> None:

@@ -223,6 +223,8 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             tensor=entry.name,
             expected=checkpoint.of_several or f"{list(entry.shape)} as in the base (or missing: skip)",
         )
+    if found.shape == entry.shape and found.dtype in ITEMSIZE:
+        return TurnedTensor(found, form) if isinstance(found, Turned) else Dense(found, form)
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
     cut = patch.rows == "common" and isinstance(found, TensorEntry) and common(entry.name, found.shape, entry.shape)
     refuse_ungathered(file, found, found.shape != entry.shape)
@@ -242,10 +244,8 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             found=found.dtype,
             expected=" or ".join(ITEMSIZE),
         )
-    if isinstance(found, Turned):
-        return TurnedTensor(found, form)
-    if found.shape == entry.shape or isinstance(found, Joined):
-        return Dense(found, form)
+    # Rows are cut of what lies in one piece alone.
+    assert isinstance(found, TensorEntry)
     return FewerRows(entry, found, form) if found.entries < entry.entries else Dense(first_rows(found, entry), form)
 
 

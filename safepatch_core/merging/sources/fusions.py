@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -298,7 +298,7 @@ def _join(parts: list[TensorEntry], made: Made, shape: Shape) -> Joined | Turned
     at = 0
     for part in parts:
         columns = part.shape[0]
-        source = replace(part, shape=(columns, tall))
+        source = part._replace(shape=(columns, tall))
         tiles.append(Tile(source, at=at // columns if made.every > 1 else at, step=made.every))
         at += columns
         if at == wide:
@@ -317,4 +317,4 @@ def _transposed(entry: TensorEntry, shape: Shape) -> Turned:
 def _piece(entry: TensorEntry, at: int, shape: Shape, name: str) -> TensorEntry:
     """Consecutive entries of a tensor."""
     begin, nbytes = (entry.nbytes * n // max(entry.entries, 1) for n in (at, math.prod(shape)))
-    return replace(entry, name=name, shape=shape, start=entry.start + begin, nbytes=nbytes)
+    return entry._replace(name=name, shape=shape, start=entry.start + begin, nbytes=nbytes)
