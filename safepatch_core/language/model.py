@@ -105,7 +105,9 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # whatever a broken tokenizer file makes the library raise
         if not any(path.match(glob) for path in folder.iterdir() for glob in _TOKENIZERS):
             expected = "tokenizer.json, as the model that this one was made from has it"
-            raise InputError("tokenizer can't be opened: no file has its tokens", file=folder, expected=expected) from error
+            raise InputError(
+                "tokenizer can't be opened: no file has its tokens", file=folder, expected=expected
+            ) from error
         raise InputError(f"tokenizer can't be opened ({first_line(error)})", file=folder) from error
 
 

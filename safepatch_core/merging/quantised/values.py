@@ -39,7 +39,11 @@ class Dequantised:
     weight: CodedWeight
     form: Kind = "checkpoint"
     ring_bytes: int = 4
-    held_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Where codes can only be read in long runs, the values of one are kept for all that ask for parts of it."""
+        return 4 * self.weight.step if self.weight.step > PIECE else 0
 
     @property
     def path(self) -> Path:
@@ -61,8 +65,8 @@ class Dequantised:
         step = self.weight.step
         return lo // step * step, -(-hi // step) * step
 
-    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Dequantised:
-        return self
+    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Held:
+        return KeptRun(self, memory[: self.held_bytes]) if self.held_bytes else self
 
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
         first, last = self._whole_steps(lo, hi)
@@ -73,6 +77,25 @@ class Dequantised:
         out = memory[: 4 * (hi - lo)].view(np.float32)
         with np.errstate(all="ignore"):  # a scale that is not finite has a rule of its own
             np.multiply(self.weight.grid.decode(codes), self.weight.scales(inputs, first, last).run(lo, hi), out=out)
+        return as_bits(out)
+
+
+@dataclass(slots=True)
+class KeptRun:
+    """The values of the last run that was read."""
+
+    of: Dequantised
+    memory: NDArray[np.uint8]
+    first: int = -1
+
+    def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
+        step, out = self.of.weight.step, memory[: 4 * (hi - lo)].view(np.float32)
+        for at in range(lo // step * step, hi, step):
+            if at != self.first:
+                self.of.load(inputs, at, at + step, self.memory)
+                self.first = at
+            begin, end = max(lo, at), min(hi, at + step)
+            out[begin - lo : end - lo] = self.memory.view(np.float32)[begin - at : end - at]
         return as_bits(out)
 
 
