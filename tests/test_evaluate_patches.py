@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from safepatch_core import MergeResult, merge, survive
 from safepatch_core.errors import InputError
 from safepatch_core.evaluating import EvalConfig, evaluate, patches
-from safepatch_core.evaluating.patches import read_manifest, survival
+from safepatch_core.evaluating.patches import layers_of, survival
 from safepatch_core.files.checkpoint import open_checkpoint, read_tensor
+from safepatch_core.merging.manifest import read_manifest
 from tests.tiny_lm import tiny_llama, write_lm
 
 
@@ -227,7 +228,7 @@ def test_a_manifest_is_read_for_what_was_patched_per_layer(tmp_path: Path) -> No
     recipe = {"base": "b", "combine": "difference"}
     path = tmp_path / "safepatch.json"
     path.write_text(json.dumps({"recipe": recipe, "patches": [{"name": "safety", "tensors": tensors}]}))
-    assert read_manifest(path).layers() == [
+    assert layers_of(read_manifest(path)) == [
         {
             "name": "safety",
             "layers": [

@@ -26,6 +26,7 @@ COMMANDS = {
     "apply": ("safepatch_core.commands.apply", "Apply a fix to a checkpoint: as a copy, or in place."),
     "revert": ("safepatch_core.commands.revert", "Take a fix out of a checkpoint again, to the bit."),
     "info": ("safepatch_core.commands.info", "What a fix changes, per layer and tensor."),
+    "report": ("safepatch_core.commands.report", "Fixes and merges side by side, as numbers and as a page."),
     "export": ("safepatch_core.commands.export", "A fix as a checkpoint, PEFT's adapter or a server's deltas."),
     "log": ("safepatch_core.commands.log", "Which fixes a checkpoint carries; finish what was interrupted."),
     "import": ("safepatch_core.commands.import_", "A mergekit configuration as a recipe."),

@@ -9,73 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
-from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_tensor
+from safepatch_core.merging.manifest import Manifest
 from safepatch_core.merging.survive import survive
-from safepatch_core.spec import COMBINE, ITEMSIZE, Acts, Combine
+from safepatch_core.spec import ITEMSIZE
 
 PIECE = 8 << 20  # bytes of each checkpoint in memory at once
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class TensorCounts(BaseModel):
-    """Entries of one tensor: all, in a patch's set, and acted on by that patch."""
-
-    entries: int
-    selected: int
-    applied: int
-
-
-class Patch(BaseModel):
-    """What the manifest says about one patch; every patch has the same tensors."""
-
-    name: str
-    tensors: dict[str, TensorCounts]
-
-
-class Made(BaseModel):
-    """What of the recipe matters here."""
-
-    base: str
-    combine: Combine
-
-
-class Manifest(BaseModel):
-    """The manifest of a merged checkpoint."""
-
-    recipe: Made
-    patches: list[Patch]
-
-    def layers(self) -> list[dict[str, Any]]:
-        """Per patch, how many entries of each layer there are, were selected and applied."""
-        return [
-            {"name": patch.name, "layers": _by_layer((t, of.model_dump()) for t, of in patch.tensors.items())}
-            for patch in self.patches
-        ]
-
-    def acted(self) -> dict[str, int] | None:
-        """Per target, on how many entries at least one patch acts; None where counts per patch don't tell.
-
-        Unless patches act alone, two may act on the same entry, and the manifest doesn't say on how many.
-        """
-        applied = {t: [patch.tensors[t].applied for patch in self.patches] for t in self.patches[0].tensors}
-        shared = COMBINE[self.recipe.combine].acts != Acts.ALONE
-        if shared and any(np.count_nonzero(of) > 1 for of in applied.values()):
-            return None
-        return {tensor: sum(of) for tensor, of in applied.items()}
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Raises InputError if the file is no manifest of a merge."""
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-        if len({frozenset(patch.tensors) for patch in manifest.patches}) != 1:
-            raise ValueError("patches with different targets, or none")
-        return manifest
-    except ValueError as error:
-        raise InputError("not the manifest of a merge", file=path) from error
+def layers_of(manifest: Manifest) -> list[dict[str, Any]]:
+    """Per patch, how many entries of each layer there are, were selected and applied."""
+    return [
+        {"name": patch.name, "layers": _by_layer((t, of.model_dump()) for t, of in patch.tensors.items())}
+        for patch in manifest.patches
+    ]
 
 
 def survivals(

@@ -17,7 +17,7 @@ from safepatch_core.evaluating.data import Data, load
 from safepatch_core.evaluating.judge import Verdict, prefix_verdict
 from safepatch_core.evaluating.judge_model import Classifier
 from safepatch_core.evaluating.measure import Measurement, measure
-from safepatch_core.evaluating.patches import read_manifest, survivals
+from safepatch_core.evaluating.patches import layers_of, survivals
 from safepatch_core.evaluating.report import answers, build, files, names
 from safepatch_core.evaluating.subject import locate
 from safepatch_core.evaluating.tasks import Tasks
@@ -28,6 +28,7 @@ from safepatch_core.files.filenames import MANIFEST, SUMS
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
 from safepatch_core.language.model import at_work, limits
+from safepatch_core.merging.manifest import read_manifest
 from safepatch_core.progress import warn
 from safepatch_core.version import __version__
 
@@ -48,7 +49,7 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
         manifests = {label: read_manifest(folder / MANIFEST) for label, folder in merged.items()}
         facts: dict[str, Any] = {
             "models": _models(config, folders),
-            "patches": {label: manifest.layers() for label, manifest in manifests.items()},
+            "patches": {label: layers_of(manifest) for label, manifest in manifests.items()},
             "tasks": None if tasks is None else tasks.about,
         }
         identity = _identity(config, data, facts, judge)

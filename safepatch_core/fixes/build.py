@@ -19,6 +19,7 @@ from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkp
 from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.fixes import format
+from safepatch_core.fixes.checking import require_same_table
 from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
@@ -125,7 +126,7 @@ def build_between(
         OutputError, IOFailure, Busy: as for `build`.
     """
     old, new = open_checkpoint(base), open_checkpoint(merged)
-    _same_table(old, new)
+    require_same_table(old, new)
     inputs = [shard.path for checkpoint in (old, new) for shard in checkpoint.shards]
     advance = _counted(progress, sum(entry.nbytes for entry in old.tensors.values()))
     with closing(ranks_of_this_run()) as ranks, _output(Path(out), inputs, force, ranks) as path:
@@ -241,21 +242,6 @@ class _Recorder:
 
     def end(self) -> None:
         pass
-
-
-def _same_table(base: Checkpoint, merged: Checkpoint) -> None:
-    for name in sorted(base.tensors.keys() | merged.tensors.keys(), key=str.encode):
-        old, new = base.tensors.get(name), merged.tensors.get(name)
-        if old is None or new is None:
-            raise InputError("only one of the two has it", file=merged.ref if old is None else base.ref, tensor=name)
-        if (old.dtype, old.shape) != (new.dtype, new.shape):
-            raise InputError(
-                "the two differ in dtype or shape",
-                file=merged.ref,
-                tensor=name,
-                found=f"{new.dtype} {list(new.shape)}",
-                expected=f"{old.dtype} {list(old.shape)}",
-            )
 
 
 def _compare(

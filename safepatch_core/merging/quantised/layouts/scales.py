@@ -96,8 +96,8 @@ class BlockScales:
         rows = self.of.row_of(np.arange(first, last) * cols) - self.first
         least = rows[0]
         wide = np.repeat(self.values[least : rows[-1] + 1], across, axis=1)[:, :cols]
-        flat: F32 = wide[rows - least].reshape(-1)[lo - first * cols : hi - first * cols]
-        return flat
+        values: F32 = wide[rows - least].reshape(-1)
+        return values[lo - first * cols : hi - first * cols]
 
 
 def laid_out(
