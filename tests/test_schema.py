@@ -26,5 +26,8 @@ def test_an_editor_knows_every_key_and_no_other() -> None:
     for model, found in ((Recipe, schema), (PatchSpec, schema["$defs"]["PatchSpec"])):
         assert set(found["properties"]) == set(model.model_fields) - {"origin"}
         assert found["additionalProperties"] is False
+    for model in (schema, *schema["$defs"].values()):
+        for key, of in model["properties"].items():
+            assert of.get("description"), f"{key}: a line in merging/keys.py"
     assert schema["properties"]["combine"]["enum"] == list(COMBINE)
     assert (schema["required"], schema["$defs"]["PatchSpec"]["required"]) == (["base", "patches"], ["name", "source"])

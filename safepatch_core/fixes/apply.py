@@ -101,7 +101,13 @@ def revert(
 
     Args:
         fix: the fix file, or the id of one that the checkpoint keeps.
-        checkpoint, out, in_place, force, resume, memory_limit, progress: as for `apply`.
+        checkpoint: where the fix is.
+        out: as for `apply`.
+        in_place: as for `apply`.
+        force: as for `apply`.
+        resume: as for `apply`.
+        memory_limit: as for `apply`.
+        progress: as for `apply`.
 
     Raises:
         UsageError, OutputError, IOFailure, Busy: as for `apply`.

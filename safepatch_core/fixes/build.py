@@ -118,7 +118,9 @@ def build_between(
     Args:
         base: where the fix will apply.
         merged: what it will give. The recipe is told by its manifest, if it has one.
-        out, force, progress: as for `build`.
+        out: the file to create, as for `build`.
+        force: as for `build`.
+        progress: as for `build`.
 
     Raises:
         InputError: the two differ in more than values, in nothing, or in entries that aren't 1, 2 or 4 bytes wide; or

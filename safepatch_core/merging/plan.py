@@ -30,7 +30,6 @@ from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targ
 from safepatch_core.merging.sources import open_source
 from safepatch_core.merging.sources.contract import ALIGN, PatchTensor, Source, align
 from safepatch_core.merging.sources.dense import ImportanceFile, Named, fitted
-from safepatch_core.merging.sources.turned import TurnedTensor
 from safepatch_core.merging.work import PatchInput, Target, Unit
 from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, quota, random_key, rounding_key
 
@@ -429,15 +428,7 @@ def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
         return None
     original = None
     if given.original is not None:
-        found = fitted(given.original, entry, "checkpoint", "error", "the float original of the base")
-        if isinstance(found, TurnedTensor):
-            raise InputError(
-                "lies the other way round in the float original of the base",
-                file=found.path,
-                tensor=entry.name,
-                expected="the layout of the base; or reference: dequantised",
-            )
-        original = found
+        original = fitted(given.original, entry, "checkpoint", "error", "the float original of the base")
     return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule)
 
 
