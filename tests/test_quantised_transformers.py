@@ -40,11 +40,12 @@ def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.transpose(1, 2).reshape(rows, cols).contiguous(), scales
 
 
-def write_twin(root: Path) -> None:
+def write_twin(root: Path, vocab_size: int = 64) -> None:
     """A float model, and its FP8 twin."""
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    shape |= {"vocab_size": vocab_size}
     model: Any = LlamaForCausalLM(LlamaConfig(**shape))
     model.to(torch.bfloat16).save_pretrained(root / "float")
     tensors = load_file(root / "float" / "model.safetensors")
