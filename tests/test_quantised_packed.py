@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from safepatch_core import apply, build, merge, revert, verify
-from safepatch_core.errors import InputError
+from safepatch_core import apply, build, merge, plan, revert, verify
+from safepatch_core.errors import InputError, UsageError
 from tests import oracle_quantised
 from tests.oracle import Tensor, from_f32, load_checkpoint, save_file, to_f32
 from tests.oracle_quantised import Weight, number
@@ -421,6 +421,23 @@ def test_scales_at_the_ends_of_e8m0(tmp_path: Path, exponent: int) -> None:
     save_file(tmp_path / "a.safetensors", {base.layout.name: Tensor("F32", (ROWS, COLS), step.tobytes())})
     with pytest.raises(InputError, match=r"found 1 entries, the first at index 5, .*2\^-100"):
         merge(recipe, tmp_path / "never")
+
+
+def test_a_matrix_that_the_limit_has_no_room_for(tmp_path: Path) -> None:
+    layout = gpt_oss()
+    layout.shape = (1, 1024, 4096)
+    base = Base.__new__(Base)
+    base.root, base.layout, base.rng = tmp_path, layout, np.random.default_rng(0)
+    blocks = Tensor("U8", (1, 4096, 32, 16), bytes(4096 * 512))
+    base.tensors = {f"{EXPERTS}_blocks": blocks, f"{EXPERTS}_scales": Tensor("U8", (1, 4096, 32), bytes(4096 * 32))}
+    base.save()
+    values = Tensor("BF16", layout.shape, bytes(2 * 4096 * 1024))
+    save_file(tmp_path / "a.safetensors", {EXPERTS: values})
+    recipe = base.recipe({"name": "a", "source": "a.safetensors", "kind": "delta"})
+    told = r"too small for a matrix of '.*gate_up_proj', which is stored the other way round: found .*at least \d+"
+    with pytest.raises(UsageError, match=told) as refused:
+        plan(recipe, memory_limit="20MiB")
+    assert plan(recipe, memory_limit=int(str(refused.value).split()[-2])).targets
 
 
 def test_matrices_that_can_only_be_read_whole_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,8 @@ def _gpt_oss(codes: TensorEntry, tensors: Tensors) -> CodedWeight | None:
     if not batch or half != 16 or scales.shape != (*batch, rows, groups):
         raise Unfit(f"MXFP4 blocks {list(codes.shape)} with scales {list(scales.shape)}")
     shape = (*batch, rows, 32 * groups)
-    return Turned(Packed(name, shape, "MXFP4", codes, E2M1, _groups(scales, shape, 32, "MXFP4")))
+    blocks = _groups(scales, shape, 32, "MXFP4")
+    return Turned(Packed(name, shape, "MXFP4", codes, E2M1, blocks), blocks)
 
 
 def _groups(scales: TensorEntry, shape: tuple[int, ...], size: int, method: str) -> Blocks:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import F32, Codes, Grid, split
 from safepatch_core.merging.quantised.layouts.contract import Bytes, Places, Scales
+from safepatch_core.merging.quantised.layouts.scales import Blocks, BlockScales
 from safepatch_core.merging.sources.contract import Range
-
-T = TypeVar("T", bound=np.generic)
 
 
 class Factors(Protocol):
@@ -93,6 +91,7 @@ class Turned:
     """
 
     of: Packed  # as it is stored
+    groups: Blocks  # its factors: a scale for each group of a stored row
 
     @property
     def name(self) -> str:
@@ -130,14 +129,10 @@ class Turned:
         return self.of.ranges(lo, hi)
 
     def scales(self, inputs: Inputs, lo: int, hi: int) -> TurnedScales:
-        return TurnedScales(self, self.of.scales(inputs, lo, hi))
+        return TurnedScales(self, self.groups.read(inputs, lo, hi))
 
     def unpack(self, data: Bytes) -> Codes:
-        return self.turned(self.of.unpack(data))
-
-    def turned(self, run: NDArray[T]) -> NDArray[T]:
-        """Whole matrices as they are stored, [n], as the float model has them."""
-        return run.reshape(-1, *self.of.shape[-2:]).transpose(0, 2, 1).reshape(-1)
+        return self.of.unpack(data).reshape(-1, *self.of.shape[-2:]).transpose(0, 2, 1).reshape(-1)
 
     def get(self, data: Bytes, at: Places) -> Codes:
         return self.of.get(data, self.place(at))
@@ -159,12 +154,17 @@ class TurnedScales:
     """A `layouts.contract.Scales` of the entries as the float model has them."""
 
     weight: Turned
-    stored: Scales
+    stored: BlockScales
 
     def at(self, positions: Places) -> F32:
         return self.stored.at(self.weight.place(positions))
 
     def run(self, lo: int, hi: int) -> F32:
-        first, last = lo // self.weight.step, -(-hi // self.weight.step)
-        whole = self.weight.turned(self.stored.run(first * self.weight.step, last * self.weight.step))
-        return whole[lo - first * self.weight.step :][: hi - lo]
+        """Row by row of the float model, each of which lies in one group of every stored row."""
+        rows, cols = self.weight.of.shape[-2:]
+        first, last = lo // rows, -(-hi // rows)
+        matrix, down = np.divmod(np.arange(first, last), cols)
+        table = self.stored.values.reshape(-1, rows, self.weight.groups.table[1])
+        every = table[matrix - self.stored.first // rows, :, down // self.weight.groups.block[1]]
+        flat: F32 = every.reshape(-1)[lo - first * rows : hi - first * rows]
+        return flat
