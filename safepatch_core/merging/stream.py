@@ -102,7 +102,8 @@ class Merge:
         counts: Counts = {}
         try:
             if self.plan.whole_model:
-                self._select(list(self.plan.targets.values()), self.plan.model_quotas, self._ranks)
+                quotas, skips = self.plan.model_quotas, self.plan.model_skips
+                self._select(list(self.plan.targets.values()), quotas, skips, self._ranks)
             for part in self.plan.parts(self._ranks.rank, self._ranks.size):
                 written: Counts = {}
                 left = sink.begin(part, written)
@@ -135,16 +136,16 @@ class Merge:
             if target and not target.whole and not self.plan.whole_model and target.entry.name != seen:
                 flush()
                 seen = target.entry.name
-                self._select([target], target.quotas, Alone())
+                self._select([target], target.quotas, target.skips, Alone())
             units.append(unit)
         flush()
 
-    def _select(self, targets: Sequence[Target], quotas: Sequence[int], ranks: Ranks) -> None:
+    def _select(self, targets: Sequence[Target], quotas: Sequence[int], skips: Sequence[int], ranks: Ranks) -> None:
         """Find the thresholds of one scope by sweeping its inputs, each rank those of its own tensors."""
         owner = self.plan.owners(ranks.size)
         mine = [t for t in targets if ranks.size == 1 or owner[t.entry.name] == ranks.rank]
         names = [t.entry.name for t in targets]
-        selection = Selection(names, quotas, sum(t.entry.entries for t in targets))
+        selection = Selection(names, quotas, sum(t.entry.entries for t in targets), skips)
         if selection.pending:
             selection.guess(self._engine, self._sample(targets))
         while selection.pending:
@@ -240,6 +241,7 @@ class Merge:
             patches=tuple(patches),
             rule=recipe.rule,
             order=recipe.order,
+            lambda_=recipe.lambda_,
         )
         return Work(unit, bits.data.view(np.uint8), block)
 
@@ -274,7 +276,7 @@ class _Apply:
         if block is None or unit.target is None:
             return
         if unit.target.whole:
-            _, report = self._engine.merge(block, unit.target.quotas, block.base.data)
+            _, report = self._engine.merge(block, unit.target.quotas, block.base.data, unit.target.skips)
         else:
             cuts = self._ties.get(unit.entry.name).cuts(self._engine, block)
             report = self._engine.apply(block, cuts, block.base.data)
