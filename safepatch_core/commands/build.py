@@ -31,12 +31,16 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write what a RECIPE's merge changes, and nothing else, to a small file. No merged checkpoint is written."""
+    """Write what a RECIPE's merge changes, and nothing else, to a small file. No merged checkpoint is written.
+
+    A mergekit configuration is a recipe too.
+    """
+    from safepatch_core.commands.common import any_recipe
     from safepatch_core.fixes.build import build, build_between
 
     with ByteProgress("build", quiet) as progress:
         if recipe is not None and base is None and merged is None:
-            result = build(recipe, out, force=force, progress=progress, **engine)
+            result = build(any_recipe(recipe, quiet), out, force=force, progress=progress, **engine)
         elif recipe is None and base is not None and merged is not None:
             result = build_between(base, merged, out, force=force, progress=progress)
         else:

@@ -27,14 +27,15 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """What a merge of RECIPE will do: bytes, passes, memory, free space. Writes nothing."""
+    """What a merge of RECIPE will do: bytes, passes, memory, free space. Writes nothing.
+
+    A mergekit configuration is a recipe too.
+    """
+    from safepatch_core.commands.common import any_recipe
     from safepatch_core.merging.api import describe
     from safepatch_core.merging.api import plan as make
 
-    made = make(
-        recipe,
-        **engine,
-    )
+    made = make(any_recipe(recipe, quiet), **engine)
     data = describe(made, out or ".")
     if not tensors:
         data.pop("tensors")

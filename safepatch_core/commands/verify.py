@@ -30,16 +30,13 @@ def command(
     as_json: bool,
 ) -> None:
     """Check a merged checkpoint, by checksums, and with a recipe every byte; or a fix file, and its base."""
+    from safepatch_core.commands.common import any_recipe
     from safepatch_core.merging.verification import verify as run
 
     if base is not None or os.path.isfile(out):
         _verify_fix(out, base, quiet, as_json)
         return
-    verdict = run(
-        out,
-        recipe,
-        **engine,
-    )
+    verdict = run(out, recipe and any_recipe(recipe, quiet), **engine)
     if as_json:
         emit(
             {
