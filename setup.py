@@ -128,7 +128,7 @@ setup(
         "safepatch_core.bench",
     ],
     package_data={
-        "safepatch_core": ["py.typed", "*.pyi", "*.md", "*.json"],
+        "safepatch_core": ["py.typed", "*.pyi", "*.md", "*.json", "*.css"],
         "safepatch_core.data.demo": ["*"],
         "safepatch_core.evaluating": ["*.html"],
         "safepatch_core.include": ["*.h"],

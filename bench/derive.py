@@ -21,10 +21,12 @@ AGREE = 1e-4  # relative; a sum in another order
 WHO = ("safepatch", "trainer")
 
 
-def _steps(bench: Bench, who: str, model: Path, what: str, steps: int, recompute: bool) -> dict[str, Any]:
+def steps_of(
+    bench: Bench, who: str, model: Path, what: str, steps: int, recompute: bool, device: str = "cpu"
+) -> dict[str, Any]:
     """What `derive_steps.py` prints."""
     words = [sys.executable, "-P", str(SCRIPT), who, str(model), what]
-    words += [str(steps), str(ROWS), str(LENGTH), str(int(recompute))]
+    words += [str(steps), str(ROWS), str(LENGTH), str(int(recompute)), device]
     env = {"OMP_NUM_THREADS": str(bench.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     found: dict[str, Any] = json.loads(run(words, timeout=bench.timeout, env=env)[1].splitlines()[-1])
     return found
@@ -36,7 +38,7 @@ def _gate(what: str, recompute: bool, bench: Bench) -> None:
     if missing:
         raise Skipped(f"{', '.join(missing)} is not installed")
     base = bench.models(SHAPES["tiny"]) / "base"
-    ours, theirs = (_steps(bench, who, base, what, 3, recompute)["losses"] for who in WHO)
+    ours, theirs = (steps_of(bench, who, base, what, 3, recompute)["losses"] for who in WHO)
     if len(ours) != len(theirs) or not all(map(partial(math.isclose, rel_tol=AGREE), ours, theirs)):
         raise Red(f"other losses than the Trainer's: {ours}, {theirs}")
 
@@ -46,7 +48,7 @@ def _measure(shape: str, what: str, recompute: bool, bench: Bench) -> Measured:
     facts: dict[str, Any] = {"tokens_per_step": ROWS * LENGTH, "allowance": ALLOWANCE}
 
     def subject(who: str) -> dict[str, float]:
-        found = _steps(bench, who, base, what, STEPS, recompute)
+        found = steps_of(bench, who, base, what, STEPS, recompute)
         needed = found["weight_bytes"] + found["state_bytes"]
         facts["weight_and_state_bytes"] = needed
         return {

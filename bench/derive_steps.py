@@ -1,9 +1,12 @@
-"""Some steps of full-parameter training: `python derive_steps.py WHO MODEL WHAT STEPS BATCH LENGTH RECOMPUTE`.
+"""Some steps of full-parameter training.
+
+`python derive_steps.py WHO MODEL WHAT STEPS BATCH LENGTH RECOMPUTE [DEVICE]`
 
 WHO is safepatch or trainer, WHAT all or linear. Both train the same weights in float32 on the same random rows with
 the same AdamW, unclipped. Prints JSON: the losses, the tokens and seconds of the steps after the first, and the peak
 of resident memory over all steps, less what the process held once it had trained a tiny model, libraries and all. So
-weights, optimiser state, gradients, activations, and what allocators keep, count; the program doesn't.
+weights, optimiser state, gradients, activations, and what allocators keep, count; the program doesn't. On a GPU the
+peak is that of its memory.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ PROMPT = 16  # tokens
 RATE = 1e-5
 
 
-def memory(key: str) -> int:
-    """Bytes of VmRSS or VmHWM, its highest value so far."""
+def memory(key: str, device: str) -> int:
+    """Bytes of VmRSS or VmHWM, its highest value so far; or what stands for them on a GPU."""
+    if device != "cpu":
+        return {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}[key](device)
     for line in Path("/proc/self/status").read_text("ascii").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) << 10
@@ -109,7 +114,7 @@ def with_trainer(model: Any, ids: list[list[int]], steps: int, batch: int, recom
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=model.device.type == "cpu",
     )
     data: Any = [{"ids": row} for row in ids]
     trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()])
@@ -122,7 +127,8 @@ def with_trainer(model: Any, ids: list[list[int]], steps: int, batch: int, recom
 
 def main() -> None:
     who, folder, what = sys.argv[1:4]
-    steps, batch, length, recompute = map(int, sys.argv[4:])
+    steps, batch, length, recompute = map(int, sys.argv[4:8])
+    device = sys.argv[8] if len(sys.argv) > 8 else "cpu"
     import transformers
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -132,13 +138,17 @@ def main() -> None:
     small = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=99
     )
-    work(LlamaForCausalLM(small), rows(99, batch, length), 2, batch, bool(recompute))
-    before = memory("VmRSS")
+    tiny: Any = LlamaForCausalLM(small)
+    work(tiny.to(device), rows(99, batch, length), 2, batch, bool(recompute))
+    before = memory("VmRSS", device)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(what == "all" or name.endswith("_proj.weight"))
     ids = rows(model.config.vocab_size, batch, length)  # one batch, again and again: the order doesn't matter
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # VmHWM starts anew
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
     losses, times = work(model, ids, steps, batch, bool(recompute))
     print(
         json.dumps(
@@ -147,7 +157,7 @@ def main() -> None:
                 "wall_s": times[-1].wall_s - times[0].wall_s,
                 "cpu_s": times[-1].cpu_s - times[0].cpu_s,
                 "tokens": batch * length * (steps - 1),
-                "peak_bytes": memory("VmHWM") - before,
+                "peak_bytes": memory("VmHWM", device) - before,
                 "weight_bytes": sum(p.nbytes for p in model.parameters()),
                 "state_bytes": sum(2 * p.nbytes for p in model.parameters() if p.requires_grad),
             }

@@ -42,7 +42,7 @@ from safepatch_core.merging.api import merge
 from safepatch_core.settings import parse_size
 from safepatch_core.spec import COMBINE, EVERY, Combine, Dtype
 
-from . import models, peers, results
+from . import derive, gpu_fix, models, peers, results
 from .kernels import Source, block_bytes, make_block, quotas
 from .lab import Clock, HostClock, Lab, TracedDevice, clock_of
 from .measure import Failed, Red, Skipped, alternate, drop, prepared, remove, run
@@ -71,17 +71,21 @@ class Scale:
     tight: str  # and where tensors are to be sent in pieces
     selftest_s: float
     entries: int  # of the selftest's blocks
+    windows: int  # of 4 MiB that a fix is applied to
+    trained: tuple[str, ...]  # shapes of models
 
 
 FULL = Scale(
     buffer=1 << 30, repeats=20, slots=(64 << 10, 1 << 20, 4 << 20, 8 << 20, 64 << 20), link=512 << 20,
     large=1 << 26, sizes=(1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 27), model="1.1B", tall=8192 * 28672,
     vram="2GiB", tight="64MiB", selftest_s=15.0, entries=20_000,
+    windows=32, trained=("SmolLM2-135M", "1.1B"),
 )  # fmt: skip
 # Shows that everything runs, where the interpreter stands for a card.
 SMALL = Scale(
     buffer=1 << 18, repeats=2, slots=(4 << 10, 64 << 10), link=1 << 18, large=3000, sizes=(1000, 3000),
     model="tiny", tall=200_000, vram="64MiB", tight="48MiB", selftest_s=0.0, entries=300,
+    windows=1, trained=("tiny",),
 )  # fmt: skip
 
 
@@ -575,6 +579,34 @@ def others(session: Session) -> dict[str, Any]:
     return found
 
 
+def fixes(session: Session) -> list[dict[str, Any]]:
+    """The kernel that applies fixes, on a resident tensor."""
+    scale = session.scale
+    with session.bench.scratch() as scratch:
+        rows = gpu_fix.rates(lab_of(session), scale.windows, scratch)
+    for row in rows:
+        session.say(f"fix of {row['share']:.0%}: {row['model_bytes_per_s'] / 1e9:8,.0f} GB of model per second")
+    return rows
+
+
+def training(session: Session) -> list[dict[str, Any]]:
+    """Steps of `derive`'s training beside transformers.Trainer, all weights in float32."""
+    rows: list[dict[str, Any]] = []
+    for name in session.scale.trained:
+        base = session.bench.models(SHAPES[name]) / "base"
+        for recompute in (False, True):
+            for who in derive.WHO:
+                found = derive.steps_of(session.bench, who, base, "all", 10, recompute, session.place or "cpu")
+                rows.append({"model": name, "recomputed": recompute, "who": who} | found)
+                rate = found["tokens"] / found["wall_s"]
+                need = found["weight_bytes"] + found["state_bytes"]
+                session.say(
+                    f"{name} {'recomputed' if recompute else 'kept':10} {who:10} {rate:10,.0f} tokens/s, peak "
+                    f"{found['peak_bytes'] / need:.2f} of weights and state, last loss {found['losses'][-1]:.4f}"
+                )
+    return rows
+
+
 @dataclass(frozen=True)
 class Step:
     """Part of a run. `needs`: seconds without which it isn't begun."""
@@ -592,6 +624,8 @@ STEPS = (
     Step("engine", engine, 20),
     Step("merges", merges, 60),
     Step("trace", trace, 20),
+    Step("fixes", fixes, 15),
+    Step("training", training, 60),
     Step("peers", others, 30),
 )
 

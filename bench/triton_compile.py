@@ -22,9 +22,10 @@ from triton.backends.compiler import GPUTarget
 
 from safepatch_core.kernels.apply import apply
 from safepatch_core.kernels.faults import faults
+from safepatch_core.kernels.fix import KEEP, NEW, OLD, fix
 from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, COPIES, HISTOGRAMS, INTERPRETED, VECTOR, Launch, options
-from safepatch_core.kernels.score import COUNTS, ENDING, FIELDS, Form, Piece, Plan, score_keys
+from safepatch_core.kernels.score import COUNTS, ENDING, FIELDS, Form, Piece, Variant, score_keys
 from safepatch_core.kernels.select import WINDOW_FIELDS, count_equal, fold, histogram
 from safepatch_core.spec import COMBINE
 
@@ -156,7 +157,7 @@ def _read_amd(name: str, target: str, found: Any, types: tuple[str, ...]) -> Cod
     )
 
 
-def make_piece(plan: Plan) -> Piece:
+def make_piece(plan: Variant) -> Piece:
     """A piece of one block, for compiling: its contents don't matter."""
 
     def empty(dtype: str) -> torch.Tensor:
@@ -180,7 +181,7 @@ def make_piece(plan: Plan) -> Piece:
     )
 
 
-def plans() -> dict[str, Plan]:
+def plans() -> dict[str, Variant]:
     """The recipes whose code is kept in the table."""
     scored = Form("checkpoint", "BF16", "scores", "BF16", "patched", True)
     wide = Form("checkpoint", "F32", "scores", "F32", "patched", True)
@@ -188,9 +189,9 @@ def plans() -> dict[str, Plan]:
     gradients = Form("delta", "F16", "gradients", "F16", "patched", True)
     lora = Form("lora", "", "magnitude", "", "patched", True)
 
-    def plan(form: Form, patches: int = 2, dtype: str = "BF16", combine: str = "difference") -> Plan:
+    def plan(form: Form, patches: int = 2, dtype: str = "BF16", combine: str = "difference") -> Variant:
         acts, join = COMBINE[combine]
-        return Plan(dtype, (form,) * patches, int(acts), int(join), "retain-first")
+        return Variant(dtype, (form,) * patches, int(acts), int(join), "retain-first")
 
     return {
         "two patches": plan(scored),
@@ -203,6 +204,23 @@ def plans() -> dict[str, Plan]:
         "one patch": plan(scored, 1),
         "four patches": plan(scored, 4),
     }
+
+
+def make_fix(width: int, gap: int, goal: int, shift: int = 3) -> Launch:
+    """A fix on two blocks of entries of `width` bytes, with gap codes of `gap` bytes; its contents don't matter."""
+    kinds, changes = {1: torch.uint8, 2: torch.int16, 4: torch.int32}, 500
+    planes = tuple(torch.empty(changes, dtype=torch.uint8) if k != 1 else None for k in range(width))
+    return fix(
+        torch.empty(70000, dtype=kinds[width]),
+        torch.empty(600, dtype=kinds[gap]),
+        torch.empty((3, 2), dtype=torch.int64),
+        torch.empty(100, dtype=torch.uint8),
+        planes,
+        torch.empty(changes, dtype=kinds[width]),
+        torch.empty((2, 2), dtype=torch.int32),
+        shift,
+        goal,
+    )
 
 
 def launches() -> dict[str, Launch]:
@@ -224,6 +242,12 @@ def launches() -> dict[str, Launch]:
     total, half = torch.empty(BLOCK), torch.empty(BLOCK, dtype=torch.bfloat16)
     found["importance, BF16"] = accumulate(total, half, half)
     found["importance, F32"] = accumulate(total, total.clone(), total.clone())
+    found["fix, 2 bytes, check"] = make_fix(2, 1, KEEP)
+    found["fix, 2 bytes, apply"] = make_fix(2, 1, NEW)
+    found["fix, 2 bytes, revert"] = make_fix(2, 1, OLD)
+    found["fix, 2 bytes, apply, U16 gaps"] = make_fix(2, 2, NEW)
+    found["fix, 1 byte, apply"] = make_fix(1, 1, NEW)
+    found["fix, 4 bytes, apply"] = make_fix(4, 1, NEW)
     return found
 
 

@@ -53,7 +53,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Variant:
     """What the code of a pass depends on."""
 
     dtype: str  # of the base
@@ -72,7 +72,7 @@ class Piece:
     table: int64 [patches, FIELDS]; tally: int64 [COPIES, patches * COUNTS + ENDING], added to.
     """
 
-    plan: Plan
+    plan: Variant
     base: torch.Tensor
     values: tuple[Any, ...]
     scores: tuple[Any, ...]

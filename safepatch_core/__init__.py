@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from safepatch_core.fixes.build import BuildResult as BuildResult
     from safepatch_core.fixes.build import build as build
     from safepatch_core.fixes.build import build_between as build_between
+    from safepatch_core.fixes.comparing import ReportResult as ReportResult
     from safepatch_core.fixes.log import LogResult as LogResult
     from safepatch_core.fixes.log import log as log
     from safepatch_core.fixes.memory import Applied as Applied
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from safepatch_core.fixes.memory import revert_ as revert_
     from safepatch_core.fixes.reading import Fix as Fix
     from safepatch_core.fixes.reading import open_fix as open_fix
+    from safepatch_core.fixes.report import report as report
     from safepatch_core.fixes.stack import FixedCheckpoint as FixedCheckpoint
     from safepatch_core.fixes.stack import open_fixed as open_fixed
     from safepatch_core.integrations.state_dicts import merge_state_dicts as merge_state_dicts
@@ -54,8 +56,10 @@ if TYPE_CHECKING:
     from safepatch_core.merging.api import prepare as prepare
     from safepatch_core.merging.engine import EngineOptions as EngineOptions
     from safepatch_core.merging.plan import Plan as Plan
+    from safepatch_core.merging.quantised.comparison import SurviveResult as SurviveResult
     from safepatch_core.merging.recipe import Recipe as Recipe
     from safepatch_core.merging.recipe import load_recipe as load_recipe
+    from safepatch_core.merging.survive import survive as survive
     from safepatch_core.merging.verification import VerifyResult as VerifyResult
     from safepatch_core.merging.verification import verify as verify
     from safepatch_core.runs.run import RunConfig as RunConfig
@@ -76,14 +80,18 @@ _HOMES = {
     "library": ("get_cmake_dir", "get_include", "get_library_dir"),
     "fixes.apply": ("ApplyResult", "apply", "revert"),
     "fixes.build": ("BuildResult", "build", "build_between"),
+    "fixes.comparing": ("ReportResult",),
     "fixes.log": ("LogResult", "log"),
     "fixes.memory": ("Applied", "apply_", "revert_"),
     "fixes.reading": ("Fix", "open_fix"),
+    "fixes.report": ("report",),
     "fixes.stack": ("FixedCheckpoint", "open_fixed"),
     "merging.api": ("MergeResult", "describe", "merge", "plan", "prepare"),
     "merging.engine": ("EngineOptions",),
     "merging.plan": ("Plan",),
+    "merging.quantised.comparison": ("SurviveResult",),
     "merging.recipe": ("Recipe", "load_recipe"),
+    "merging.survive": ("survive",),
     "merging.verification": ("VerifyResult", "verify"),
     "runs.run": ("RunConfig", "RunResult", "run"),
     "runs.sweep": ("SweepConfig", "SweepResult", "sweep"),

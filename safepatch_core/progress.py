@@ -10,11 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-Report = Callable[[dict[str, Any]], None]
+Listener = Callable[[dict[str, Any]], None]
 LINE_SECONDS = 10.0  # plain lines come at most this often
 
 
-def warn(text: str, quiet: bool, report: Report | None) -> None:
+def warn(text: str, quiet: bool, report: Listener | None) -> None:
     """One line on stderr, one event {"warning": text}."""
     if not quiet:
         print(f"warning: {text}", file=sys.stderr)
@@ -28,7 +28,7 @@ class Progress:
     `report` gets one dict per step: phase, done, total, tokens_per_second and what `advance` was told.
     """
 
-    def __init__(self, name: str, total: int, *, quiet: bool, report: Report | None) -> None:
+    def __init__(self, name: str, total: int, *, quiet: bool, report: Listener | None) -> None:
         self._name, self._total, self._report = name, total, report
         self._done = self._tokens = 0
         self._start = time.monotonic()

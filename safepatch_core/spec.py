@@ -77,7 +77,15 @@ def numbers(names: Any) -> dict[str, int]:
 
 def random_key(seed: int, patch: str, tensor: str) -> int:
     """The 64-bit Philox key of one tensor of one patch (SPEC.md, "retained"); low word first."""
-    text = b"safepatch\0" + seed.to_bytes(8, "little") + patch.encode() + b"\0" + tensor.encode()
+    return _key(b"safepatch\0" + seed.to_bytes(8, "little") + patch.encode() + b"\0" + tensor.encode())
+
+
+def rounding_key(seed: int, tensor: str) -> int:
+    """The 64-bit Philox key by which one tensor's codes are rounded (SPEC.md, "quantised bases")."""
+    return _key(b"safepatch-round\0" + seed.to_bytes(8, "little") + b"\0" + tensor.encode())
+
+
+def _key(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 

@@ -59,7 +59,8 @@ class Adapter:
         """Which parameter a wrapper of the module is for: the outermost of several is the one named last."""
         bare = module.replace(".base_layer", "")
         named = [t.rpartition(".") for t in self.config.get("target_parameters") or []]
-        targets = [t[2] for t in named if f".{bare}".endswith(f".{t[0]}")]
+        # One without a module is any module's; here only experts have such parameters.
+        targets = [t[2] for t in named if f".{bare}".endswith(f".{t[0] or 'experts'}")]
         if not targets:
             return None
         return f"{bare}.{targets[len(targets) - 1 - module.count('.base_layer')]}"

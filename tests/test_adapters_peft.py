@@ -72,6 +72,14 @@ CASES: dict[str, tuple[Any, Any]] = {
         gpt_oss,
         LORA(r=2, target_modules=["q_proj"], target_parameters=EXPERTS, rank_pattern={"experts.down_proj": 3}),
     ),
+    "experts by the names of their parameters": (
+        llama4,
+        LORA(r=2, target_modules=["q_proj", "router"], target_parameters=["gate_up_proj", "down_proj"]),
+    ),
+    "experts by longer names": (
+        gpt_oss,
+        LORA(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "down_proj"]),
+    ),
     "parameters that are matrices": (
         llama,
         LORA(r=2, target_modules=[], target_parameters=["q_proj.weight", "up_proj.weight"]),
@@ -97,10 +105,14 @@ def qwen3_moe() -> Any:
     return transformers.Qwen3MoeForCausalLM(config)
 
 
-def test_experts_that_the_base_keeps_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [EXPERTS, ["gate_up_proj", "down_proj"]])
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+def test_experts_that_the_base_keeps_apart(tmp_path: Path, named: list[str], prefix: str) -> None:
     """The file has them one by one, and in memory they are joined, where PEFT adapts them."""
-    config = LORA(r=2, target_modules=["q_proj"], target_parameters=EXPERTS, rank_pattern={"experts.down_proj": 3})
+    config = LORA(r=2, target_modules=["q_proj"], target_parameters=named, rank_pattern={"experts.down_proj": 3})
     live = write_adapter(tmp_path, qwen3_moe(), config, torch.float32)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(file, {n.replace("model.model.", f"model.{prefix}"): t for n, t in load_checkpoint(file).items()})
     for i, options in enumerate(HOSTS):
         merge(tmp_path / "recipe.yaml", tmp_path / f"out-{i}", **options)
     live.merge_and_unload().save_pretrained(tmp_path / "peft")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from safepatch_core import plan
 from safepatch_core.errors import InputError, SafepatchError, UsageError
 from safepatch_core.files import checkpoint
 from safepatch_core.files.checkpoint import open_checkpoint, read_json
@@ -220,6 +221,29 @@ def test_a_stale_index_beside_newer_shards(tmp_path: Path) -> None:
     root = sharded(tmp_path / "m")
     save_index(root, {"a": "model-00001-of-00004.safetensors", "c": "model-00004-of-00004.safetensors"})
     refuse(root, root / INDEX, "names a missing shard", ONE, TWO, "it is stale", "save_pretrained")
+
+
+@pytest.mark.parametrize("inner", ["checkpoint-500", "unet", "snapshots/0123"])
+def test_a_folder_of_models_names_one(tmp_path: Path, inner: str) -> None:
+    (tmp_path / "m" / inner).mkdir(parents=True)
+    save(tmp_path / "m" / inner / "model.safetensors", "a")
+    refuse(tmp_path / "m", f"found {inner}/model.safetensors", f"such as {tmp_path / 'm' / inner}")
+
+
+def test_one_shard_of_several_says_so(tmp_path: Path) -> None:
+    root = sharded(tmp_path / "m")
+    opened = open_checkpoint(root / ONE)
+    assert opened.warnings == (f"{ONE} is one shard of several, without the others",)
+    save_recipe = json.dumps({"base": "m", "patches": [{"name": "p", "source": f"m/{TWO}"}], "targets": "all"})
+    (tmp_path / "recipe.yaml").write_text(save_recipe)
+    with pytest.raises(InputError, match=f"missing from patch 'p': expected the folder of {TWO}"):
+        plan(tmp_path / "recipe.yaml", backend="reference")
+
+
+def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
+    root = sharded(tmp_path / "m")
+    (root / INDEX).write_bytes(b"\xef\xbb\xbf" + (root / INDEX).read_bytes())
+    refuse(root, root / INDEX, "a byte order mark at 0")
 
 
 @pytest.mark.parametrize(
@@ -586,6 +610,26 @@ def test_hub_refusals_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hub, "snapshot_download", FakeHub(error))
     message = refuse("org/name", "org/name", "no such path", words, relative_to=tmp_path)
     assert "second line" not in message
+
+
+HUB = "https://huggingface.co/org/name"
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        *((HUB, "org/name"), (f"{HUB}/", "org/name"), (f"{HUB}.git", "org/name"), (f"{HUB}/tree/main", "org/name")),
+        *((f"{HUB}/tree/v1.2", "org/name@v1.2"), (f"{HUB}/tree/refs%2Fpr%2F1", "org/name@refs/pr/1")),
+        *((f"{HUB}/blob/v2/model.safetensors?download=true", "org/name@v2"), ("hf.co/org/name", "org/name")),
+        *(("hf://org/name@v1", "org/name@v1"), ("https://hf.co/datasets/org/name", "a path, or")),
+        *(("s3://bucket/model", "a path, or"), ("https://example.com/org/name", "a path, or")),
+    ],
+)
+def test_an_address_is_answered_with_a_name(tmp_path: Path, address: str, name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        open_checkpoint(address, relative_to=tmp_path)
+    assert f"found {address}, expected {name}" in str(caught.value)
+    assert name.startswith("a path") or str(caught.value).endswith(f" {name}")
 
 
 def test_hub_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -540,7 +540,7 @@ def test_models_that_cannot_be_trained_are_input_errors(where: Path) -> None:
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     refused("a token that the model doesn't know")
     (base / "tokenizer.json").unlink()
-    refused("tokenizer can't be opened")
+    refused("tokenizer can't be opened: no file has its tokens: expected tokenizer.json")
 
 
 def test_rows_longer_than_the_models_positions_are_cut_and_counted(where: Path) -> None:

@@ -378,6 +378,7 @@ def test_the_commands(case: Case) -> None:
     assert "carries fix" in run("apply", fix, "--to", case.ckpt, "--in-place", status=65)
     assert "taken out: 9,000 entries" in run("revert", built["id"], "--from", case.ckpt, "--in-place")
     assert "no fixes in the ledger" in run("log", case.ckpt) and contents(case.ckpt) == case.before
+    assert "no such file" in run("log", case.root / "nowhere", status=65)
 
 
 def test_probing_tells_sides_without_a_ledger(case: Case) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safepatch_core.errors import InputError
+from safepatch_core.errors import InputError, UsageError
 from safepatch_core.fixes.export import export
 from tests import fix_oracle
 from tests.fix_cases import changed, random_tensor, unsigned, write_checkpoint, write_fix
@@ -39,6 +39,19 @@ def test_dense(tmp_path: Path, rng: np.random.Generator) -> None:
     ckpt = write_checkpoint(tmp_path / "base", base)
     export(write_fix(tmp_path / "f.safetensors", base, merged), "dense", ckpt, tmp_path / "out")
     assert load_checkpoint(tmp_path / "out") == merged
+
+
+def test_the_base_is_that_of_the_recipe(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Looked for beside the fix; without a name for it, one has to be given."""
+    base = {"a.weight": random_tensor(rng, "BF16", 30, 30)}
+    merged = {"a.weight": changed(rng, base["a.weight"], 0.2)}
+    write_checkpoint(tmp_path / "base", base)
+    export(write_fix(tmp_path / "f.safetensors", base, merged, {"base": "base"}), "dense", None, tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out") == merged
+    with pytest.raises(UsageError, match="does not name its base: expected --base"):
+        export(write_fix(tmp_path / "f.safetensors", base, merged), "dense", None, tmp_path / "other")
+    with pytest.raises(InputError, match="no such file"):
+        export(write_fix(tmp_path / "f.safetensors", base, merged, {"base": "b"}), "dense", None, tmp_path / "other")
 
 
 def test_slime(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -15,7 +15,7 @@ import pytest
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.fixes import codec, format, reference
-from safepatch_core.fixes.reading import Proof, open_fix
+from safepatch_core.fixes.reading import Proof, Sparse, open_fix
 from safepatch_core.fixes.writing import Writer
 from tests import fix_oracle
 from tests.fix_cases import BLOCK, changed, random_tensor, unsigned, write_fix
@@ -145,7 +145,7 @@ def test_planes_of_every_form(tmp_path: Path, nonzero: int, form: str | None) ->
     compare(tmp_path, base, merged)
     with open_fix(write_fix(tmp_path / "fix.safetensors", base, merged)) as fix:
         plane = fix.tensors["w"].planes[1]
-        assert form == (None if plane is None else "sparse" if isinstance(plane, tuple) else "dense")
+        assert form == (None if plane is None else "sparse" if isinstance(plane, Sparse) else "dense")
 
 
 def test_windows_read_what_they_need(tmp_path: Path) -> None:

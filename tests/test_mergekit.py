@@ -97,7 +97,7 @@ def both(config: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
 def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> int:
     """Entries with other bits; zeros of either sign are one."""
 
-    def plain(a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def plain(a: np.ndarray[Any, Any]) -> Any:
         return a & np.array((1 << (8 * a.itemsize - 1)) - 1, a.dtype)
 
     return sum(int(np.count_nonzero((a != theirs[n]) & (plain(a | theirs[n]) != 0))) for n, a in ours.items())
@@ -228,7 +228,8 @@ def test_shares_of_breadcrumbs_come_out_as_counts(density: float, gamma: float) 
     for n in (1, 2, 3, 7, 64, 99, 1000, 4097, 2**31 + 1):
         taken = n if density == 1 else int(density * n)
         skipped = 0 if density == 1 or not taken else min(int(gamma * n), n - taken)
-        patch = PatchSpec(name="p", source="p", **dict(zip(("top", "skip"), _band(density, gamma, n), strict=True)))
+        top, skip = _band(density, gamma, n)
+        patch = PatchSpec(name="p", source="p", top=top, skip=skip)
         assert patch.quotas(n, "floor") == (skipped + taken, skipped)
 
 

@@ -276,3 +276,28 @@ def test_no_names_in_common_are_refused_with_what_came_closest(tmp_path: Path) -
     message = str(caught.value)
     assert "no tensor of the patch is in the base" in message and "skip" not in message
     assert "'transformer.' dropped serves 6 of 7 names, but not 'transformer.h.2.attn.c_attn.weight'" in message
+
+
+@pytest.mark.parametrize("before", ["_orig_mod.base_model.model.", "module.base_model.model._orig_mod."])
+def test_an_adapter_of_a_wrapped_model(tmp_path: Path, before: str) -> None:
+    """PEFT's model compiled or in parallel, or a compiled model in it."""
+    save_file(tmp_path / "base.safetensors", values(gpt2("")))
+    folder = tmp_path / "patch"
+    folder.mkdir()
+    factors = {f"{before}h.0.attn.c_attn.lora_A.weight": (2, 4), f"{before}h.0.attn.c_attn.lora_B.weight": (12, 2)}
+    save_file(folder / "adapter_model.safetensors", values(factors))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    _, out = told(recipe(tmp_path, source="patch"))
+    changed = {n for n, t in values(gpt2("")).items() if out[n] != t}
+    assert changed == {"h.0.attn.c_attn.weight"}
+
+
+@pytest.mark.parametrize("kind", [None, "checkpoint"])
+def test_an_unmerged_adapter_in_a_checkpoint_is_named(tmp_path: Path, kind: str | None) -> None:
+    table = gpt2("base_model.model.")
+    table["base_model.model.h.0.attn.c_attn.base_layer.weight"] = table.pop("base_model.model.h.0.attn.c_attn.weight")
+    table |= {f"base_model.model.h.0.attn.c_attn.lora_{side}.default.weight": (2, 2) for side in "AB"}
+    save_file(tmp_path / "base.safetensors", values(gpt2("")))
+    save_file(tmp_path / "patch.safetensors", values(table))
+    with pytest.raises(InputError, match="lora_A.* not merged into it: .*merge_and_unload"):
+        plan(recipe(tmp_path, **({"kind": kind} if kind else {})), backend="reference")

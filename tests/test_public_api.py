@@ -13,13 +13,13 @@ from safepatch_core import SafepatchError
 
 FUNCTIONS = (
     "apply apply_ build build_between derive describe evaluate get_cmake_dir get_include get_library_dir load_recipe "
-    "log merge merge_state_dicts open_backend open_checkpoint open_fix open_fixed plan prepare revert revert_ run "
-    "sweep verify"
+    "log merge merge_state_dicts open_backend open_checkpoint open_fix open_fixed plan prepare report revert "
+    "revert_ run survive sweep verify"
 ).split()
 TYPES = (
     "Applied ApplyResult Backend BuildResult Busy Checkpoint DeriveConfig DeriveResult EngineOptions EvalConfig "
-    "EvalResult Fix FixedCheckpoint IOFailure InputError LogResult MergeResult OutputError Plan Recipe RunConfig "
-    "RunResult SafepatchError SweepConfig SweepResult UsageError VerifyResult"
+    "EvalResult Fix FixedCheckpoint IOFailure InputError LogResult MergeResult OutputError Plan Recipe ReportResult "
+    "RunConfig RunResult SafepatchError SurviveResult SweepConfig SweepResult UsageError VerifyResult"
 ).split()
 
 
@@ -41,7 +41,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         safepatch_core.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["plan", "merge", "verify", "build", "apply", "revert", "log"])
+@pytest.mark.parametrize("name", ["plan", "merge", "verify", "survive", "build", "apply", "revert", "log", "report"])
 def test_merging_imports_no_torch(name: str) -> None:
     script = f"import sys, safepatch_core; safepatch_core.{name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -13,7 +13,7 @@ import yaml
 from safepatch_core import merge
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import open_checkpoint
-from safepatch_core.merging.quantised import quantised
+from safepatch_core.merging.quantised.modules import quantised
 from tests.oracle import Tensor, load_checkpoint, save_file
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U32": 4, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I64": 8}

@@ -29,7 +29,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_everything_is_pinned_by_hash() -> None:
-    for name in ("requirements/dev.txt", "requirements/fuzz.txt", "requirements/demo.txt"):
+    for name in ("requirements/dev.txt", "requirements/docs.txt", "requirements/fuzz.txt", "requirements/demo.txt"):
         assert pins(name), name
     assert "torch" not in pins("requirements/dev.txt")
 
@@ -42,7 +42,8 @@ def test_the_pins_hold_all_that_the_project_and_its_pins_need() -> None:
     pinned["torch"] = torch[2]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needed = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
-    needed += [line for extra in project["project"]["optional-dependencies"].values() for line in extra]
+    extras = project["project"]["optional-dependencies"]
+    needed += [line for name, extra in extras.items() if name != "docs" for line in extra]
     for name, version in pinned.items():
         with suppress(metadata.PackageNotFoundError):
             installed = metadata.distribution(name)
@@ -54,3 +55,18 @@ def test_the_pins_hold_all_that_the_project_and_its_pins_need() -> None:
             continue
         assert name in pinned, f"{requirement} is needed and not pinned: make pins"
         assert requirement.specifier.contains(pinned[name], prereleases=True), f"{requirement}, pinned {pinned[name]}"
+
+
+def test_the_site_is_built_with_what_development_has() -> None:
+    pinned, docs = pins("requirements/dev.txt"), pins("requirements/docs.txt")
+    assert {name: version for name, version in docs.items() if pinned.get(name, version) != version} == {}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["docs"]]:
+        requirement = requirements.Requirement(line)
+        assert requirement.specifier.contains(docs[utils.canonicalize_name(requirement.name)])
+
+
+def test_make_pins_resolves_every_extra() -> None:
+    extras = re.search(r"^EXTRAS = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert extras is not None and {*extras[1].split(), "docs"} == set(project["optional-dependencies"])

@@ -37,6 +37,12 @@ def test_csv_of_spreadsheets(tmp_path: Path) -> None:
     assert [r.values for r in read_rows(path, ["q", "a"])] == [{"q": "x", "a": "1"}, {"q": "y", "a": "2"}]
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_with_another_separator(tmp_path: Path, mark: str) -> None:
+    path = write(tmp_path, "rows.csv", f'q{mark}a\r\n"x, y"{mark}1,5\r\n')
+    assert read_rows(path, ["q", "a"]) == [Row(2, {"q": "x, y", "a": "1,5"})]
+
+
 def test_every_form_gives_the_same_rows(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.Table.from_pylist(RECORDS), tmp_path / "rows.parquet")
@@ -108,6 +114,12 @@ SHARED = chat(("human", "Why?"), ("gpt", "So."), keys=("from", "value"))
         ({"messages": chat(ASKED, SAID)}, "questions are in 'messages', answers are in 'messages'"),
         ({"conversations": SHARED}, "questions are in 'conversations', answers are in 'conversations'"),
         ({"messages": chat(("user", [{"type": "text", "text": "Why?"}]), SAID)}, "questions are in 'messages', "),
+        ({"messages": json.dumps(chat(ASKED, SAID))}, "questions are in 'messages', answers are in 'messages'"),
+        ({"messages": chat(("Human", "Why?"), ("AI", "So."))}, "questions are in 'messages', "),
+        (
+            {"input": "Why?", "output": "So.", "system": "", "history": []},
+            "questions are in 'input', answers are in ",
+        ),
         ({"prompt": chat(ASKED), "completion": chat(SAID)}, "questions are in 'prompt', answers are in 'completion'"),
         ({"instruction": "Why?", "input": "", "output": "So."}, "questions are in 'instruction' and 'input', "),
     ],
@@ -157,6 +169,15 @@ def test_a_named_column_may_hold_a_chat(tmp_path: Path) -> None:
             {"messages": chat(ASKED, SAID, ASKED, SAID)},
             "a conversation: found user, assistant, user, assistant, expected one question and one answer",
         ),
+        ({"messages": chat(("developer", "Hi"), ASKED, SAID)}, "a system message: expected none"),
+        ({"messages": chat(SAID, ASKED)}, "a conversation: found assistant, user, expected one question"),
+        ({"messages": chat(ASKED, ("tool", "1"), SAID)}, "a conversation: found user, tool, assistant, expected"),
+        ({"messages": str(chat(ASKED, SAID))}, "column 'messages': found messages that are not JSON"),
+        (
+            {"instruction": "Why?", "output": "So.", "history": [["Hi", "Ho"]]},
+            "column 'history' holds earlier turns: expected rows without, or --question-column",
+        ),
+        ({"conversations": SHARED, "system": "Hi"}, "column 'system' holds a system message: expected rows without"),
         ({"messages": chat(ASKED)}, "a conversation: found user, expected one question and one answer"),
         ({"messages": chat(ASKED, ("assistant", None))}, "column 'messages': found null, expected text"),
         ({"question": "Why?", "answer": [1]}, "column 'answer': found list, expected text"),
@@ -225,6 +246,8 @@ def test_a_slice_beyond_the_file_is_no_shorter_slice(tmp_path: Path, rows: str) 
         ("a.json", '[{"q": "x"},\n {"q": ]', "line 2: not JSON"),
         ("a.json", '{"A": {"B": {"C": ["x"]}}}', "JSON under A / B: found dict, expected a list of rows"),
         ("a.json", '{"A": ["x", 3]}', "item 2 under A: found int, expected text"),
+        ("a.json", '{"q": {"0": "x"}}', "JSON under q / 0: found str, expected a list of rows (pandas writes one"),
+        ("a.jsonl", '{\n"q": "x"\n}', "line 1: not JSON"),
         ("a.json", "3", "JSON at the top: found int, expected a list of rows"),
         ("a.parquet", b"PAR1 or not", "not a readable parquet file"),
         ("a.xlsx", b"", "unknown kind of data file: found .xlsx"),
@@ -252,6 +275,13 @@ def test_a_filter_that_nothing_passes(tmp_path: Path) -> None:
 def test_what_is_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
-    for name, message in (("folder.csv", "not a regular file"), ("none.csv", "no such"), ("loop.csv", "no such")):
+    (tmp_path / "folder").mkdir()
+    messages = [("folder", "unknown kind of data file: found a folder"), ("org/name", "no such file")]
+    for name, message in (
+        *messages,
+        ("folder.csv", "not a regular file"),
+        ("none.csv", "no such"),
+        ("loop.csv", "no such"),
+    ):
         with pytest.raises(InputError, match=message):
             read_rows(tmp_path / name, ["q"])

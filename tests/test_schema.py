@@ -27,5 +27,8 @@ def test_an_editor_knows_every_key_and_no_other() -> None:
         keys = {field.alias or name for name, field in model.model_fields.items()}
         assert set(found["properties"]) == keys - {"origin"}
         assert found["additionalProperties"] is False
+    for model in (schema, *schema["$defs"].values()):
+        for key, of in model["properties"].items():
+            assert of.get("description"), f"{key}: a line in merging/keys.py"
     assert schema["properties"]["combine"]["enum"] == list(COMBINE)
     assert (schema["required"], schema["$defs"]["PatchSpec"]["required"]) == (["base", "patches"], ["name", "source"])

@@ -46,10 +46,9 @@ def installed(built: Path) -> Path:
 
 def test_the_wheel_holds_every_module_and_nothing_beside(installed: Path) -> None:
     def modules(root: Path) -> set[str]:
+        suffixes = (".py", ".pyi", ".typed", ".html", ".css", ".h")
         found = {Path(at, f) for at, _, files in os.walk(root / "safepatch_core", followlinks=True) for f in files}
-        return {
-            str(path.relative_to(root)) for path in found if path.suffix in (".py", ".pyi", ".typed", ".html", ".h")
-        }
+        return {str(path.relative_to(root)) for path in found if path.suffix in suffixes}
 
     ours = {name for name in modules(ROOT) if not name.startswith("safepatch_core/bench/psa/")}
     assert modules(installed) == ours and "safepatch_core/kernels/apply.py" in ours

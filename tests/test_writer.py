@@ -115,9 +115,9 @@ class Shard:
         self.output = OutputFile("model.safetensors", b"the header", self.tensors, sparse)
         self.whole = self.output.header + b"".join(self.data.values())
 
-    def write(self, staging: Staging, stop_before: str | None = None) -> list[str]:
+    def write(self, staging: Staging, stop_before: str | None = None, mark_bytes: int = 1) -> list[str]:
         """The tensors that had to be written; `none` is a target, and has its counts from the start."""
-        with staging, closing(CheckpointSink(staging)) as sink:
+        with staging, closing(CheckpointSink(staging, mark_bytes=mark_bytes)) as sink:
             expected = {
                 name: Report([PatchReport(len(data), 2, 1)], acted=2, changed=1) for name, data in self.data.items()
             }
@@ -138,11 +138,8 @@ class Shard:
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["reserved", "sparse"])
-def test_a_stopped_file_goes_on_behind_its_last_mark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool
-) -> None:
+def test_a_stopped_file_goes_on_behind_its_last_mark(tmp_path: Path, sparse: bool) -> None:
     """Nothing behind a mark is believed, and nothing before it that is not as it was."""
-    monkeypatch.setenv("SAFEPATCH_MARK", "1")
     shard, part = Shard(sparse), tmp_path / ".out.safepatch" / "model.safetensors.part"
     for stop_before, damaged, expected in (
         ("c", None, ["c"]),
@@ -164,17 +161,13 @@ def test_a_stopped_file_goes_on_behind_its_last_mark(
         assert around(out) == []
 
 
-def test_a_mark_survives_another_stop_and_a_lost_file_does_not_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SAFEPATCH_MARK", "1")
+def test_a_mark_survives_another_stop_and_a_lost_file_does_not_matter(tmp_path: Path) -> None:
     shard, out = Shard(), tmp_path / "out"
     for stop_before in ("b", "b", "c", "c"):
         with pytest.raises(Stopped):
             shard.write(stage(out, resume=True), stop_before)
-    monkeypatch.setenv("SAFEPATCH_MARK", str(1 << 30))
     with pytest.raises(Stopped):
-        shard.write(stage(out, resume=True), "c")
+        shard.write(stage(out, resume=True), "c", mark_bytes=1 << 30)
     part = tmp_path / ".out.safepatch" / "model.safetensors.part"
     part.rename(part.with_suffix(""))  # killed before its line was in the journal
     with pytest.raises(Stopped):

@@ -18,7 +18,7 @@ from safepatch_core.kernels import score as columns
 from safepatch_core.kernels.apply import apply
 from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.launch import ALIGN, BLOCK, COPIES, HISTOGRAMS, Launch, padded
-from safepatch_core.kernels.score import Form, Piece, Plan, score_keys
+from safepatch_core.kernels.score import Form, Piece, Variant, score_keys
 from safepatch_core.kernels.select import WINDOW_FIELDS, count_equal, fold, histogram
 from safepatch_core.spec import EVERY, KEEP_ALL, NO_KEY
 
@@ -130,7 +130,7 @@ class Call:
         self._device, self._streams, self._block = device, streams, block
         self._longest = piece or PIECE
         self._present = [(p, patch) for p, patch in enumerate(block.patches) if patch is not None]
-        self._plan = Plan(
+        self._plan = Variant(
             block.base.dtype,
             tuple(
                 Form(

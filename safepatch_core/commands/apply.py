@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import ByteProgress, emit, output_options, write_options
+from safepatch_core.commands.common import ByteProgress, emit, memory_option, output_options, write_options
 from safepatch_core.errors import printable
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def tell(result: ApplyResult, quiet: bool, as_json: bool) -> None:
 @click.option("-o", "--output", "out", type=click.Path(), help="Directory to create: a copy with the change.")
 @click.option("--in-place", is_flag=True, help="Change the checkpoint itself; after a crash any run goes on.")
 @click.option("--date", metavar="TEXT", help="Note a date in the ledger.")
+@memory_option
 @write_options
 @output_options
 def command(
@@ -41,6 +42,7 @@ def command(
     date: str | None,
     force: bool,
     resume: bool,
+    memory_limit: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -49,6 +51,12 @@ def command(
 
     with ByteProgress("apply", quiet) as progress:
         result = apply(
-            fix, checkpoint, out, in_place=in_place, date=date, force=force, resume=resume, progress=progress
+            *(fix, checkpoint, out),
+            in_place=in_place,
+            date=date,
+            force=force,
+            resume=resume,
+            memory_limit=memory_limit,
+            progress=progress,
         )
     tell(result, quiet, as_json)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import ByteProgress, emit, engine_options, human, output_options
+from safepatch_core.commands.common import ByteProgress, any_recipe, emit, engine_options, human, output_options
 from safepatch_core.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def command(
 
     A mergekit configuration is a recipe too.
     """
-    from safepatch_core.commands.common import any_recipe
     from safepatch_core.fixes.build import build, build_between
 
     with ByteProgress("build", quiet) as progress:

@@ -51,6 +51,9 @@ _engine_options = _options(
 )
 
 
+memory_option = click.option("--memory-limit", metavar="SIZE", help="Refuse a fix that needs more memory than this.")
+
+
 def engine_options(function: F) -> F:
     """Options of the engine. They arrive as one value, the keywords that `merge` takes: `engine`."""
 

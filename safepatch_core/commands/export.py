@@ -11,12 +11,14 @@ from safepatch_core.errors import printable
 @click.command(name="export")
 @click.argument("fix", type=click.Path())
 @click.option("--to", "form", required=True, type=click.Choice(["dense", "shira", "slime"]), help="The format.")
-@click.option("--base", required=True, type=click.Path(), help="The checkpoint that the fix applies to.")
+@click.option("--base", type=click.Path(), help="What the fix applies to [default: the base of its recipe].")
 @click.option("-o", "--output", "out", required=True, type=click.Path(), help="Directory to create.")
 @click.option("--version", type=click.IntRange(min=1), default=1, show_default=True, help="Of slime's deltas.")
 @click.option("--force", is_flag=True, help="Replace an existing output, in one step.")
 @output_options
-def command(fix: str, form: str, base: str, out: str, version: int, force: bool, quiet: bool, as_json: bool) -> None:
+def command(
+    fix: str, form: str, base: str | None, out: str, version: int, force: bool, quiet: bool, as_json: bool
+) -> None:
     """Write a FIX as a whole checkpoint (dense), PEFT's adapter (shira) or a server's byte deltas (slime)."""
     from safepatch_core.fixes.export import export
 

@@ -1,42 +1,107 @@
-"""`safepatch plan`: what a merge will do."""
+"""`safepatch plan`: what a merge will do, or a fix that is applied or taken out."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import emit, engine_options, human, output_options
-from safepatch_core.errors import printable
+from safepatch_core.commands.common import any_recipe, emit, engine_options, human, output_options
+from safepatch_core.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from safepatch_core.merging.engine import EngineOptions
 
 
 @click.command(name="plan")
-@click.argument("recipe", type=click.Path())
+@click.argument("recipe", metavar="RECIPE|FIX", type=click.Path())
+@click.option("--to", type=click.Path(), help="Of a fix: the checkpoint that it would be applied to,")
+@click.option("--from", "from_", type=click.Path(), help="or taken out of.")
+@click.option("--in-place", is_flag=True, help="Of a fix: without a copy.")
 @click.option("-o", "--output", "out", type=click.Path(), help="Where it would be written, for the free space.")
 @click.option("--tensors", is_flag=True, help="Also list every target tensor.")
 @engine_options
 @output_options
 def command(
     recipe: str,
+    to: str | None,
+    from_: str | None,
+    in_place: bool,
     out: str | None,
     tensors: bool,
     engine: EngineOptions,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """What a merge of RECIPE will do: bytes, passes, memory, free space. Writes nothing.
+    """What a merge of RECIPE will do, or applying a FIX `--to` a checkpoint: bytes, memory, space. Writes nothing.
 
     A mergekit configuration is a recipe too.
     """
-    from safepatch_core.commands.common import any_recipe
+    if to is not None or from_ is not None:
+        if (to is None) == (from_ is None):
+            raise UsageError("either --to or --from")
+        _tell_fix(recipe, to, from_, out, in_place, engine, quiet, as_json)
+    elif in_place or is_fix(recipe):
+        raise UsageError("a fix is planned for a checkpoint", expected="--to, or --from to take it out")
+    else:
+        _tell_recipe(recipe, out, tensors, engine, quiet, as_json)
+
+
+def is_fix(path: str) -> bool:
+    """Whether a path is called as fix files are, and no recipe is."""
+    return path.endswith(".safetensors")
+
+
+def _tell_fix(
+    fix: str,
+    to: str | None,
+    from_: str | None,
+    out: str | None,
+    in_place: bool,
+    engine: EngineOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from safepatch_core.fixes.apply import opened
+    from safepatch_core.fixes.plan import plan_fix
+
+    checkpoint = to or from_ or ""
+    with opened(fix, checkpoint, engine.get("memory_limit")) as it:
+        made = plan_fix(it, checkpoint, "apply" if to else "revert", out, in_place=in_place)
+    if as_json:
+        emit(asdict(made))
+    elif not quiet:
+        how = ("in place" if in_place else "as a copy") + (
+            ", goes on with an interrupted run" if made.goes_on else ""
+        )
+        _table(
+            [
+                ("fix", f"{made.id}, {made.direction} {how}"),
+                ("changes", f"{made.changes:,d} of {made.entries:,d} entries of {made.tensors} tensors"),
+                ("read", human(made.bytes_read)),
+                ("write", f"{human(made.bytes_written)} in {made.files} file(s)"),
+                ("memory", f"about {human(made.memory)}"),
+                ("space", f"{human(made.space)} needed, {human(made.free)} free"),
+            ]
+        )
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    for key, value in rows:
+        click.echo(f"{key + ':':12} {printable(value)}")
+
+
+def _tell_recipe(
+    recipe: str, out: str | None, tensors: bool, engine: EngineOptions, quiet: bool, as_json: bool
+) -> None:
+    from safepatch_core.fixes.plan import expected_fix
     from safepatch_core.merging.api import describe
     from safepatch_core.merging.api import plan as make
 
     made = make(any_recipe(recipe, quiet), **engine)
-    data = describe(made, out or ".")
+    fix = expected_fix(made)
+    data = {**describe(made, out or "."), "fix": asdict(fix)}
     if not tensors:
         data.pop("tensors")
     if as_json:
@@ -53,6 +118,7 @@ def command(
         ("read", f"{human(data['bytes_read'])} in {data['passes']} pass(es)"),
         ("write", f"{human(data['bytes_written'])} in {data['files']} file(s)"),
         ("memory", f"{human(data['memory'])} of buffers (limit {human(data['memory_limit'])})"),
+        ("as a fix", f"at most {fix.changes:,d} entries, then about {human(fix.size)} (`safepatch build`)"),
         ("in chunks", f"{data['chunked']} target(s)"),
         ("free space", human(data["free_space"])),
         ("time", "unknown: `safepatch bench floor --save` measures this machine's rates"),
@@ -60,8 +126,7 @@ def command(
     if data["seconds"] is not None:
         rows[-1] = ("time", f"about {data['seconds']:.1f} s, inputs not in the page cache")
     rows += [("note", note) for note in made.notes]
-    for key, value in rows:
-        click.echo(f"{key + ':':12} {printable(value)}")
+    _table(rows)
     if tensors:
         click.echo(f"\n{'dtype':5} {'entries':>14} {'passes':>6}  {'k per patch':24} tensor")
         for row in data["tensors"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from safepatch_core.commands.apply import tell
-from safepatch_core.commands.common import ByteProgress, output_options, write_options
+from safepatch_core.commands.common import ByteProgress, memory_option, output_options, write_options
 
 
 @click.command(name="revert")
@@ -13,6 +13,7 @@ from safepatch_core.commands.common import ByteProgress, output_options, write_o
 @click.option("--from", "checkpoint", required=True, type=click.Path(), help="The checkpoint that carries it.")
 @click.option("-o", "--output", "out", type=click.Path(), help="Directory to create: a copy without the change.")
 @click.option("--in-place", is_flag=True, help="Change the checkpoint itself; after a crash any run goes on.")
+@memory_option
 @write_options
 @output_options
 def command(
@@ -22,6 +23,7 @@ def command(
     in_place: bool,
     force: bool,
     resume: bool,
+    memory_limit: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -29,5 +31,12 @@ def command(
     from safepatch_core.fixes.apply import revert
 
     with ByteProgress("revert", quiet) as progress:
-        result = revert(fix, checkpoint, out, in_place=in_place, force=force, resume=resume, progress=progress)
+        result = revert(
+            *(fix, checkpoint, out),
+            in_place=in_place,
+            force=force,
+            resume=resume,
+            memory_limit=memory_limit,
+            progress=progress,
+        )
     tell(result, quiet, as_json)

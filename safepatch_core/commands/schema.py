@@ -10,6 +10,6 @@ from safepatch_core.commands.common import emit
 @click.command(name="schema")
 def command() -> None:
     """The JSON Schema of recipes. In an editor: `# yaml-language-server: $schema=recipe.schema.json`."""
-    from safepatch_core.merging.recipe import Recipe
+    from safepatch_core.merging.keys import described_schema
 
-    emit(Recipe.model_json_schema())
+    emit(described_schema())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import emit, engine_options, output_options
+from safepatch_core.commands.common import any_recipe, emit, engine_options, output_options
 from safepatch_core.errors import printable
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ def command(
     as_json: bool,
 ) -> None:
     """Check a merged checkpoint, by checksums, and with a recipe every byte; or a fix file, and its base."""
-    from safepatch_core.commands.common import any_recipe
     from safepatch_core.merging.verification import verify as run
 
     if base is not None or os.path.isfile(out):

@@ -51,7 +51,7 @@ from safepatch_core.language.model import (
 from safepatch_core.merging.recipe import Recipe, of_language, parse_recipe
 from safepatch_core.merging.sources import open_source
 from safepatch_core.pictures import can_draw, picture
-from safepatch_core.progress import Progress, Report, warn
+from safepatch_core.progress import Listener, Progress, warn
 from safepatch_core.ranks import Ranks, first, together
 
 RECIPE, CURVES = "recipe.yaml", "curves.png"
@@ -61,10 +61,10 @@ BACKBONE = "backbone"
 RANKED = {"patched": PATCHES, "backbone": (BACKBONE,), "none": ()}
 
 
-def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Report | None) -> dict[str, Any]:
+def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Listener | None) -> dict[str, Any]:
     """Does every step that is not done yet; returns the record, as RUN/derive.json holds it."""
     with ranks_of_derive(config) as ranks, _environment(config):
-        job = together(ranks, lambda: Job(config, quiet, report, ranks))
+        job = together(ranks, lambda: Steps(config, quiet, report, ranks))
         with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume, ranks=ranks) as out:
             for name in PATCHES:
                 out.step(name, partial(job.train, out, name))
@@ -90,13 +90,13 @@ def _environment(config: DeriveConfig) -> Iterator[None]:
         raise IOFailure(f"writing failed: {error}", file=config.out) from error
 
 
-class Job:
+class Steps:
     """The checked inputs of a run, and its steps.
 
     Raises InputError for a bad model, tokenizer or data file, before anything is written.
     """
 
-    def __init__(self, config: DeriveConfig, quiet: bool, report: Report | None, ranks: Ranks) -> None:
+    def __init__(self, config: DeriveConfig, quiet: bool, report: Listener | None, ranks: Ranks) -> None:
         self._config, self._ranks = config, ranks
         if ranks.rank > 0:
             quiet, report = True, None

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.errors import printable
 from safepatch_core.evaluating import text
 from safepatch_core.evaluating.plots import layer_shares, trade_off
+from safepatch_core.pages import document, shown
 from safepatch_core.pictures import can_draw
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SHOWN = 4000  # characters of an answer
 
 
 def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -21,12 +20,13 @@ def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["shown"] = _shown
+    environment.filters["shown"] = shown
     drawn = can_draw()
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    names = ", ".join(report["models"][label]["name"] for label in text.labels(report))
+    body = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         report=report,
         models=report["models"],
-        names=", ".join(report["models"][label]["name"] for label in text.labels(report)),
+        names=names,
         roles=text.roles(report),
         metrics=[_entry(report, metric, metric) for metric in report["metrics"]],
         categories=[
@@ -36,7 +36,7 @@ def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
         ],
         drawn=drawn,
         planes=trade_off(report) if drawn else [],
-        survival=text.survival(report),
+        survival=text.survival(report) + text.later(report),
         layers=layer_shares(report) if drawn else [],
         samples=text.samples(report, rows),
         verdict=text.verdict,
@@ -46,6 +46,7 @@ def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
         facts={name: _plain(about) for name, about in report["data"].items()},
         settings=_plain(report["settings"]),
     )
+    return document(f"Evaluation of {names}", body)
 
 
 def _entry(report: text.Report, metric: Mapping[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,9 +85,3 @@ def _call(interval: Sequence[float] | None, better: str) -> str:
 
 def _plain(about: Mapping[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-
-
-def _shown(said: str) -> str:
-    """Text of a model or a data file: lines kept, controls visible, not endless."""
-    kept = said if len(said) <= SHOWN else said[:SHOWN] + "… [cut]"
-    return "\n".join(map(printable, kept.splitlines()))

@@ -4,83 +4,38 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
-from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_tensor
-from safepatch_core.spec import COMBINE, ITEMSIZE, Acts, Combine
+from safepatch_core.merging.manifest import Manifest
+from safepatch_core.merging.survive import survive
+from safepatch_core.spec import ITEMSIZE
 
 PIECE = 8 << 20  # bytes of each checkpoint in memory at once
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class Counts(BaseModel):
-    """Entries of one tensor: all, in a patch's set, and acted on by that patch."""
-
-    entries: int
-    selected: int
-    applied: int
-
-
-class Patch(BaseModel):
-    """What the manifest says about one patch; every patch has the same tensors."""
-
-    name: str
-    tensors: dict[str, Counts]
-
-
-class Made(BaseModel):
-    """What of the recipe matters here."""
-
-    base: str
-    combine: Combine
-
-
-class Manifest(BaseModel):
-    """The manifest of a merged checkpoint."""
-
-    recipe: Made
-    patches: list[Patch]
-
-    def layers(self) -> list[dict[str, Any]]:
-        """Per patch, how many entries of each layer there are, were selected and applied."""
-        return [
-            {"name": patch.name, "layers": _by_layer((t, of.model_dump()) for t, of in patch.tensors.items())}
-            for patch in self.patches
-        ]
-
-    def acted(self) -> dict[str, int] | None:
-        """Per target, on how many entries at least one patch acts; None where counts per patch don't tell.
-
-        Unless patches act alone, two may act on the same entry, and the manifest doesn't say on how many.
-        """
-        applied = {t: [patch.tensors[t].applied for patch in self.patches] for t in self.patches[0].tensors}
-        shared = COMBINE[self.recipe.combine].acts != Acts.ALONE
-        if shared and any(np.count_nonzero(of) > 1 for of in applied.values()):
-            return None
-        return {tensor: sum(of) for tensor, of in applied.items()}
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Raises InputError if the file is no manifest of a merge."""
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-        if len({frozenset(patch.tensors) for patch in manifest.patches}) != 1:
-            raise ValueError("patches with different targets, or none")
-        return manifest
-    except ValueError as error:
-        raise InputError("not the manifest of a merge", file=path) from error
+def layers_of(manifest: Manifest) -> list[dict[str, Any]]:
+    """Per patch, how many entries of each layer there are, were selected and applied."""
+    return [
+        {"name": patch.name, "layers": _by_layer((t, of.model_dump()) for t, of in patch.tensors.items())}
+        for patch in manifest.patches
+    ]
 
 
 def survivals(
-    manifests: Mapping[str, Manifest], folders: Mapping[str, Path], models: Mapping[str, Mapping[str, Any]]
+    manifests: Mapping[str, Manifest],
+    folders: Mapping[str, Path],
+    models: Mapping[str, Mapping[str, Any]],
+    formats: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Label of a merged model → its `survival`, where the baseline can be seen to be its base.
+
+    With `formats` also `later`, what these quantisations would leave of it.
 
     Of its base a manifest says no more than what it is called. That is not enough where the baseline is a merge too:
     the model may be merged from a later one of the same name, which differs from both in few entries.
@@ -94,7 +49,21 @@ def survivals(
         for label, manifest in manifests.items()
         if _last(manifest.recipe.base) in called
     }
-    return {label: of for label, of in found.items() if of is not None}
+    known = {label: of for label, of in found.items() if of is not None}
+    return {label: of | later(folders[label], baseline, formats) for label, of in known.items()}
+
+
+def later(merged: Path, baseline: Path, formats: Sequence[str]) -> dict[str, Any]:
+    """Per format, what it leaves of the whole change and of each patch; nothing where no format is asked for."""
+    if not formats:
+        return {}
+    found = survive(merged, baseline, formats)
+    return {
+        "later": {
+            name: {"whole": of.whole.total.facts(), "patches": {p: s.total.facts() for p, s in of.patches.items()}}
+            for name, of in found.formats.items()
+        }
+    }
 
 
 def _last(ref: str) -> str:

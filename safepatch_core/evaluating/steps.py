@@ -17,23 +17,23 @@ from safepatch_core.evaluating.data import Data, load
 from safepatch_core.evaluating.judge import Verdict, prefix_verdict
 from safepatch_core.evaluating.judge_model import Classifier
 from safepatch_core.evaluating.measure import Measurement, measure
-from safepatch_core.evaluating.patches import read_manifest, survivals
+from safepatch_core.evaluating.patches import layers_of, survivals
 from safepatch_core.evaluating.report import answers, build, files, names
 from safepatch_core.evaluating.subject import locate
 from safepatch_core.evaluating.tasks import Tasks
 from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.companions import companions
 from safepatch_core.files.disk import hash_file
 from safepatch_core.files.filenames import MANIFEST, SUMS
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
 from safepatch_core.language.model import at_work, limits
+from safepatch_core.merging.manifest import read_manifest
 from safepatch_core.progress import warn
 from safepatch_core.version import __version__
 
 # The report's own size hardly matters; a disk with less room than this is full.
 ROOM = 1 << 20
-# What a checkpoint directory holds beside its weights that changes what the model says.
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[str, Any]:
@@ -45,26 +45,14 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
     with at_work(config.threads, "lower batch_size or max_length"):
         classifier = None if judge is None else Classifier(judge, config)
         tasks = Tasks(config) if config.tasks else None
-        hashed = {folder: _digest(folder) for folder in {folder.resolve() for folder in folders.values()}}
-        digests = {label: hashed[folder.resolve()] for label, folder in folders.items()}
         merged = {label: folder for label, folder in folders.items() if (folder / MANIFEST).is_file()}
         manifests = {label: read_manifest(folder / MANIFEST) for label, folder in merged.items()}
         facts: dict[str, Any] = {
-            "models": {
-                label: {"name": name, "sha256": digests[label]} for label, name in names(config.models).items()
-            },
-            "patches": {label: manifest.layers() for label, manifest in manifests.items()},
+            "models": _models(config, folders),
+            "patches": {label: layers_of(manifest) for label, manifest in manifests.items()},
             "tasks": None if tasks is None else tasks.about,
         }
-        identity = RunIdentity(
-            {
-                "version": f"{__version__}, torch {torch.__version__}, transformers {version('transformers')}",
-                "settings": digest([config.with_data().settings(), config.device, config.threads]),
-                "data": digest([data.about, facts["tasks"]]),
-                "models": digest(facts["models"]),
-                "judge": config.judge if judge is None else _digest(judge),
-            }
-        )
+        identity = _identity(config, data, facts, judge)
         facts["fingerprint"] = identity.digest
         inputs = [*folders.values(), *data.paths, *([] if judge is None else [judge])]
         out = Path(config.out)
@@ -76,15 +64,9 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             if done is not None:
                 staging.discard()
                 return done
-            # Models that are the same, often the baseline, are measured once, under the first label.
-            same = {label: next(of for of in digests if digests[of] == digests[label]) for label in folders}
-            once = {
-                label: _measured(staging, folders[label], label, data, tasks, config, quiet)
-                for label in dict.fromkeys(same.values())
-            }
-            judged = _verdicts(data, once, classifier, quiet)
-            measured = {label: once[of] for label, of in same.items()}
-            verdicts = {label: judged[of] for label, of in same.items()}
+            facts["survival"] = survivals(manifests, folders, facts["models"], config.later)
+            measured = _measured(staging, folders, facts["models"], data, tasks, config, quiet)
+            verdicts = _verdicts(data, measured, classifier, quiet)
             if classifier is not None:
                 facts["judge"] = {
                     "name": names({"judge": config.judge})["judge"],
@@ -93,7 +75,6 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
                     "reads": config.judge_reads,
                     "same_as_prefix": _agreement(measured, verdicts),
                 }
-            facts["survival"] = survivals(manifests, folders, facts["models"])
             report = build(config, data, measured, verdicts, facts)
             rows = answers(data, measured, verdicts, classifier is not None)
             for name, content in files(report, rows).items():
@@ -102,7 +83,46 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
     return report
 
 
+def _models(config: EvalConfig, folders: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """Label → name and digest; a folder that stands under two labels is read once."""
+    hashed = {folder: _digest(folder) for folder in {folder.resolve() for folder in folders.values()}}
+    return {
+        label: {"name": name, "sha256": hashed[folders[label].resolve()]}
+        for label, name in names(config.models).items()
+    }
+
+
+def _identity(config: EvalConfig, data: Data, facts: Mapping[str, Any], judge: Path | None) -> RunIdentity:
+    return RunIdentity(
+        {
+            "version": f"{__version__}, torch {torch.__version__}, transformers {version('transformers')}",
+            "settings": digest([config.with_data().settings(), config.device, config.threads]),
+            "data": digest([data.about, facts["tasks"]]),
+            "models": digest(facts["models"]),
+            "judge": config.judge if judge is None else _digest(judge),
+        }
+    )
+
+
 def _measured(
+    staging: Staging,
+    folders: Mapping[str, Path],
+    models: Mapping[str, Mapping[str, str]],
+    data: Data,
+    tasks: Tasks | None,
+    config: EvalConfig,
+    quiet: bool,
+) -> dict[str, Measurement]:
+    """Label → its measurement. Models that are the same, often the baseline, are measured once."""
+    same = {label: next(of for of in models if models[of]["sha256"] == models[label]["sha256"]) for label in folders}
+    once = {
+        label: _one(staging, folders[label], label, data, tasks, config, quiet)
+        for label in dict.fromkeys(same.values())
+    }
+    return {label: once[of] for label, of in same.items()}
+
+
+def _one(
     staging: Staging,
     folder: Path,
     label: str,
@@ -125,18 +145,21 @@ def _measured(
 def _verdicts(
     data: Data, measured: Mapping[str, Measurement], classifier: Classifier | None, quiet: bool
 ) -> dict[str, dict[str, list[Verdict]]]:
-    """Label of a model → set → a verdict on each answer."""
-    places = [(label, prompts) for label in measured for prompts in data.sets]
+    """Label of a model → set → a verdict on each answer. Models that share a measurement are judged once."""
+    first: dict[int, str] = {}
+    for label, measurement in measured.items():
+        first.setdefault(id(measurement), label)
+    places = [(label, prompts) for label in first.values() for prompts in data.sets]
     said = [measured[label].replies[prompts.name].answers for label, prompts in places]
     if classifier is None:
         found = [list(map(prefix_verdict, of)) for of in said]
     else:
         asked = [[row.values["question"] for row in prompts.rows] for _, prompts in places]
         found = classifier.verdicts(list(zip(asked, said, strict=True)), quiet=quiet)
-    verdicts: dict[str, dict[str, list[Verdict]]] = {label: {} for label in measured}
+    verdicts: dict[str, dict[str, list[Verdict]]] = {label: {} for label in first.values()}
     for (label, prompts), of in zip(places, found, strict=True):
         verdicts[label][prompts.name] = of
-    return verdicts
+    return {label: verdicts[first[id(measurement)]] for label, measurement in measured.items()}
 
 
 def _agreement(
@@ -154,9 +177,9 @@ def _agreement(
 
 def _digest(folder: Path) -> str:
     """Of all that makes the model: the report says which weights it measured; a piece is believed for them alone."""
-    shards = {shard.path for shard in open_checkpoint(folder).shards}
-    companions = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    return digest([(path.name, hash_file(path)) for path in sorted(shards | companions)])
+    opened = open_checkpoint(folder)
+    files = {shard.path for shard in opened.shards} | set(companions(opened))
+    return digest([(path.name, hash_file(path)) for path in sorted(files)])
 
 
 def _complete(out: Path, fingerprint: str) -> dict[str, Any] | None:

@@ -27,6 +27,8 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     ("adapters.npz", "an adapter of mlx-lm", "the model that `mlx_lm.fuse --dequantize` writes"),
     ("adapter_model.bin", "an adapter that is a pickle, which is never loaded", "one that PEFT saved as safetensors"),
     ("*.gguf", "a GGUF file, whose weights are quantised", "the float model that it was made from"),
+    ("*.incomplete", "a download that was not finished", "the whole file: download it again"),
+    ("*.bin.index.json", "the index of a pickle, which is never loaded", f"{_SAVE} (it writes safetensors)"),
     ("*.bin", *_PICKLE),
     ("*.pt", *_PICKLE),
     ("*.pth", *_PICKLE),
@@ -43,6 +45,10 @@ def foreign(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
         found = next((name for name in names if fnmatchcase(name, glob)), None)
         if found is not None:
             return f"{found}: {what}", expected
+    for folder in names:
+        held = sorted((root / folder).glob("*.safetensors")) + sorted((root / folder).glob("*/*.safetensors"))
+        if held and not folder.startswith("."):
+            return f"{held[0].relative_to(root)}", f"the folder that holds the weights, such as {held[0].parent}"
     return None
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from safepatch_core.errors import Busy, IOFailure, OutputError, SafepatchError
+from safepatch_core.files.direct import DirectWriter
 from safepatch_core.threads import room_for_a_thread
 
 _RENAME_EXCHANGE = 2
@@ -28,6 +29,8 @@ _DROP_LAG = 256 << 20
 # Zeros are left out of sparse files in steps of this many bytes.
 _HOLE = 64 << 10
 _READ = 1 << 20  # bytes read at once where a file is hashed
+# Files from so many bytes on are written past the page cache.
+DIRECT_BYTES = 64 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -169,8 +172,9 @@ class HashedFile:
     """Bytes [lo, hi) of a file, written from front to back and hashed on a second thread meanwhile.
 
     `at` is where the next bytes go. It starts behind `lo` if the file has what `marks` say: an end, and the SHA-256
-    of all before it. A `sparse` file keeps long runs of zeros as holes; other files have their space reserved first.
-    With `drop` the pages of what was written are given back, for files that outgrow memory.
+    of all before it. A `sparse` file keeps long runs of zeros as holes; other files have their space reserved first,
+    and large ones are written past the page cache where that can be done. With `drop` the pages of what was written
+    are given back, for files that outgrow memory.
     """
 
     def __init__(
@@ -193,6 +197,7 @@ class HashedFile:
         # Ranks that share a file each reserve it; the stage held nothing under this name before.
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="safepatch-hash")
+        self._direct: DirectWriter | None = None
         try:
             if self.whole:
                 room_for_a_thread()
@@ -204,6 +209,9 @@ class HashedFile:
                 os.ftruncate(self._fd, size)
             elif size:
                 os.posix_fallocate(self._fd, 0, size)
+                if hi - lo >= DIRECT_BYTES:
+                    with contextlib.suppress(OSError, MemoryError):  # not to be had here
+                        self._direct = DirectWriter(path, self._fd)
         except BaseException:
             self.close()
             raise
@@ -224,10 +232,13 @@ class HashedFile:
         data = data.cast("B")
         hashed = self._hasher.submit(self._hash.update, data) if self.whole else None
         with failures_named(self.shown, self._needed):
-            for lo, hi in _runs_of_data(data) if self._sparse else [(0, len(data))]:
-                self._put(data[lo:hi], self.at + lo, source and Extent(source.fd, source.offset + lo))
+            if self._direct is not None:
+                self._direct.write(data, self.at)
+            else:
+                for lo, hi in _runs_of_data(data) if self._sparse else [(0, len(data))]:
+                    self._put(data[lo:hi], self.at + lo, source and Extent(source.fd, source.offset + lo))
+                self._start_writeback(self.at, len(data))
             self.at += len(data)
-            self._start_writeback(self.at - len(data), len(data))
         return hashed
 
     def _put(self, data: memoryview, at: int, source: Extent | None) -> None:
@@ -261,12 +272,16 @@ class HashedFile:
         if self.at != self._end:
             raise RuntimeError(f"{self.path}: {self.at} of {self._end} bytes written")
         with failures_named(self.shown, self._needed):
+            if self._direct is not None:
+                self._direct.flush()
             os.fsync(self._fd)
 
     def sync_beginning(self) -> str:
         """All bytes so far are on the disk; their SHA-256, in hexadecimal."""
         hashed = self._hasher.submit(self._hash.copy)
         with failures_named(self.shown, self._needed):
+            if self._direct is not None:
+                self._direct.flush()
             os.fdatasync(self._fd)
         return hashed.result().hexdigest()
 
@@ -277,5 +292,7 @@ class HashedFile:
     def close(self) -> None:
         if self._fd >= 0:
             self._hasher.shutdown()
+            if self._direct is not None:
+                self._direct.close()
             os.close(self._fd)
             self._fd = -1

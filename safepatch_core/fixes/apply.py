@@ -24,13 +24,14 @@ from safepatch_core.files.staging import Staging
 from safepatch_core.fixes.checking import GOAL, Advance, Direction, Sides, check, require, settling, teller_of
 from safepatch_core.fixes.inplace import carry, held, require_free
 from safepatch_core.fixes.ledger import Entry, Ledger, is_id, keep, kept_path, open_kept
+from safepatch_core.fixes.plan import memory_needed, space_needed
 from safepatch_core.fixes.reading import WINDOW, Fix, open_fix
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputFile, lay_out
+from safepatch_core.settings import size
 from safepatch_core.version import __version__
 
 Progress = Callable[[int, int], None]
-SMALL_FILES = 1 << 20  # room that card, manifest, sums and ledger may need beside the shards and companions
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def apply(
     date: str | None = None,
     force: bool = False,
     resume: bool = False,
+    memory_limit: str | int | None = None,
     progress: Progress | None = None,
 ) -> ApplyResult:
     """Apply a fix file to a checkpoint.
@@ -70,17 +72,18 @@ def apply(
         date: noted in the ledger.
         force: replace an existing `out`, in one step.
         resume: finish an interrupted copy, to the same bytes.
+        memory_limit: bytes, or text like "1GiB"; a fix that needs more is refused.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        UsageError: neither or both of `out` and `in_place`.
+        UsageError: neither or both of `out` and `in_place`, or the limit is too small.
         InputError: the fix is broken, or the checkpoint is not one that it can be applied to.
         OutputError: the output can't be created or written.
         IOFailure: reading or writing failed.
         Busy: another run changes the checkpoint or writes the output.
     """
-    with _opened(fix, checkpoint) as opened:
-        return _run(opened, checkpoint, out, "apply", in_place, date, force, resume, progress)
+    with opened(fix, checkpoint, memory_limit) as it:
+        return _run(it, checkpoint, out, "apply", in_place, date, force, resume, progress)
 
 
 def revert(
@@ -91,27 +94,40 @@ def revert(
     in_place: bool = False,
     force: bool = False,
     resume: bool = False,
+    memory_limit: str | int | None = None,
     progress: Progress | None = None,
 ) -> ApplyResult:
     """Take a fix out of a checkpoint that carries it, which gives back the entries that were there, to the bit.
 
     Args:
         fix: the fix file, or the id of one that the checkpoint keeps.
-        checkpoint, out, in_place, force, resume, progress: as for `apply`.
+        checkpoint: where the fix is.
+        out: as for `apply`.
+        in_place: as for `apply`.
+        force: as for `apply`.
+        resume: as for `apply`.
+        memory_limit: as for `apply`.
+        progress: as for `apply`.
 
     Raises:
         UsageError, OutputError, IOFailure, Busy: as for `apply`.
         InputError: the fix is broken, the checkpoint doesn't carry it, or a fix above touches the same entries.
     """
-    with _opened(fix, checkpoint) as opened:
-        return _run(opened, checkpoint, out, "revert", in_place, None, force, resume, progress)
+    with opened(fix, checkpoint, memory_limit) as it:
+        return _run(it, checkpoint, out, "revert", in_place, None, force, resume, progress)
 
 
 @contextmanager
-def _opened(fix: str | os.PathLike[str], checkpoint: str | os.PathLike[str]) -> Iterator[Fix]:
+def opened(
+    fix: str | os.PathLike[str], checkpoint: str | os.PathLike[str], memory_limit: str | int | None = None
+) -> Iterator[Fix]:
+    """A fix file, or the one of that id that the checkpoint keeps, once the limit leaves room to apply it."""
     named = is_id(os.fspath(fix)) and not os.path.exists(fix)
-    with open_kept(Path(checkpoint), os.fspath(fix)) if named else open_fix(fix) as opened:
-        yield opened
+    with open_kept(Path(checkpoint), os.fspath(fix)) if named else open_fix(fix) as it:
+        limit, needed = size(memory_limit), memory_needed(it)
+        if limit is not None and limit < needed:
+            raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected=f"at least {needed}")
+        yield it
 
 
 def _run(
@@ -179,8 +195,7 @@ def _copy(
         ledger.drop(fix.id)
     else:
         ledger.put(Entry(fix.id, fix.recipe, date=date))
-    needed = sum(output.size for output in outputs if not output.sparse) + fix.size + SMALL_FILES
-    needed += sum(path.stat().st_size for path in small)
+    needed = space_needed(outputs, small, fix)
     inputs = [shard.path for shard in checkpoint.shards] + [fix.path] + ([checkpoint.root] if checkpoint.root else [])
     identity = _identity(fix, checkpoint, direction, ledger)
     with Staging(out, inputs, identity, needed=needed, force=force, resume=resume) as staging:

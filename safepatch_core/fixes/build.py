@@ -19,11 +19,12 @@ from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkp
 from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.fixes import format
+from safepatch_core.fixes.checking import require_same_table
 from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
 from safepatch_core.merging.api import plan
-from safepatch_core.merging.effect import require_deltas, require_eligible
+from safepatch_core.merging.effect import require_deltas, require_eligible, require_survival
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
@@ -87,7 +88,7 @@ def build(
         recipe = plan(recipe, **engine)
     require_deltas(recipe)
     inputs = [shard.path for checkpoint in recipe.inputs for shard in checkpoint.shards]
-    total = sum(target.entry_bytes * target.entry.entries for target in recipe.targets.values())
+    total = sum(target.bytes_of(target.entry.entries) for target in recipe.targets.values())
     with (
         closing(ranks_of_this_run()) as ranks,
         _output(Path(out), inputs, force, ranks) as path,
@@ -96,7 +97,9 @@ def build(
         recorder = _Recorder(recipe, writer)
         job = Merge(recipe, recipe.engine, _counted(progress, total), ranks=ranks, around=recorder.around)
         counts = job.run(recorder)
-        require_eligible(recipe, {name: report for of in ranks.gather(counts) for name, report in of.items()})
+        found = {name: report for of in ranks.gather(counts) for name, report in of.items()}
+        require_eligible(recipe, found)
+        require_survival(recipe, found)
         writer.join(ranks)
         result = _finish(path, recipe.base, writer, recipe.resolved_recipe(), ranks)
         return replace(result, warnings=recipe.warnings, notes=recipe.notes)
@@ -115,7 +118,9 @@ def build_between(
     Args:
         base: where the fix will apply.
         merged: what it will give. The recipe is told by its manifest, if it has one.
-        out, force, progress: as for `build`.
+        out: the file to create, as for `build`.
+        force: as for `build`.
+        progress: as for `build`.
 
     Raises:
         InputError: the two differ in more than values, in nothing, or in entries that aren't 1, 2 or 4 bytes wide; or
@@ -123,7 +128,7 @@ def build_between(
         OutputError, IOFailure, Busy: as for `build`.
     """
     old, new = open_checkpoint(base), open_checkpoint(merged)
-    _same_table(old, new)
+    require_same_table(old, new)
     inputs = [shard.path for checkpoint in (old, new) for shard in checkpoint.shards]
     advance = _counted(progress, sum(entry.nbytes for entry in old.tensors.values()))
     with closing(ranks_of_this_run()) as ranks, _output(Path(out), inputs, force, ranks) as path:
@@ -204,7 +209,7 @@ class _Recorder:
     def __init__(self, plan: Plan, writer: Writer) -> None:
         self.writer, self._plan = writer, plan
         sizes = [
-            WIDTH[t.entry.dtype] * (t.entry.entries if t.whole else plan.chunk_entries(t))
+            t.stored_bytes(t.entry.entries if t.whole else min(plan.chunk_entries(t), t.entry.entries))
             for t in plan.targets.values()
         ]
         self._old = np.empty(max(sizes, default=0), np.uint8)
@@ -220,16 +225,18 @@ class _Recorder:
         return work
 
     def _record(self, unit: Unit, old: Any, new: Any) -> None:
-        width = WIDTH[unit.entry.dtype]
+        assert unit.target is not None
+        stored = unit.target.stored
+        width = WIDTH[stored.dtype]
         if unit.lo == 0:
-            self._encoder = self.writer.encoder(unit.entry.entries, width)
+            self._encoder = self.writer.encoder(stored.entries, width)
         assert self._encoder is not None
-        self._encoder.add(old.view(f"u{width}"), new.view(f"u{width}"), unit.lo)
+        self._encoder.add(old.view(f"u{width}"), new.view(f"u{width}"), unit.target.stored_bytes(unit.lo) // width)
         if unit.hi == unit.entry.entries:
-            self.writer.add(unit.entry.name, self._encoder)
+            self.writer.add(stored.name, self._encoder)
 
     def begin(self, part: OutputPart, counts: dict[str, Report]) -> OutputPart | None:
-        targets = tuple(entry for entry in part.tensors if entry.name in self._plan.targets)
+        targets = tuple(entry for entry in part.tensors if entry.name in self._plan.by_stored)
         return OutputPart(part.output, targets, part.lo, part.hi)
 
     def write(self, data: memoryview, source: object = None) -> None:
@@ -237,21 +244,6 @@ class _Recorder:
 
     def end(self) -> None:
         pass
-
-
-def _same_table(base: Checkpoint, merged: Checkpoint) -> None:
-    for name in sorted(base.tensors.keys() | merged.tensors.keys(), key=str.encode):
-        old, new = base.tensors.get(name), merged.tensors.get(name)
-        if old is None or new is None:
-            raise InputError("only one of the two has it", file=merged.ref if old is None else base.ref, tensor=name)
-        if (old.dtype, old.shape) != (new.dtype, new.shape):
-            raise InputError(
-                "the two differ in dtype or shape",
-                file=merged.ref,
-                tensor=name,
-                found=f"{new.dtype} {list(new.shape)}",
-                expected=f"{old.dtype} {list(old.shape)}",
-            )
 
 
 def _compare(

@@ -14,7 +14,7 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.fixes import codec
 from safepatch_core.fixes.format import BLOCK, WIDTH, table_hash
-from safepatch_core.fixes.reading import Fix, Proof, Touched
+from safepatch_core.fixes.reading import Fix, Proof, Touched, stretches
 from safepatch_core.fixes.reference import Broken, Entries, Run, Tally
 from safepatch_core.merging.inputs import Inputs
 
@@ -124,6 +124,22 @@ def check_table(fix: Fix, checkpoint: Checkpoint) -> None:
         )
 
 
+def require_same_table(base: Checkpoint, merged: Checkpoint) -> None:
+    """Raises InputError unless two checkpoints have the same tensors, of the same dtypes and shapes."""
+    for name in sorted(base.tensors.keys() | merged.tensors.keys(), key=str.encode):
+        old, new = base.tensors.get(name), merged.tensors.get(name)
+        if old is None or new is None:
+            raise InputError("only one of the two has it", file=merged.ref if old is None else base.ref, tensor=name)
+        if (old.dtype, old.shape) != (new.dtype, new.shape):
+            raise InputError(
+                "the two differ in dtype or shape",
+                file=merged.ref,
+                tensor=name,
+                found=f"{new.dtype} {list(new.shape)}",
+                expected=f"{old.dtype} {list(old.shape)}",
+            )
+
+
 def check(fix: Fix, checkpoint: Checkpoint, advance: Advance = lambda n: None) -> Sides:
     """Tell the side of every touched entry. Reads the touched tensors and all of the fix; changes nothing.
 
@@ -146,9 +162,9 @@ def check(fix: Fix, checkpoint: Checkpoint, advance: Advance = lambda n: None) -
 
 def _check(teller: Teller, files: Inputs, entry: TensorEntry) -> Sides:
     for lo, run in teller.windows():
-        entries = np.empty(run.entries, f"<u{teller.width}")
-        if run.changes:
-            files.read(entry, lo * teller.width, entries.view(np.uint8))
+        entries = np.zeros(run.entries, f"<u{teller.width}")
+        for a, b in stretches(run.rows, run.entries):
+            files.read(entry, (lo + a) * teller.width, entries[a:b].view(np.uint8))
         teller.settle(run, settling(entries, codec.KEEP))
     return teller.finish()
 

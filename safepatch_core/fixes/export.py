@@ -49,7 +49,7 @@ class ExportResult:
 def export(
     fix: str | os.PathLike[str],
     to: Format,
-    base: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
     version: int = 1,
@@ -61,20 +61,22 @@ def export(
         fix: the fix file.
         to: `dense`, a checkpoint with the fix applied; `slime`, a directory `weight_vNNNNNN` of compressed byte
             deltas, which servers pull; `shira`, a sparse adapter of PEFT.
-        base: the checkpoint that the fix applies to.
+        base: the checkpoint that the fix applies to; None is the one that its recipe names, looked for beside the fix
+            file, where the recipe mostly lay, before it is taken as it stands.
         out: directory to create; for `slime` the one that versions lie in.
         version: of `slime`; the server must have the one before.
         force: replace an existing output, in one step.
 
     Raises:
         InputError: the base doesn't fit, or the format can't give the same bits.
-        UsageError: a package is missing.
+        UsageError: a package is missing, or the fix names no base and none is given.
         OutputError, IOFailure, Busy: as for `apply`.
     """
-    if to == "dense":
-        result = apply(fix, base, out, force=force)
-        return ExportResult(result.out, to, result.id, result.tensors)
     with open_fix(fix) as opened:
+        base = _base_of(opened) if base is None else base
+        if to == "dense":
+            result = apply(fix, base, out, force=force)
+            return ExportResult(result.out, to, result.id, result.tensors)
         checkpoint = open_checkpoint(base)
         require(opened, check(opened, checkpoint), "apply", checkpoint.ref)
         target = Path(out) / f"weight_v{version:06d}" if to == "slime" else Path(out)
@@ -87,6 +89,15 @@ def export(
             (_slime if to == "slime" else _shira)(_Job(opened, checkpoint, files, staging), version)
             staging.publish()
         return ExportResult(staging.out, to, opened.id, len(opened.tensors))
+
+
+def _base_of(fix: Fix) -> str | Path:
+    """The base that the fix's recipe names."""
+    named = fix.recipe.get("base") if isinstance(fix.recipe, dict) else None
+    if not isinstance(named, str):
+        raise UsageError("the fix does not name its base", file=fix.path, expected="--base")
+    beside = fix.path.parent / named
+    return beside if beside.exists() else named
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import HEADER_LIMIT, TensorEntry, count_marks
@@ -29,8 +28,7 @@ SKIP = {"U8": 255, "U16": 65535}
 MOST_CODES = BLOCK + BLOCK // 255
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What the metadata says about a touched tensor: N, n, and the hashes of the touched entries' bytes."""
 
     entries: int

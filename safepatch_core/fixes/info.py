@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -73,13 +73,16 @@ def info(path: str | os.PathLike[str]) -> FixInfo:
     """
     with open_fix(path) as fix:
         tensors = {name: Share(touched.entries, touched.changes) for name, touched in fix.tensors.items()}
-        layers: dict[str, Share] = {}
-        for name, share in tensors.items():
-            layer = layer_of(name)
-            layers[layer] = layers.get(layer, Share(0, 0)) + share
-        ordered = {layer: layers[layer] for layer in sorted(layers, key=_by_number)}
         total = sum(tensors.values(), Share(0, 0))
-        return FixInfo(fix.id, fix.base, fix.recipe, fix.size, total, tensors, ordered)
+        return FixInfo(fix.id, fix.base, fix.recipe, fix.size, total, tensors, added_up(tensors, layer_of))
+
+
+def added_up(tensors: Mapping[str, Share], by: Callable[[str], str]) -> dict[str, Share]:
+    """The shares of all tensors of which `by` says the same, in order of their numbers."""
+    found: dict[str, Share] = {}
+    for name, share in tensors.items():
+        found[by(name)] = found.get(by(name), Share(0, 0)) + share
+    return {key: found[key] for key in sorted(found, key=by_number)}
 
 
 def layer_of(name: str) -> str:
@@ -88,7 +91,15 @@ def layer_of(name: str) -> str:
     return found[1] if found else name
 
 
-def _by_number(layer: str) -> list[tuple[int, str]]:
+def kind_of(name: str) -> str:
+    """What a tensor is in each layer: its name without the layer's part, other numbers, and `.weight`."""
+    found = _LAYER.match(name)
+    parts = (name[found.end() :] if found else name).removesuffix(".weight").split(".")
+    return ".".join("*" if part.isdigit() else part for part in parts)
+
+
+def by_number(layer: str) -> list[tuple[int, str]]:
+    """Sorts names so that layer 10 comes after layer 2."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in layer.split(".")]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.filenames import BUSY
 from safepatch_core.fixes.checking import check
 from safepatch_core.fixes.inplace import finish, held
@@ -55,17 +55,17 @@ def log(
         Busy: another run changes the checkpoint.
     """
     done = _finished(Path(checkpoint)) if finish else None
-    root = Path(checkpoint) if os.path.isdir(checkpoint) else None
-    ledger = Ledger(root)
+    opened = open_checkpoint(checkpoint, under_way=True)
+    ledger = Ledger(opened.root)
     pending = ledger.pending
     found = []
     for path in probes:
         with open_fix(path) as fix:
-            found.append(_probe(fix, os.fspath(path), checkpoint))
+            found.append(_probe(fix, os.fspath(path), opened))
     return LogResult(
         [entry.data() for entry in ledger.entries],
         None if pending is None else pending.data(),
-        root is not None and (root / BUSY).exists(),
+        opened.root is not None and (opened.root / BUSY).exists(),
         done,
         found,
     )
@@ -77,10 +77,9 @@ def _finished(root: Path) -> str | None:
     return None if entry is None else entry.id
 
 
-def _probe(fix: Fix, file: str, checkpoint: str | os.PathLike[str]) -> Probe:
-    opened = open_checkpoint(checkpoint, under_way=True)
+def _probe(fix: Fix, file: str, checkpoint: Checkpoint) -> Probe:
     try:
-        sides = check(fix, opened)
+        sides = check(fix, checkpoint)
     except InputError as error:
         if error.file is not None and Path(error.file) == fix.path:
             raise  # the fix itself is broken

@@ -10,22 +10,28 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.files.checkpoint import Shard, TensorEntry, identify, read_exact, read_shard
+from safepatch_core.files.checkpoint import Shard, TensorEntry, identify, read_exact, read_shard, uncollected
 from safepatch_core.fixes import format, reference
-from safepatch_core.fixes.format import BLOCK, KEYS, MOST_CODES, SKIP, VERSION, WIDEST, Facts, blocks, is_sparse
+from safepatch_core.fixes.format import BLOCK, KEYS, MOST_CODES, VERSION, WIDEST, Facts, blocks, is_sparse
 from safepatch_core.fixes.reference import Broken, Changes, Run
 
 WINDOW = 4 << 20  # bytes of entries that are worked on at once
 
 
-@dataclass(frozen=True, slots=True)
-class Touched:
+class Sparse(NamedTuple):
+    """A plane of which few bytes are not zero."""
+
+    at: TensorEntry
+    val: TensorEntry
+
+
+class Touched(NamedTuple):
     """One tensor that a fix changes: facts, and where its arrays lie."""
 
     name: str
@@ -33,7 +39,7 @@ class Touched:
     block: TensorEntry
     gap: TensorEntry
     side: TensorEntry
-    planes: tuple[TensorEntry | tuple[TensorEntry, TensorEntry] | None, ...]  # dense, (places, values) or all zero
+    planes: tuple[TensorEntry | Sparse | None, ...]  # one per byte of the widest entries; None is all zero
 
     @property
     def entries(self) -> int:
@@ -50,6 +56,13 @@ class Touched:
             yield first, min(first + step, count)
 
 
+def stretches(rows: NDArray[np.uint64], entries: int) -> list[tuple[int, int]]:
+    """The runs [lo, hi) of entries that are blocks with changes, of a window with these rows of the block table."""
+    full = np.concatenate(([False], rows[1:, 1] > rows[:-1, 1], [False]))
+    edges = np.flatnonzero(full[1:] != full[:-1]) * BLOCK
+    return [(int(lo), min(int(hi), entries)) for lo, hi in edges.reshape(-1, 2)]
+
+
 class Fix:
     """An open fix file. Its methods may be called from several threads; all raise InputError for a broken file.
 
@@ -57,14 +70,14 @@ class Fix:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        shard = read_shard(path, marks=format.MARKS)
         self.path = Path(path)
-        self.about = _checked_metadata(self.path, shard)
-        self.id, self.base = self.about["id"], self.about["base"]
-        self.recipe = _parsed(self.path, "recipe", self.about["recipe"])
-        self.tensors = _tensors(self.path, shard, _checked_facts(self.path, self.about["tensors"]))
-        self._identity, self.size = shard.identity, shard.size
-        self._rows: dict[str, NDArray[np.uint64]] = {}
+        with uncollected():
+            shard = read_shard(path, marks=format.MARKS)
+            self.about = _checked_metadata(self.path, shard)
+            self.id, self.base = self.about["id"], self.about["base"]
+            self.recipe = _parsed(self.path, "recipe", self.about["recipe"])
+            self.tensors = _tensors(self.path, shard, _checked_facts(self.path, self.about["tensors"]))
+        self._identity, self.size, self.header_size = shard.identity, shard.size, len(shard.header)
         self._fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
 
     def __enter__(self) -> Fix:
@@ -91,28 +104,29 @@ class Fix:
         """Raises InputError for a rule that the file breaks."""
         raise InputError(what, file=self.path, tensor=touched.name if touched else None, **facts)
 
-    def rows(self, touched: Touched) -> NDArray[np.uint64]:
-        """The block table of a tensor, checked: codes and changes of every block lie within bounds."""
-        if touched.name not in self._rows:
-            rows = self._array(touched.block, "<u8").reshape(-1, 2)
-            if (rows[0] != 0).any() or rows[-1].tolist() != [touched.gap.shape[0], touched.changes]:
-                found = f"{rows[0].tolist()} to {rows[-1].tolist()}"
-                self.broken(
-                    "the block table does not span the gaps and changes",
-                    touched,
-                    found=found,
-                    expected=f"[0, 0] to [{touched.gap.shape[0]}, {touched.changes}]",
-                )
-            if (rows[1:] < rows[:-1]).any():
-                self.broken("the block table is not in order", touched)
-            if (np.diff(rows, axis=0) > (MOST_CODES, BLOCK)).any():
-                self.broken("the block table gives a block more codes or changes than it has room for", touched)
-            self._rows[touched.name] = rows
-        return self._rows[touched.name]
+    def rows(self, touched: Touched, first: int, last: int) -> NDArray[np.uint64]:
+        """Rows first to last of a tensor's block table, checked: what they point to lies within bounds."""
+        rows = self._array(touched.block, "<u8", 2 * first, 2 * last + 2).reshape(-1, 2)
+        begin, end = [0, 0], [touched.gap.shape[0], touched.changes]
+        if (first == 0 and rows[0].tolist() != begin) or (
+            last == blocks(touched.entries) and rows[-1].tolist() != end
+        ):
+            found = f"{rows[0].tolist()} to {rows[-1].tolist()}"
+            self.broken(
+                "the block table does not span the gaps and changes",
+                touched,
+                found=found,
+                expected=f"{begin} to {end}",
+            )
+        if (rows[1:] < rows[:-1]).any() or (rows[-1] > end).any():
+            self.broken("the block table is not in order", touched)
+        if (np.diff(rows, axis=0) > (MOST_CODES, BLOCK)).any():
+            self.broken("the block table gives a block more codes or changes than it has room for", touched)
+        return rows
 
     def run(self, touched: Touched, width: int, first: int, last: int) -> Run:
         """What the fix says about blocks [first, last) of a tensor whose entries have `width` bytes."""
-        rows = self.rows(touched)[first : last + 1]
+        rows = self.rows(touched, first, last)
         (code, rank), (code_end, rank_end) = rows[0].tolist(), rows[-1].tolist()
         bits = 1 if touched.gap.dtype == "U8" else 2
         entries = min(touched.entries, last * BLOCK) - first * BLOCK
@@ -146,7 +160,7 @@ class Fix:
         return items
 
     def _plane(
-        self, touched: Touched, plane: TensorEntry | tuple[TensorEntry, TensorEntry] | None, lo: int, hi: int
+        self, touched: Touched, plane: TensorEntry | Sparse | None, lo: int, hi: int
     ) -> NDArray[np.uint8] | None:
         """Bytes [lo, hi) of a plane, dense."""
         if plane is None:
@@ -154,7 +168,8 @@ class Fix:
         if isinstance(plane, TensorEntry):
             return self._array(plane, "u1", lo, hi)
         at, val = plane
-        first, last = self._place(at, lo), self._place(at, hi)
+        first = self._place(at, lo) if lo else 0
+        last = self._place(at, hi) if hi < touched.changes else at.entries
         places = self._array(at, _place_dtype(at), first, last)
         values = self._array(val, "u1", first, last)
         if len(places) and (places[0] < lo or places[-1] >= hi or (places[1:] <= places[:-1]).any()):
@@ -204,7 +219,7 @@ class Proof:
         if wrong:
             self.fix.broken("its gaps are stored in the type that takes more bytes", touched, found=touched.gap.dtype)
         for k, plane in enumerate(touched.planes):
-            stored = plane[0].entries if isinstance(plane, tuple) else None
+            stored = plane.at.entries if isinstance(plane, Sparse) else None
             nonzero = self.nonzero[k]
             if plane is None:
                 continue
@@ -260,12 +275,16 @@ def _checked_facts(path: Path, text: str) -> dict[str, Facts]:
 
 
 def _is_facts(facts: Any) -> bool:
+    try:
+        entries, changes, old, new = facts["entries"], facts["changes"], facts["old"], facts["new"]
+    except (KeyError, TypeError):
+        return False
     return (
-        isinstance(facts, dict)
-        and facts.keys() == {"entries", "changes", "old", "new"}
-        and all(type(facts[key]) is int for key in ("entries", "changes"))
-        and 0 < facts["changes"] <= facts["entries"] < 1 << 63
-        and all(_is_hex(facts[key], 32) for key in ("old", "new"))
+        len(facts) == 4
+        and type(entries) is type(changes) is int
+        and 0 < changes <= entries < 1 << 63
+        and _is_hex(old, 32)
+        and _is_hex(new, 32)
     )
 
 
@@ -275,43 +294,52 @@ def _is_hex(text: Any, length: int) -> bool:
 
 def _tensors(path: Path, shard: Shard, facts: Mapping[str, Facts]) -> dict[str, Touched]:
     """The touched tensors, once exactly their arrays lie in the file, in the right order, types and shapes."""
-    stored = list(reversed(shard.tensors))
-    found = {name: _touched(path, name, facts[name], stored) for name in sorted(facts, key=str.encode)}
-    if stored:
-        raise InputError("an array of no touched tensor, or out of order", file=path, tensor=stored[-1].name)
+    arrays = _Arrays(path, shard)
+    found = {name: arrays.touched(name, facts[name]) for name in sorted(facts, key=str.encode)}
+    if arrays.following is not None:
+        raise InputError("an array of no touched tensor, or out of order", file=path, tensor=arrays.following.name)
     return found
 
 
-def _touched(path: Path, name: str, facts: Facts, stored: list[TensorEntry]) -> Touched:
-    """Takes the arrays of one tensor off the end of `stored`."""
+class _Arrays:
+    """Takes the arrays of a fix file in their order."""
 
-    def take(suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None) -> TensorEntry:
-        entry = stored.pop() if stored else None
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self._path, self._rest = path, iter(shard.tensors)
+        self.following = next(self._rest, None)
+
+    def touched(self, name: str, facts: Facts) -> Touched:
+        """The arrays of one tensor, which come next."""
+        n = facts.changes
+        block = self._take(name, "block", ("U64",), (blocks(facts.entries) + 1, 2))
+        gap = self._take(name, "gap", ("U8", "U16"), None)
+        side = self._take(name, "side", ("U8",), (-(-n // 8),))
+        return Touched(name, facts, block, gap, side, tuple(self._plane(name, k, n) for k in range(WIDEST)))
+
+    def _plane(self, name: str, k: int, n: int) -> TensorEntry | Sparse | None:
+        following = self.following.name if self.following else ""
+        if following == f"{name}::xor{k}":
+            return self._take(name, f"xor{k}", ("U8",), (n,))
+        if following == f"{name}::xor{k}.at":
+            at = self._take(name, f"xor{k}.at", (format.place_type(n),), None)
+            return Sparse(at, self._take(name, f"xor{k}.val", ("U8",), at.shape))
+        return None
+
+    def _take(self, name: str, suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None) -> TensorEntry:
+        entry = self.following
         if entry is None or entry.name != f"{name}::{suffix}":
             said = f"'{entry.name}'" if entry else "the end"
-            raise InputError(f"its array '{suffix}' is missing or out of order", file=path, tensor=name, found=said)
+            raise InputError(
+                f"its array '{suffix}' is missing or out of order", file=self._path, tensor=name, found=said
+            )
         fits = len(entry.shape) == 1 if shape is None else entry.shape == shape
         if entry.dtype not in dtypes or not fits:
             raise InputError(
                 f"its array '{suffix}'",
-                file=path,
+                file=self._path,
                 tensor=name,
                 found=f"{entry.dtype} {list(entry.shape)}",
                 expected=f"{' or '.join(dtypes)}{'' if shape is None else f' {list(shape)}'}",
             )
+        self.following = next(self._rest, None)
         return entry
-
-    def plane(k: int) -> TensorEntry | tuple[TensorEntry, TensorEntry] | None:
-        following = stored[-1].name if stored else ""
-        if following == f"{name}::xor{k}":
-            return take(f"xor{k}", ("U8",), (n,))
-        if following == f"{name}::xor{k}.at":
-            at = take(f"xor{k}.at", (format.place_type(n),), None)
-            return at, take(f"xor{k}.val", ("U8",), at.shape)
-        return None
-
-    n = facts.changes
-    block = take("block", ("U64",), (blocks(facts.entries) + 1, 2))
-    gap = take("gap", tuple(SKIP), None)
-    side = take("side", ("U8",), (-(-n // 8),))
-    return Touched(name, facts, block, gap, side, tuple(plane(k) for k in range(WIDEST)))

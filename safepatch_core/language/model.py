@@ -85,6 +85,10 @@ def _keep_blocks_below(size: int) -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, size)
 
 
+# What holds the tokens, of whatever kind.
+_TOKENIZERS = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "*.spm", "*.bpe")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer. Raises InputError if there is none that opens without running code.
 
@@ -99,6 +103,11 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer.chat_template = json.loads(apart.read_text("utf-8"))["chat_template"]
         return tokenizer
     except Exception as error:  # whatever a broken tokenizer file makes the library raise
+        if not any(path.match(glob) for path in folder.iterdir() for glob in _TOKENIZERS):
+            expected = "tokenizer.json, as the model that this one was made from has it"
+            raise InputError(
+                "tokenizer can't be opened: no file has its tokens", file=folder, expected=expected
+            ) from error
         raise InputError(f"tokenizer can't be opened ({first_line(error)})", file=folder) from error
 
 

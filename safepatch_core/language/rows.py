@@ -1,6 +1,7 @@
 """Rows of text from a data file: the one reader behind `derive` and `eval`.
 
-- `.csv`, `.tsv`: separated by commas or tabs, the first line is the header.
+- `.csv`, `.tsv`: separated by commas or tabs, the first line is the header. A `.csv` whose header has no comma may
+  be separated by semicolons, as spreadsheets write it, or by tabs.
 - `.jsonl`, `.ndjson`: one JSON object per line; its keys are the columns.
 - `.json`: a list of such objects, or of strings, which give the column `text`; alone or under nested keys (a
   category, then a subcategory), which give the columns `category` and `subcategory`.
@@ -11,7 +12,7 @@ Text is UTF-8 (a byte order mark is ignored), and blank lines are skipped. Anyth
 InputError with its line.
 
 A question or an answer may also be the one that a chat holds: a list of messages with `role` and `content`, or with
-`from` and `value`.
+`from` and `value`, also as JSON in a text. A chat that holds more than a question and its answer is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,12 +36,24 @@ Wanted = dict[str, tuple[str, ...]]  # name of the result -> columns, of which t
 
 # Where others keep questions and answers. Of a pair that was chosen and rejected, only people can say which is meant.
 KNOWN = {
-    "question": ("prompt", "instruction", "query", "goal", "text", "messages", "conversations", "conversation"),
-    "answer": ("response", "output", "completion", "target", "messages", "conversations", "conversation"),
+    "question": (
+        *("prompt", "instruction", "query", "goal", "behavior", "text", "messages", "conversations", "conversation"),
+        *("input", "user"),
+    ),
+    "answer": (
+        *("response", "output", "completion", "target", "messages", "conversations", "conversation", "assistant"),
+    ),
 }
 CONTEXT = {"instruction": "input"}  # of Alpaca's rows
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+MORE = {"system": "a system message", "history": "earlier turns"}  # that such rows may also hold
+ROLES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
+    "developer": "system",
+}
 SPEAKS = {"question": "user", "answer": "assistant"}
+_CHAT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
+_LISTS = "a list of rows (pandas writes one with orient='records')"
 # YAML and data files have several words for them.
 BOOLEANS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
 
@@ -97,10 +111,12 @@ def read_rows(
     asked = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
     read = _READERS.get(path.suffix.lower())
     if read is None:
+        if not path.exists():
+            raise InputError("no such file", file=path)
         raise InputError(
             "unknown kind of data file",
             file=path,
-            found=path.suffix or "no suffix",
+            found="a folder" if path.is_dir() else path.suffix or "no suffix",
             expected=", ".join(_READERS),
         )
     kept: list[tuple[int, Record]] = []
@@ -120,9 +136,13 @@ def read_rows(
     if not kept:
         expected = " and ".join(f"{k} = {v}" for k, v in (where or {}).items())
         raise InputError("no row matches", file=path, expected=expected)
+    taken = slice_rows(path, kept, rows)
+    if any(columns[0] != asked[name] for name, columns in wanted.items()):
+        for number, record in taken:
+            _refuse_more(path, number, record)
     return [
         Row(number, {name: _text(path, number, name, columns, record) for name, columns in wanted.items()})
-        for number, record in slice_rows(path, kept, rows)
+        for number, record in taken
     ]
 
 
@@ -145,12 +165,20 @@ def _found(path: Path, asked: Mapping[str, str], record: Record, tell: Callable[
     return wanted
 
 
+def _refuse_more(path: Path, number: int, record: Record) -> None:
+    """What belongs to a question that was found, and would be left out of it."""
+    for column, what in MORE.items():
+        if record.get(column):
+            expected = "rows without, or --question-column to say that the question is whole"
+            raise _fault(path, number, f"column '{column}' holds {what}", expected=expected)
+
+
 def _text(path: Path, number: int, name: str, columns: Sequence[str], record: Record) -> str:
     """The wanted text of a record."""
     column, *context = columns
     parts = [record[column], *(record[c] for c in context if record.get(c))]
     for at, value in enumerate(parts):
-        turns = _turns(value) if name in SPEAKS else None
+        turns = _turns(_parsed(path, number, columns[at], value)) if name in SPEAKS else None
         if turns is not None:
             parts[at] = value = _said(path, number, turns, SPEAKS[name])
         if not isinstance(value, str):
@@ -160,6 +188,18 @@ def _text(path: Path, number: int, name: str, columns: Sequence[str], record: Re
         if any("\ud800" <= char <= "\udfff" for char in value):
             raise _fault(path, number, f"column '{columns[at]}' holds half a surrogate pair")
     return "\n\n".join(parts)
+
+
+def _parsed(path: Path, number: int, column: str, value: object) -> object:
+    """A chat's messages where they are given as JSON in a text, as tables have to."""
+    if not isinstance(value, str) or not _CHAT.match(value):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise _fault(
+            path, number, f"column '{column}'", found="messages that are not JSON", expected="JSON"
+        ) from None
 
 
 def _turns(value: object) -> list[tuple[str, Any]] | None:
@@ -176,7 +216,7 @@ def _turns(value: object) -> list[tuple[str, Any]] | None:
             return None
         if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
             content = "".join(str(part["text"]) for part in content)
-        turns.append((ROLES.get(role, role), content))
+        turns.append((ROLES.get(role.lower(), role.lower()), content))
     return turns
 
 
@@ -186,7 +226,7 @@ def _said(path: Path, number: int, turns: Sequence[tuple[str, Any]], role: str) 
     if "system" in roles:
         expected = "none; system_prompt gives one to every row"
         raise _fault(path, number, "a system message", expected=expected)
-    if roles.count("user") > 1 or roles.count(role) != 1:
+    if roles not in (["user", "assistant"], [role]):
         expected = "one question and one answer"
         raise _fault(path, number, "a conversation", found=", ".join(roles)[:80], expected=expected)
     return next(content for who, content in turns if who == role)
@@ -237,8 +277,11 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Record]]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+def _csv(path: Path, delimiters: str = ",;\t") -> Iterator[tuple[int, Record]]:
+    text = read_text(path)
+    first = text.partition("\n")[0]
+    delimiter = next((mark for mark in delimiters if mark in first), delimiters[0])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
     try:
@@ -263,7 +306,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Record]]:
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _fault(path, line, f"not JSON ({getattr(error, 'msg', error)})") from error
+            what = f"not JSON ({getattr(error, 'msg', error)})"
+            raise _fault(path, line, what, expected="an object on each line (else .json)") from error
         if not isinstance(record, dict):
             raise _fault(path, line, "not a JSON object", found=_kind(record))
         yield line, record
@@ -302,7 +346,7 @@ def _leaves(path: Path, node: Any, keys: tuple[str, ...]) -> Iterator[Record]:
             record = {"text": item} if isinstance(item, str) else item
             yield dict(zip(("category", "subcategory"), keys, strict=False)) | record
     else:
-        raise InputError(f"JSON {where}", file=path, found=_kind(node), expected="a list of rows")
+        raise InputError(f"JSON {where}", file=path, found=_kind(node), expected=_LISTS)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Record]]:
@@ -323,7 +367,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Record]]:
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Record]]]] = {
     ".csv": _csv,
-    ".tsv": partial(_csv, delimiter="\t"),
+    ".tsv": partial(_csv, delimiters="\t"),
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

@@ -16,14 +16,15 @@ import yaml
 
 from safepatch_core.backends.contract import Backend, Report
 from safepatch_core.errors import IOFailure, UsageError
-from safepatch_core.files.checkpoint import Identity, identify
+from safepatch_core.files.checkpoint import Identity, identify, uncollected
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
-from safepatch_core.merging.effect import require_deltas, require_eligible
+from safepatch_core.merging.effect import require_deltas, require_eligible, require_survival
 from safepatch_core.merging.engine import EngineOptions, open_engine
 from safepatch_core.merging.pipeline import Trace
 from safepatch_core.merging.plan import Plan, make_plan
+from safepatch_core.merging.quantised.survival import in_all
 from safepatch_core.merging.rates import load_rates, predict
 from safepatch_core.merging.recipe import Recipe, load_recipe
 from safepatch_core.merging.sink import CheckpointSink, from_facts, to_facts
@@ -48,6 +49,8 @@ class MergeResult:
     # Over all targets:
     acted: int  # entries on which at least one patch acts
     changed: int  # those of them whose stored bits are not the base's
+    # Per patch, what rounding to the codes of a quantised base left of it; None where nothing is stored as codes.
+    kept: Mapping[str, Mapping[str, float | None]] | None = None
 
     @property
     def surviving(self) -> float | None:
@@ -114,6 +117,7 @@ def merge(
         job.run(sink)
         counts = from_facts(staging.join(to_facts(sink.counts)))
         require_eligible(plan, counts)
+        require_survival(plan, counts)
         if ranks.rank == 0:
             if plan.index is not None:
                 staging.add(*plan.index)
@@ -129,7 +133,8 @@ def merge(
     acted, changed = (sum(getattr(report, name) for report in counts.values()) for name in ("acted", "changed"))
     warnings = plan.warnings + (() if changed else (_unchanged(acted),))
     return MergeResult(
-        staging.out, totals(plan, counts), bytes_read, plan.bytes_to_write, warnings, plan.notes, acted, changed
+        *(staging.out, totals(plan, counts), bytes_read, plan.bytes_to_write, warnings, plan.notes, acted, changed),
+        kept=kept_facts(plan, counts),
     )
 
 
@@ -153,7 +158,8 @@ def plan(recipe: str | os.PathLike[str] | Recipe, **engine: Unpack[EngineOptions
     opened, limit = open_engine(engine)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    return make_plan(recipe, opened, limit, chunk_entries=engine.get("chunk_entries"))
+    with uncollected():
+        return make_plan(recipe, opened, limit, chunk_entries=engine.get("chunk_entries"))
 
 
 def planned(recipe: str | os.PathLike[str] | Recipe | Plan, engine: EngineOptions) -> Plan:
@@ -203,7 +209,7 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "tensors": [
             {
                 "name": t.entry.name,
-                "dtype": t.entry.dtype,
+                "dtype": t.stored.dtype,
                 "entries": t.entry.entries,
                 "passes": plan.sweeps(t),
                 "forms": [None if p is None else p.delta.form for p in t.patches],
@@ -251,7 +257,7 @@ def totals(plan: Plan, counts: Mapping[str, Report]) -> dict[str, dict[str, int]
     """Per patch, the counts summed over all targets."""
     result = {}
     for p, name in enumerate(plan.patch_names):
-        of = [(plan.targets[t].entry.entries, counts[t].patches[p]) for t in plan.targets]
+        of = [(t.entry.entries, counts[t.stored.name].patches[p]) for t in plan.targets.values()]
         result[name] = {
             "entries": sum(entries for entries, _ in of),
             "eligible": sum(found.eligible for _, found in of),
@@ -261,9 +267,15 @@ def totals(plan: Plan, counts: Mapping[str, Report]) -> dict[str, dict[str, int]
     return result
 
 
+def kept_facts(plan: Plan, counts: Mapping[str, Report]) -> dict[str, dict[str, Any]] | None:
+    """Per patch, what rounding to codes left of it; None where no target is stored as codes."""
+    found = in_all(plan.patch_names, counts)
+    return None if found is None else {name: kept.facts() for name, kept in found.items()}
+
+
 def manifest(plan: Plan, counts: Mapping[str, Report], files: Mapping[str, Mapping[str, Any]]) -> str:
     """`safepatch.json`: recipe, versions, counts per patch and tensor, size and SHA-256 per file."""
-    sums = totals(plan, counts)
+    sums, kept = totals(plan, counts), kept_facts(plan, counts)
     data = {
         "tool": {"name": "safepatch", "version": __version__},
         "spec": SPEC_VERSION,
@@ -275,14 +287,15 @@ def manifest(plan: Plan, counts: Mapping[str, Report], files: Mapping[str, Mappi
                 "names": list(plan.renamed[p]),
                 "beside": plan.beside[p].facts(),
                 "total": sums[name],
+                **({} if kept is None else {"codes": kept[name]}),
                 "tensors": {
-                    t: {
-                        "entries": plan.targets[t].entry.entries,
-                        "eligible": counts[t].patches[p].eligible,
-                        "selected": counts[t].patches[p].selected,
-                        "applied": counts[t].patches[p].applied,
+                    name: {
+                        "entries": t.entry.entries,
+                        "eligible": counts[t.stored.name].patches[p].eligible,
+                        "selected": counts[t.stored.name].patches[p].selected,
+                        "applied": counts[t.stored.name].patches[p].applied,
                     }
-                    for t in plan.targets
+                    for name, t in plan.targets.items()
                 },
             }
             for p, name in enumerate(plan.patch_names)

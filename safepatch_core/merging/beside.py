@@ -70,7 +70,10 @@ def beside(recipe: Recipe, base: Checkpoint, source: Source, targets: Collection
             file=source.checkpoints[0].ref,
             tensor=lost[0],
             found=f"{len(lost)} such tensors" if len(lost) > 1 else None,
-            expected=fusion_of(lost[0], base) or source.exchange.closest or "a patch of this base (or missing: skip)",
+            expected=base.of_several
+            or fusion_of(lost[0], base)
+            or source.exchange.closest
+            or "a patch of this base (or missing: skip)",
         )
     grown = [name for name in others if name in base.tensors and shapes[name] != base.tensors[name].shape]
     files = _other_files(base, source.checkpoints[0])
@@ -81,14 +84,16 @@ def beside(recipe: Recipe, base: Checkpoint, source: Source, targets: Collection
 
 def _lands_nowhere(base: Checkpoint, source: Source, names: list[str], targets: Collection[str]) -> InputError:
     known = [name for name in names if name in base.tensors]
-    found = f"{len(names)} tensors that are none" if names else "no float tensors"
+    found = f"{_count(names, 'tensor')} beside them" if names else "no float tensors"
     if not targets:
         what, expected = "the rule of `targets` takes no tensor of the base", "targets that the base has"
     elif known or not names:
-        what, expected = "no tensor of the patch is a target", "a patch of what `targets` takes"
+        what, expected = "no tensor of the patch is a target", "a patch of what `targets` takes (or other targets)"
     else:
-        what, found = "no tensor of the patch is in the base", f"{len(names)} other names"
-        expected = fusion_of(names[0], base) or source.exchange.closest or f"names like '{min(targets)}'"
+        what, found = "no tensor of the patch is in the base", _count(names, "other name")
+        expected = (
+            base.of_several or fusion_of(names[0], base) or source.exchange.closest or f"names like '{min(targets)}'"
+        )
     first = next(iter(known or names), None)
     return InputError(what, file=source.checkpoints[0].ref, tensor=first, found=found, expected=expected)
 

@@ -12,6 +12,7 @@ from safepatch_core.backends.reference import to_float32
 from safepatch_core.errors import InputError
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.plan import Plan
+from safepatch_core.merging.quantised.survival import in_all
 from safepatch_core.merging.sources.contract import load_alone
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target
@@ -91,4 +92,20 @@ def require_eligible(plan: Plan, counts: Mapping[str, Report]) -> None:
                 f"the patch '{spec.name}' changes nothing: no entry of a target is eligible",
                 file=plan.sources[p].ref,
                 expected="scores above zero, on entries that are retained",
+            )
+
+
+def require_survival(plan: Plan, counts: Mapping[str, Report]) -> None:
+    """Raises InputError for a patch of which rounding to the base's codes left less, or more, than is allowed."""
+    rule, found = plan.recipe.quantized, in_all(plan.patch_names, counts)
+    if rule is None or found is None:
+        return
+    low, high = rule.survival
+    for name, kept in found.items():
+        if kept.survival is not None and not low <= kept.survival <= high:
+            raise InputError(
+                f"rounding to the base's codes does not keep the patch '{name}'",
+                file=plan.base.ref,
+                found=f"survival {kept.survival:.4g} ({kept.changed} of {kept.acted} codes changed)",
+                expected=f"{low} to {high} (or another range: `survival` in `quantized:`)",
             )

@@ -43,9 +43,10 @@ class Exchange:
         bare = _bare(name)
         if bare in self.known:
             return self.known[bare]
-        return next(
-            (after + bare.removeprefix(before) for before, after in self.pairs if bare.startswith(before)), bare
-        )
+        # The longest prefix is that of the part of the model which the name is of.
+        fit = [(before, after) for before, after in self.pairs if bare.startswith(before)]
+        before, after = max(fit, key=lambda pair: len(pair[0]), default=("", ""))
+        return after + bare.removeprefix(before)
 
 
 def resolve(shapes: Shapes, base: Checkpoint, takes: Takes, file: object) -> Exchange:

@@ -6,8 +6,10 @@ every offset, how tensors are cut into units, and how much memory the ring of bu
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +17,21 @@ from typing import Any
 
 from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.files.companions import companions, left_out
 from safepatch_core.merging.beside import Beside, beside
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
-from safepatch_core.merging.quantised import module_of, quantised, refuse_base, refuse_patch
+from safepatch_core.merging.quantised.modules import module_of, quantised, refuse_base, refuse_patch
+from safepatch_core.merging.quantised.twin import Twin, refuse_weight, twin_of
+from safepatch_core.merging.quantised.values import Dequantised, delta_of, scores_of
+from safepatch_core.merging.quantised.writing import Coded
 from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targets
 from safepatch_core.merging.sources import open_source
-from safepatch_core.merging.sources.contract import ALIGN, Source, align
-from safepatch_core.merging.sources.dense import ImportanceFile
+from safepatch_core.merging.sources.contract import ALIGN, PatchTensor, Source, align
+from safepatch_core.merging.sources.dense import ImportanceFile, Named, fitted
 from safepatch_core.merging.work import PatchInput, Target, Unit
-from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, random_key
+from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, random_key, rounding_key
 
 # Chunks of tensors that are not held whole: the reader's copy is still in the last-level cache when the engine
 # reads it, and the Python work per unit stays under a percent.
@@ -113,18 +118,24 @@ class Plan:
     @cached_property
     def bytes_to_read(self) -> int:
         """Tensor bytes read in the normal case, where every sampled guess of a threshold passes its exact check."""
-        total = sum(t.nbytes for output in self.outputs for t in output.tensors if t.name not in self.targets)
+        total = sum(t.nbytes for output in self.outputs for t in output.tensors if t.name not in self.by_stored)
         sampled: list[Unit] = []
         for scope in self.sampled_scopes:
             sampled += self.sample_units(scope)
-        total += sum((u.hi - u.lo) * u.target.entry_bytes for u in sampled if u.target)
+        total += sum(u.target.bytes_of(u.hi - u.lo, selecting=True) for u in sampled if u.target)
         names = {u.entry.name for u in sampled}
         for name, target in self.targets.items():
-            if target.entry.entries:
-                sweeps = self.sweeps(target)
-                total += sweeps * target.entry_bytes * target.entry.entries
-                total += (sweeps + (name in names)) * target.once_bytes
+            if entries := target.entry.entries:
+                total += target.bytes_of(entries) + target.once_bytes()
+                if selecting := self.sweeps(target) - 1:
+                    total += selecting * target.bytes_of(entries, selecting=True)
+                    total += (selecting + (name in names)) * target.once_bytes(selecting=True)
         return total
+
+    @cached_property
+    def by_stored(self) -> Mapping[str, Target]:
+        """The targets by the names of the stored tensors whose bytes change."""
+        return {target.stored.name: target for target in self.targets.values()}
 
     @property
     def sampled_scopes(self) -> list[list[Target]]:
@@ -137,7 +148,7 @@ class Plan:
     def sample_units(self, scope: Sequence[Target]) -> list[Unit]:
         """Short units spread evenly over a scope."""
         entries = sum(t.entry.entries for t in scope)
-        room = min(SAMPLE_ENTRIES, self.ring_bytes // max(t.ring_bytes for t in scope) // 2)
+        room = min(SAMPLE_ENTRIES, int(self.ring_bytes // max(t.ring_bytes for t in scope)) // 2)
         stride = max(entries // max(room // SAMPLE_RUN, 1), SAMPLE_RUN)
         units, at = [], 0
         for target in scope:
@@ -168,16 +179,17 @@ class Plan:
 
     def chunk_entries(self, target: Target) -> int:
         if self.chunk is not None:
-            return self.chunk
+            return -(-self.chunk // target.step) * target.step
         room = min(CHUNK_BYTES, self.ring_bytes // 3)
         # A buffer of each input may be filled up to ALIGN.
-        room -= target.unit_bytes(0) + (1 + len(target.given)) * ALIGN
-        return max(ALIGN, room // target.ring_bytes // ALIGN * ALIGN)
+        room -= target.unit_bytes(0) + target.buffers * ALIGN
+        whole = math.lcm(ALIGN, target.step)
+        return max(whole, int(room / target.ring_bytes) // whole * whole)
 
     def owners(self, ranks: int) -> dict[str, int]:
         """Which rank does which tensor: contiguous runs in the order of the output, of about equal bytes."""
         work = [
-            (t.name, self.targets[t.name].entry_bytes * t.entries if t.name in self.targets else t.nbytes)
+            (t.name, of.bytes_of(of.entry.entries) if (of := self.by_stored.get(t.name)) else t.nbytes)
             for output in self.outputs
             for t in output.tensors
         ]
@@ -205,7 +217,7 @@ class Plan:
         """The units of one part of an output file, in order."""
         step = min(CHUNK_BYTES, self.ring_bytes // 3)
         for entry in part.tensors:
-            target = self.targets.get(entry.name)
+            target = self.by_stored.get(entry.name)
             if target is not None:
                 yield from self.units_of(target)
             else:
@@ -225,12 +237,12 @@ def make_plan(
     if limit < SMALLEST_LIMIT:
         raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 16MiB")
     given = _Opened.of(recipe)
-    names = _weights(recipe, given.base, given.sources)
+    names = _weights(given)
     given.require_ranked(names)
     others = tuple(beside(recipe, given.base, source, frozenset(names)) for source in given.sources)
     targets = {name: _placed(_target(given, name), recipe, engine, limit, chunk_entries) for name in names}
     _require_inputs(recipe, targets)
-    outputs, index = lay_out(given.base, recipe.max_shard_size)
+    outputs, index = lay_out(given.stored, recipe.max_shard_size)
     ring_bytes, beside_bytes = _memory(targets, engine, limit)
     return Plan(
         recipe=recipe,
@@ -240,14 +252,14 @@ def make_plan(
         sources=tuple(s.checkpoints[0] for s in given.sources),
         renamed=tuple(s.exchange.lines for s in given.sources),
         beside=others,
-        base=given.base,
+        base=given.stored,
         inputs=given.checkpoints,
         targets=targets,
         outputs=outputs,
         index=index,
         companions=tuple(companions(given.base)),
-        warnings=tuple(_warnings(given, others)),
-        notes=(*_notes(given, others), *_cuts(given, names)),
+        warnings=(*_warnings(given, others), *_narrowed(targets.values())),
+        notes=(*_codes(targets.values()), *_notes(given, others), *_cuts(given, names)),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -260,14 +272,18 @@ class _Opened:
     """All that a recipe reads."""
 
     recipe: Recipe
-    base: Checkpoint
+    stored: Checkpoint  # the base as its files have it
+    twin: Twin
+    original: Named | None  # the float original of a quantised base
     sources: tuple[Source, ...]  # per patch
     importance: tuple[ImportanceFile | None, ...]  # per patch
 
     @classmethod
     def of(cls, recipe: Recipe) -> _Opened:
         origin = recipe.origin
-        base = open_checkpoint(recipe.base, relative_to=origin)
+        stored = open_checkpoint(recipe.base, relative_to=origin)
+        twin = twin_of(recipe, stored)
+        base = twin.base
         sources = tuple(
             open_source(
                 *(p.name, p.source, p.kind, base),
@@ -284,12 +300,23 @@ class _Opened:
             else ImportanceFile.open(p.importance_path, base, relative_to=origin, rows=p.rows)
             for p in recipe.patches
         )
-        return cls(recipe, base, sources, importance)
+        path = recipe.quantized and recipe.quantized.reference_path
+        original = path and Named.of(open_checkpoint(path, relative_to=origin), base, recipe.is_target, "all")
+        return cls(recipe, stored, twin, original or None, sources, importance)
+
+    @property
+    def base(self) -> Checkpoint:
+        """The base as patches and targets see it: the float model's names and shapes."""
+        return self.twin.base
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
+        original = [self.original.checkpoint] if self.original else []
         patches = (checkpoint for source in self.sources for checkpoint in source.checkpoints)
-        return (self.base, *patches, *(of.named.checkpoint for of in self.importance if of is not None))
+        return (
+            *(self.stored, *original, *patches),
+            *(of.named.checkpoint for of in self.importance if of is not None),
+        )
 
     def require_ranked(self, names: Sequence[str]) -> None:
         """Raises InputError for an importance file that has none of the targets."""
@@ -320,6 +347,23 @@ def _warnings(given: _Opened, others: Sequence[Beside]) -> Iterator[str]:
     for checkpoint in given.checkpoints:
         yield from (f"{checkpoint.ref}: {line}" for line in checkpoint.warnings)
     yield from left_out(given.base)
+
+
+def _codes(targets: Iterable[Target]) -> Iterator[str]:
+    """How many targets are stored as codes, a line per kind."""
+    for method, count in Counter(t.coded.weight.method for t in targets if t.coded).items():
+        yield f"targets that are stored as codes: {count} in {method}"
+
+
+def _narrowed(targets: Iterable[Target]) -> Iterator[str]:
+    """A line where a trainer may have been handed more of the float original than `reference_dtype` says."""
+    originals = {t.coded.rule.reference_dtype for t in targets if t.coded and _is_wide(t.coded.original)}
+    for dtype in originals - {"float32"}:
+        yield f"the float original is F32, and checkpoints are measured from it in {dtype}, as reference_dtype says"
+
+
+def _is_wide(original: PatchTensor | None) -> bool:
+    return original is not None and original.ring_bytes == ITEMSIZE["F32"]
 
 
 def _notes(given: _Opened, others: Sequence[Beside]) -> Iterator[str]:
@@ -362,6 +406,8 @@ def _target(given: _Opened, name: str) -> Target:
             found=entry.dtype,
             expected="F32, F16 or BF16 (or exclude it from targets)",
         )
+    coded = _coded(given, entry)
+    w: PatchTensor | None = None if coded is None else coded.original or Dequantised(coded.weight)
     patches: list[PatchInput | None] = []
     specs = [spec.at(entry.name) for spec in recipe.patches]
     for spec, source, ranking in zip(specs, given.sources, given.importance, strict=True):
@@ -370,11 +416,27 @@ def _target(given: _Opened, name: str) -> Target:
         if delta is None or (ranking is not None and scores is None):
             patches.append(None)
             continue
+        importance = spec.importance_kind
+        if w is not None and recipe.quantized is not None:
+            if scores is not None and importance == "gradients" and spec.weight != "delta":
+                scores, importance = scores_of(scores, spec.weight, delta, w, entry), "scores"
+            delta = delta_of(delta, w, entry, recipe.quantized.reference_dtype)
         key = random_key(recipe.seed, spec.name, entry.name)
-        patches.append(PatchInput(delta, scores, key, keep_threshold(spec.retain), spec.factor))
+        patches.append(PatchInput(delta, scores, importance, key, keep_threshold(spec.retain), spec.factor))
     bands = [spec.quotas(entry.entries, recipe.quota) for spec in specs]
     quotas, skips = tuple(k for k, _ in bands), tuple(skip for _, skip in bands)
-    return Target(entry, tuple(patches), quotas, skips, whole=True)
+    return Target(entry, tuple(patches), quotas, skips, whole=True, coded=coded)
+
+
+def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
+    """How a target is merged into where the base stores it as codes."""
+    rule, weight = given.recipe.quantized, given.twin.weights.get(entry.name)
+    if rule is None or weight is None:
+        return None
+    original = None
+    if given.original is not None:
+        original = fitted(given.original, entry, "checkpoint", "error", "the float original of the base")
+    return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule)
 
 
 def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: int | None) -> Target:
@@ -385,21 +447,22 @@ def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: 
     return target if recipe.scope == "tensor" and fits else replace(target, whole=False)
 
 
-def _weights(recipe: Recipe, base: Checkpoint, sources: Sequence[Source]) -> list[str]:
-    """The targets by name, once neither they nor what the patches bring for them is quantised."""
+def _weights(given: _Opened) -> list[str]:
+    """The targets by name, once what is quantised of them can be merged into, and nothing of the patches is."""
+    recipe, base, sources, twin = given.recipe, given.base, given.sources, given.twin
     floats = {n: t.shape for n, t in base.tensors.items() if t.dtype in FLOATS and n not in base.beyond}
     names = match_targets(recipe, {name: len(shape) for name, shape in floats.items() if not is_mask(name, shape)})
-    held = quantised(base)
-    if held is not None:
-        names = [name for name in names if not held.never_weights(name)]
+    if twin.held is not None:
+        names = [name for name in names if name in twin.weights or not twin.held.never_weights(name)]
         for source in sources:
             for name in source.names:
-                if held.targeted(recipe, name):
-                    codes = held.codes[module_of(name)].name
-                    found = codes if codes in source.checkpoints[0].tensors else name
-                    raise refuse_patch("this module of the base", source.checkpoints[0], found, held)
+                if (codes := twin.lost(recipe, name)) is not None:
+                    raise _refused_module(given, codes, source.checkpoints[0], name)
         if not names:
-            raise refuse_base(base, held)
+            codes = next(iter(twin.held.codes.values()))
+            if recipe.quantized is None:
+                raise refuse_base(base, twin.held, twin.also)
+            raise refuse_weight(twin, codes, base)
     for source in sources:
         for checkpoint in source.checkpoints:
             of = quantised(checkpoint)
@@ -408,6 +471,15 @@ def _weights(recipe: Recipe, base: Checkpoint, sources: Sequence[Source]) -> lis
                     what = f"the patch '{source.name}'"
                     raise refuse_patch(what, checkpoint, of.codes[module_of(name)].name, of)
     return names
+
+
+def _refused_module(given: _Opened, codes: TensorEntry, patch: Checkpoint, name: str) -> InputError:
+    """A patch is of a module of the base that is quantised, in a way that the recipe or nobody accepts."""
+    assert given.twin.held is not None
+    if given.recipe.quantized is not None:
+        return refuse_weight(given.twin, codes, given.stored)
+    found = codes.name if codes.name in patch.tensors else name
+    return refuse_patch("this module of the base", patch, found, given.twin.held, given.twin.also)
 
 
 def _memory(targets: Mapping[str, Target], engine: Backend, limit: int) -> tuple[int, int]:
@@ -423,9 +495,9 @@ def _memory(targets: Mapping[str, Target], engine: Backend, limit: int) -> tuple
     if room < (4 << 20):
         worst = max(targets.values(), key=lambda t: t.held_bytes)
         raise UsageError(
-            f"--memory-limit is too small for the LoRA factors of '{worst.entry.name}'",
+            f"--memory-limit is too small for what all chunks of '{worst.entry.name}' share",
             found=f"{limit} bytes",
             expected=f"at least {limit + (4 << 20) - room} bytes",
         )
-    largest = max((t.unit_bytes(t.entry.entries) for t in targets.values() if t.whole), default=0)
+    largest = max((t.unit_bytes(t.entry.entries if t.whole else t.step) for t in targets.values()), default=0)
     return min(room, max(3 * largest, 6 * CHUNK_BYTES)) // ALIGN * ALIGN, beside

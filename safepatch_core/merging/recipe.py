@@ -162,6 +162,35 @@ class Elect(Strict):
     divide: Literal["count", "weights", "none"] = "count"
 
 
+DEQUANTISED = "dequantised"
+
+
+class Quantized(Strict):
+    """How a base whose weights are stored as codes is merged into, in place."""
+
+    reference: Annotated[str, Field(min_length=1)] = DEQUANTISED  # or the float original of this quantised twin
+    reference_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what a trainer was handed
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    saturate: Literal["clamp", "error"] = "clamp"
+    survival: Annotated[list[Finite], Field(min_length=2, max_length=2)] = [0.8, 1.25]
+
+    @property
+    def reference_path(self) -> str | None:
+        """The float original, where there is one."""
+        return None if self.reference == DEQUANTISED else self.reference
+
+    @model_validator(mode="after")
+    def _rounds_to_something(self) -> Quantized:
+        if self.rounding == "nearest" and self.reference_path is None:
+            raise ValueError(
+                "rounding: nearest goes with a reference file: of a dequantised base it takes practically all of a "
+                "patch back (or rounding: stochastic)"
+            )
+        if self.survival[0] > self.survival[1]:
+            raise ValueError("survival is a range, the lower end first")
+        return self
+
+
 class Recipe(Strict):
     """A validated recipe. `origin` is the directory that its relative paths are relative to."""
 
@@ -179,6 +208,7 @@ class Recipe(Strict):
     lambda_: Annotated[Finite, Field(alias="lambda")] = 1.0  # what the sum of deltas is multiplied with
     elect: Elect = Elect()
     quota: Quota = "even"
+    quantized: Quantized | None = None
     origin: Annotated[SkipJsonSchema[Path], Field(exclude=True)] = Path(".")
 
     @field_validator("max_shard_size")
@@ -240,7 +270,13 @@ class Recipe(Strict):
         """Every key with its value, defaults included."""
         data = self.model_dump(mode="json", by_alias=True)
         # Later keys are shown where they are used, so that earlier recipes stay what they were.
-        usual = {"accumulate": "base", "lambda": 1.0, "elect": Elect().model_dump(), "quota": "even"}
+        usual = {
+            "accumulate": "base",
+            "lambda": 1.0,
+            "elect": Elect().model_dump(),
+            "quota": "even",
+            "quantized": None,
+        }
         for key, value in usual.items():
             if data[key] == value:
                 del data[key]
@@ -260,6 +296,8 @@ class Recipe(Strict):
             return Path(path).name if os.path.isabs(path) or path.startswith("~") else path
 
         data["base"] = shown(data["base"])
+        if "quantized" in data:
+            data["quantized"]["reference"] = shown(data["quantized"]["reference"])
         for patch in data["patches"]:
             patch["source"] = shown(patch["source"])
             patch["minus"] = patch["minus"] and shown(patch["minus"])

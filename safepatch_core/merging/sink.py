@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -12,19 +11,19 @@ from safepatch_core.backends.contract import PatchReport, Report
 from safepatch_core.files.disk import Extent, HashedFile
 from safepatch_core.files.staging import Staging
 from safepatch_core.merging.layout import OutputPart
+from safepatch_core.merging.quantised.survival import CodesReport, Kept
 
 # After so many bytes a file's beginning is made durable and marked in the journal, where a tensor ends: the most that
 # a kill costs. A mark waited 0.1 to 0.5 s for the disk (2 cores, others at work); shards of ordinary size need none.
-# Tests set less.
 MARK_BYTES = 4 << 30
 
 
 class CheckpointSink:
     """Writes the merged shards into a stage; a `stream.Sink`."""
 
-    def __init__(self, staging: Staging, drop: bool = False) -> None:
+    def __init__(self, staging: Staging, drop: bool = False, mark_bytes: int | None = None) -> None:
         self._staging, self._drop = staging, drop
-        self._step = int(os.environ.get("SAFEPATCH_MARK", MARK_BYTES))
+        self._step = MARK_BYTES if mark_bytes is None else mark_bytes
         self._file: HashedFile | None = None
         self.counts: dict[str, Report] = {}
 
@@ -73,15 +72,21 @@ class CheckpointSink:
 
 def to_facts(counts: Mapping[str, Report]) -> dict[str, Any]:
     """Reports of tensors as the plain data that the journal keeps; faults aside, which end a merge."""
-    return {
-        name: [[of.acted, of.changed], *([p.eligible, p.selected, p.applied] for p in of.patches)]
-        for name, of in counts.items()
-    }
+    return {name: _facts_of(report) for name, report in counts.items()}
+
+
+def _facts_of(report: Report) -> list[Any]:
+    kept = [list(of.numbers) for of in report.kept] if isinstance(report, CodesReport) else None
+    return [[report.acted, report.changed], kept, *([p.eligible, p.selected, p.applied] for p in report.patches)]
 
 
 def from_facts(facts: Mapping[str, Any]) -> dict[str, Report]:
     """What `to_facts` was given."""
-    return {
-        name: Report([PatchReport(*numbers) for numbers in patches], acted=acted, changed=changed)
-        for name, ((acted, changed), *patches) in facts.items()
-    }
+    return {name: _report_of(*of) for name, of in facts.items()}
+
+
+def _report_of(total: list[int], kept: list[list[int]] | None, *patches: list[int]) -> Report:
+    found = [PatchReport(eligible, selected, applied) for eligible, selected, applied in patches]
+    if kept is None:
+        return Report(found, acted=total[0], changed=total[1])
+    return CodesReport(found, acted=total[0], changed=total[1], kept=[Kept(*numbers) for numbers in kept])

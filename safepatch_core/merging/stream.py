@@ -16,6 +16,7 @@ from safepatch_core.backends.contract import (
     Backend,
     Bits,
     Block,
+    Cut,
     Fault,
     Lora,
     PatchData,
@@ -30,6 +31,8 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.pipeline import Region, Ring
 from safepatch_core.merging.plan import Plan
+from safepatch_core.merging.quantised.survival import CodesReport
+from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range, align
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target, Unit
@@ -60,12 +63,17 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """A unit whose inputs are in memory. `block` is None for bytes that are only copied, from `source`."""
+    """A unit whose inputs are in memory. `block` is None for bytes that are only copied, from `source`.
+
+    `cuts` are those that the patches of a target of floats were applied with.
+    """
 
     unit: Unit
-    base: NDArray[np.uint8]
+    base: NDArray[np.uint8]  # what is written
     block: Block | None
     source: Extent | None = None
+    codes: Loaded | None = None  # of a target that is stored as codes, where it is about to be written
+    cuts: Sequence[Cut] = ()
 
 
 class Merge:
@@ -119,7 +127,7 @@ class Merge:
 
     def _write(self, part: OutputPart, sink: Sink, counts: Counts) -> None:
         """Apply the patches to one part of a file. A tensor done in chunks has its thresholds found just before."""
-        for name in (t.name for t in part.tensors if t.name in self.plan.targets and not t.entries):
+        for name in (t.name for t in part.tensors if t.name in self.plan.by_stored and not t.entries):
             counts[name] = Report([PatchReport() for _ in self.plan.recipe.patches])
         if part.lo == 0:
             sink.write(memoryview(part.output.header))
@@ -143,7 +151,7 @@ class Merge:
     def _select(self, targets: Sequence[Target], quotas: Sequence[int], skips: Sequence[int], ranks: Ranks) -> None:
         """Find the thresholds of one scope by sweeping its inputs, each rank those of its own tensors."""
         owner = self.plan.owners(ranks.size)
-        mine = [t for t in targets if ranks.size == 1 or owner[t.entry.name] == ranks.rank]
+        mine = [t for t in targets if ranks.size == 1 or owner[t.stored.name] == ranks.rank]
         names = [t.entry.name for t in targets]
         selection = Selection(names, quotas, sum(t.entry.entries for t in targets), skips)
         if selection.pending:
@@ -167,7 +175,7 @@ class Merge:
         self._held = self._fresh_held()
         blocks, used = [], 0
         for unit in self.plan.sample_units(targets):
-            block = self._load(unit, self._memory[used : used + unit.ring_bytes]).block
+            block = self._load(unit, self._memory[used : used + unit.ring_bytes], selecting=True).block
             assert block is not None
             blocks.append(block)
             used += unit.ring_bytes
@@ -177,6 +185,7 @@ class Merge:
         self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], Future[None] | None] | None
     ) -> None:
         ring = Ring(self._memory)
+        selecting = write is None
         self._held = self._fresh_held()
 
         ahead = iter(units)
@@ -184,18 +193,19 @@ class Merge:
 
         def read(unit: Unit, region: Region) -> Work:
             if (following := next(ahead, None)) is not None:
-                for entry, lo, hi in _ranges(following):
+                for entry, lo, hi in _ranges(following, selecting):
                     self._inputs.prefetch(entry, lo, hi)
-            loaded = self._load(unit, region.memory)
-            if write is not None:
+            loaded = self._load(unit, region.memory, selecting)
+            if not selecting:
                 for entry, lo, hi in _ranges(unit):
                     self._inputs.drop(entry, lo, hi)
-            self._advance((unit.hi - unit.lo) * (unit.target.entry_bytes if unit.target else 1))
+            entries = unit.hi - unit.lo
+            self._advance(unit.target.bytes_of(entries, selecting) if unit.target else entries)
             return loaded
 
         pipeline.run(units, lambda unit: unit.ring_bytes, read, work, write, ring, self._trace)
 
-    def _load(self, unit: Unit, memory: NDArray[np.uint8]) -> Work:
+    def _load(self, unit: Unit, memory: NDArray[np.uint8], selecting: bool = False) -> Work:
         """Read a unit's inputs into `memory`, one aligned buffer after another."""
         if unit.target is None:
             base = memory[: unit.hi - unit.lo]
@@ -214,8 +224,17 @@ class Merge:
             used += room
             return held.load(self._inputs, unit.lo, unit.hi, memory[used - room : used])
 
-        bits = Dense(target.entry, "checkpoint").load(self._inputs, unit.lo, unit.hi, memory)
-        used = align(bits.data.nbytes)
+        codes = None
+        if target.coded is None:
+            bits = Dense(target.entry, "checkpoint").load(self._inputs, unit.lo, unit.hi, memory)
+            written, used = bits.data.view(np.uint8), align(bits.data.nbytes)
+        else:
+            codes, used = load(
+                target.coded, target.present, self._inputs, (unit.lo, unit.hi), memory, selecting=selecting
+            )
+            bits, written = Bits(codes.tiles[0], "F32"), codes.data
+            if target.coded.original is not None and not selecting:
+                codes.original = cast(Bits, fetch(target.coded.original))
         recipe = self.plan.recipe
         patches: list[PatchData | None] = []
         for spec, given in zip(recipe.patches, target.patches, strict=True):
@@ -226,7 +245,7 @@ class Merge:
                 PatchData(
                     kind=given.delta.form,
                     values=fetch(given.delta),
-                    importance=spec.importance_kind,
+                    importance=given.importance,
                     scores=None if given.scores is None else cast(Bits, fetch(given.scores)),
                     weight=spec.weight,
                     random_key=given.random_key,
@@ -243,18 +262,18 @@ class Merge:
             order=recipe.order,
             lambda_=recipe.lambda_,
         )
-        return Work(unit, bits.data.view(np.uint8), block)
+        return Work(unit, written, block, codes=codes)
 
     def _fresh_held(self) -> pipeline.Once[Shared]:
         # Not a method of self: that cycle would keep the ring and the engine until the garbage collector comes by.
         return pipeline.Once(partial(_load_held, self.plan, self._inputs))
 
 
-def _ranges(unit: Unit) -> list[Range]:
+def _ranges(unit: Unit, selecting: bool = False) -> list[Range]:
     """The bytes of each tensor that a unit reads."""
     if unit.target is None:
         return [(unit.entry, unit.lo, unit.hi)]
-    tensors = [Dense(unit.entry, "checkpoint"), *unit.target.given]
+    tensors = unit.target.tensors(selecting)
     return [of for tensor in tensors for of in tensor.ranges(unit.lo, unit.hi)]
 
 
@@ -275,20 +294,34 @@ class _Apply:
         block, unit = work.block, work.unit
         if block is None or unit.target is None:
             return
-        if unit.target.whole:
-            _, report = self._engine.merge(block, unit.target.quotas, block.base.data, unit.target.skips)
+        engine, target = self._engine, unit.target
+        if target.whole:
+
+            def patch(block: Block, of: slice) -> Report:
+                work.cuts, report = engine.merge(block, target.quotas[of], block.base.data, target.skips[of])
+                return report
+
         else:
-            cuts = self._ties.get(unit.entry.name).cuts(self._engine, block)
-            report = self._engine.apply(block, cuts, block.base.data)
+            work.cuts = cuts = self._ties.get(unit.entry.name).cuts(engine, block)
+
+            def patch(block: Block, of: slice) -> Report:
+                return engine.apply(block, cuts[of], block.base.data)
+
+        if target.coded is None or work.codes is None:
+            report = patch(block, slice(None))
+        else:
+            report = rewrite(block, target.coded, work.codes, patch)
         _collect(self._plan, unit, report, self._counts)
 
 
 def _collect(plan: Plan, unit: Unit, report: Report, counts: Counts) -> None:
     """Add a unit's counts to its tensor's; once the tensor is complete, a fault stops the merge."""
     entry, target = unit.entry, unit.target
-    found = counts[entry.name] + report if entry.name in counts else report
-    counts[entry.name] = found
-    if unit.hi < entry.entries or target is None:
+    assert target is not None
+    name = target.stored.name
+    found = counts[name] + report if name in counts else report
+    counts[name] = found
+    if unit.hi < entry.entries:
         return
 
     def refuse(what: str, file: Path, fault: Fault, expected: str) -> None:
@@ -311,3 +344,8 @@ def _collect(plan: Plan, unit: Unit, report: Report, counts: Counts) -> None:
             refuse("the score is NaN or infinite", scores, of.bad_score, "finite values (or nonfinite: skip)")
         refuse("the score is negative", scores, of.negative, "scores of at least 0")
     refuse("patched entries overflow the base's dtype", entry.path, found.overflow, f"finite {entry.dtype}")
+    if isinstance(found, CodesReport) and target.coded is not None:
+        scales = target.coded.weight.companions[0].path
+        refuse("scales that can't be divided by, under patched entries", scales, found.bad_scale, SCALES)
+        if target.coded.rule.saturate == "error":
+            refuse("patched entries lie beyond the codes", entry.path, found.saturated, "saturate: clamp, or less")

@@ -27,7 +27,7 @@ KILL, TORN, TERM, INTERRUPT = -1, -2, -3, -4  # as in shim.c
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 STEM = "model-0000{}-of-00003.safetensors"
 # Bytes after which the beginning of a file is made durable: a shard of `write_model` has a mark in its middle.
-MARKS = {"SAFEPATCH_MARK": "3000"}
+MARK_BYTES = 3000
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ class Server:
         limits: dict[str, int] | None = None,
         cwd: Path | None = None,
         timeout: float = 60,
-        env: dict[str, str] | None = None,
         chunk: int | None = None,
+        mark_bytes: int | None = None,
+        past_cache: bool = False,
     ) -> Ended:
         """Run a command; `fault` are the arguments of the shim, `signal` a number and after how many seconds.
 
-        chunk: entries per unit of its merges.
+        chunk: entries per unit of its merges. mark_bytes: after how many a file's beginning is marked.
+        past_cache: files are written past the page cache, as large ones are.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
@@ -80,8 +82,9 @@ class Server:
             "limits": limits or {},
             "cwd": str(cwd or Path.cwd()),
             "timeout": timeout,
-            "env": env or {},
             "chunk": chunk,
+            "mark_bytes": mark_bytes,
+            "past_cache": past_cache,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -179,10 +182,11 @@ class Bench:
     recipe: Path
     old: dict[str, bytes]
     new: dict[str, bytes]
+    past_cache: bool = False
 
-    def merge(self, place: Path, *options: str, env: dict[str, str] | None = None, **how: Any) -> Ended:
+    def merge(self, place: Path, *options: str, **how: Any) -> Ended:
         args = ("merge", self.recipe, "-o", place / "out", "--backend", "cpu", "--threads", 1, *options)
-        return self.run(*args, env={**MARKS, **(env or {})}, **how)
+        return self.run(*args, mark_bytes=MARK_BYTES, past_cache=self.past_cache, **how)
 
     def calls(self, place: Path, old: bool) -> list[str]:
         """The counted calls of an undisturbed merge, in order."""
@@ -219,7 +223,8 @@ def make_bench(folder: Path, run: Server) -> Bench:
         outputs.append(contents(place))
     # An older output may hold more than a merge writes, and folders.
     outputs[0]["original/consolidated.pth"] = b"not ours"
-    return Bench(run, folder, recipe, *outputs)
+    old, new = outputs
+    return Bench(run, folder, recipe, old, new)
 
 
 def real_command(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 import safepatch_core.merging.verification
 from safepatch_core.backends import cpu, reference
 from safepatch_core.commands import apply, cli, log, revert
+from safepatch_core.files import disk
 from safepatch_core.fixes import apply as fixes_apply
 from safepatch_core.fixes import log as fixes_log
-from safepatch_core.merging import api
+from safepatch_core.merging import api, sink
 from tests.chunked import cut_into
 
 WARM = (api, cpu, reference, safepatch_core.merging.verification, apply, log, revert, fixes_apply, fixes_log)
@@ -33,10 +34,13 @@ def child(request: dict[str, Any], output: int, log: int) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(request["env"])
     os.chdir(request["cwd"])
     if request["chunk"] is not None:
         cut_into(request["chunk"])
+    if request["mark_bytes"] is not None:
+        sink.MARK_BYTES = request["mark_bytes"]
+    if request["past_cache"]:
+        disk.DIRECT_BYTES = 0
     sys.argv = ["safepatch", *request["args"]]
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))

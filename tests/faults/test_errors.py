@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 @pytest.mark.parametrize("old", [True, False], ids=["over an older output", "into nothing"])
 @pytest.mark.parametrize("stays", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("code", ERRNOS, ids=[errno.errorcode[code] for code in ERRNOS])
-def test_an_error_at_every_call(bench: Bench, place: Path, code: int, stays: bool, old: bool) -> None:
+@pytest.mark.parametrize("past_cache", [False, True], ids=["through the cache", "past it"])
+def test_an_error_at_every_call(
+    bench: Bench, place: Path, code: int, stays: bool, old: bool, past_cache: bool
+) -> None:
+    bench = replace(bench, past_cache=past_cache)
     calls = bench.calls(place, old)
     options = ["--force"] if old else []
     refused = 0

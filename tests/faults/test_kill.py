@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from tests.faults.harness import INTERRUPT, KILL, LONG, STEM, TERM, TORN, Bench,
 
 @pytest.mark.parametrize("old", [True, False], ids=["over an older output", "into nothing"])
 @pytest.mark.parametrize("how", [KILL, TORN], ids=["before the call", "in the middle of a write"])
-def test_killed_at_every_call(bench: Bench, place: Path, old: bool, how: int) -> None:
+@pytest.mark.parametrize("past_cache", [False, True], ids=["through the cache", "past it"])
+def test_killed_at_every_call(bench: Bench, place: Path, old: bool, how: int, past_cache: bool) -> None:
+    bench = replace(bench, past_cache=past_cache)
     calls = bench.calls(place, old)
     at = [n for n, call in enumerate(calls, 1) if how == KILL or "write " in call]
     assert len(at) > (60 if how == KILL else 15)

@@ -15,7 +15,7 @@ import pytest
 from tests.faults.harness import (
     INTERRUPT,
     LONG,
-    MARKS,
+    MARK_BYTES,
     Server,
     contents,
     fault,
@@ -26,7 +26,10 @@ from tests.faults.harness import (
 )
 
 TIMES = 50 if LONG else 12
-SLOW: dict[str, Any] = {"chunk": 256, "env": MARKS}  # entries per unit, so that a small merge takes long enough
+SLOW: dict[str, Any] = {
+    "chunk": 256,
+    "mark_bytes": MARK_BYTES,
+}  # entries per unit, so that a small merge takes long enough
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 
 from safepatch_core import merge
 from safepatch_core.errors import SafepatchError
+from safepatch_core.merging import sink
 from tests.faults.harness import KILL, Bench, Server, contents, fault
 from tests.recipes import write_random
 
@@ -50,14 +51,14 @@ def test_soak(bench: Bench, run: Server, monkeypatch: pytest.MonkeyPatch) -> Non
         inputs = sorted(os.listdir(place))
         expected = outcome(recipe, place / "reference", backend="reference")
         chunk = dice.choice((1, 7, 64, 1 << 20))
-        mark = str(dice.choice((1, 500, 1 << 30)))
-        monkeypatch.setenv("SAFEPATCH_MARK", mark)
+        mark = dice.choice((1, 500, 1 << 30))
+        monkeypatch.setattr(sink, "MARK_BYTES", mark)
         threads, limit = dice.choice((1, 2)), dice.choice(("16MiB", "1GiB"))
         out = place / "out"
         if i % 2 == 0:
             args = ["merge", recipe, "-o", out, "--backend", "cpu", "--memory-limit", limit]
             kill = fault(out.with_name(".out"), dice.randrange(2, 60), KILL)
-            ended = run(*args, fault=kill, env={"SAFEPATCH_MARK": mark})
+            ended = run(*args, fault=kill, mark_bytes=mark)
             killed += ended.status == -9
             done = out.exists()  # it wasn't killed, or when all was done
             found = outcome(

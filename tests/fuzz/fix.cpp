@@ -119,7 +119,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
     Memory live(bytes);
     sp_status status = SP_OK;
-    sp_fix_tally tally{};
+    sp_fix_tally tally{sizeof tally, 0, 0, 0};
     std::memcpy(live.data(), old_entries.data(), bytes);
     settle(run, live, SP_FIX_NEW, status, tally);
     if (status != SP_OK || !(live == new_entries) || tally.old_count != from.changes) wrong("apply");

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import safepatch_core
 from safepatch_core.files.checkpoint import read_shard
 from tests.fuzz.targets import ROOT, TARGETS, Violation, header, safetensors_file, same_as_safetensors
 
@@ -53,6 +56,18 @@ def test_corpus_and_mutations(target: str) -> None:
             TARGETS[target](data)
         except Exception as error:
             pytest.fail(f"{target}({data!r}): {type(error).__name__}: {error}")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("target", ["abi", "fix"])
+def test_the_c_interfaces_targets_fit_it(tmp_path: Path, target: str) -> None:
+    program, here = tmp_path / "replay", Path(__file__).parent
+    lib = safepatch_core.get_library_dir()
+    command = ["g++", "-std=c++20", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    command += [f"-I{safepatch_core.get_include()}", str(here / f"{target}.cpp"), str(here / "replay.cpp")]
+    command += [f"-L{lib}", "-lsafepatch", f"-Wl,-rpath,{lib}", "-o", str(program)]
+    subprocess.run(command, check=True)
+    subprocess.run([program, "1", *(CORPUS / name for name in {target, "abi"})], check=True, cwd=tmp_path)
 
 
 def test_the_comparison_with_safetensors_can_fail() -> None:

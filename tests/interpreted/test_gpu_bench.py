@@ -243,6 +243,7 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "links": lambda found: len(found) == len(TINY.slots),
     "kernels": lambda found: {row["kernel"] for row in found} >= {"apply", "histogram", "importance", "fold"},
     "engine": lambda found: {row["what"] for row in found} == {"apply", "merge", "apply, resident"},
+    "fixes": lambda found: [row["share"] for row in found] == [0.01, 0.02] and found[0]["changes"] == 20972,
     "trace": lambda found: found["file"] == "trace.json" and found["busy_s"]["compute"] > 0,
 }
 

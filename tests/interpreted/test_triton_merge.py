@@ -16,6 +16,7 @@ from safepatch_core.bench import models
 from safepatch_core.errors import SafepatchError
 from tests.oracle import Tensor, from_f32, save_file, to_f32
 from tests.recipes import write_random
+from tests.twins import Twin
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -35,6 +36,16 @@ def test_random_recipes_give_the_same_files(tmp_path: Path, seed: int) -> None:
         except SafepatchError as error:
             found.append(str(error))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_codes_of_a_quantised_base(tmp_path: Path, scope: str) -> None:
+    twin = Twin(tmp_path, seed=2)
+    patches = [
+        twin.patch("a", "checkpoint", top=0.3, importance=twin.importance("a", "patched")),
+        twin.patch("b", "lora", top=0.2, retain=0.5),
+    ]
+    assert both_engines(twin.recipe(*patches, scope=scope), tmp_path) > 100
 
 
 def both_engines(recipe: Path, folder: Path) -> int:

@@ -52,19 +52,28 @@ def open_source(
         raise UsageError(f"patch '{name}': minus goes with checkpoints", file=path, found=f"kind {kind}")
     reference = None if minus is None else open_checkpoint(minus, relative_to=relative_to)
     source = KINDS[kind](Origin(name, os.fspath(ref), path, revision, reference, base, takes, rows))
-    if guessed and kind == "checkpoint":
-        _refuse_factors(source)
+    if kind == "checkpoint":
+        _refuse_factors(source, guessed)
     return source
 
 
-def _refuse_factors(source: Source) -> None:
+def _refuse_factors(source: Source, guessed: bool) -> None:
     """A file of factors alone is an adapter that lost its config, or one of another layout (kohya's)."""
-    refuse_kohya(source.checkpoints[0].shards[0].path, source.shapes)
+    file = source.checkpoints[0]
     factors = [name for name in source.shapes if _FACTOR.search(name)]
-    if factors and len(factors) == len(source.shapes):
+    if guessed:
+        refuse_kohya(file.shards[0].path, source.shapes)
+    if guessed and factors and len(factors) == len(source.shapes):
         raise InputError(
             "the factors of an adapter without its config",
-            file=source.checkpoints[0].ref,
+            file=file.ref,
             tensor=factors[0],
             expected=f"a directory with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as PEFT saves adapters",
+        )
+    if factors and any(".base_layer." in name for name in source.shapes):
+        raise InputError(
+            "a model with an adapter that was not merged into it",
+            file=file.ref,
+            tensor=factors[0],
+            expected="what PEFT's merge_and_unload makes of it, or the adapter alone, as PEFT saves it",
         )

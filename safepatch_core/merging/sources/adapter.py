@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,12 @@ def open_adapter(origin: Origin) -> AdapterSource:
     if not found.fits:
         refuse_kohya(folder.file, entries)
         first = next(iter(entries), None)
-        raise InputError("no LoRA factors in the adapter", file=folder.file, tensor=first, expected="those of PEFT")
+        raise InputError(
+            "no LoRA factors in the adapter",
+            file=folder.file,
+            tensor=first,
+            expected="those of PEFT",
+        )
     others = [(_model_name(folder, entry), entry) for entry in entries.values() if entry.name not in found.taken]
     exchange = resolve(_shapes(origin, found, others), base, origin.takes, origin.ref)
     there = {name: base.tensors[exchange(name)] for name in found.fits if exchange(name) in base.tensors}
@@ -107,10 +113,10 @@ def _what_to_do(kind: str) -> str:
 
 def _model_name(folder: Folder, entry: TensorEntry) -> str:
     """The model's name of a tensor that is no kind's own."""
-    name = entry.name.removeprefix(PREFIX)
-    if name == entry.name:
+    before = re.match(PREFIX, entry.name)
+    if before is None:
         raise _stranger(folder, entry)
-    return name.replace(".base_layer.", ".")
+    return entry.name[before.end() :].replace(".base_layer.", ".")
 
 
 def _whole(

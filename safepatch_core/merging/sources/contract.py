@@ -60,7 +60,7 @@ class PatchTensor(Protocol):
         """The file that complaints name."""
 
     @property
-    def entry_bytes(self) -> int:
+    def entry_bytes(self) -> float:
         """Bytes that are read from files per entry."""
 
     @property

@@ -50,17 +50,17 @@ class Rectangle(NamedTuple):
         return slice(self.row, self.row + self.rows), slice(self.col, self.col + self.width)
 
 
-def rectangles(lo: int, hi: int, cols: int, every: int = 0) -> Iterator[Rectangle]:
-    """The entries [lo, hi) of a matrix of `cols` columns, cut into rectangles of at most `PIECE` entries (or a row's
+def rectangles(lo: int, hi: int, cols: int, every: int = 0, most: int = PIECE) -> Iterator[Rectangle]:
+    """The entries [lo, hi) of a matrix of `cols` columns, cut into rectangles of at most `most` entries (or a row's
     part). None reaches over a row that is a multiple of `every`."""
     at = lo
     while at < hi:
         row, col = divmod(at, cols)
-        rows = min((hi - at) // cols, PIECE // cols)
+        rows = min((hi - at) // cols, most // cols)
         if every:
             rows = min(rows, every - row % every)
         if col or not rows:
-            piece = Rectangle(at - lo, row, 1, col, min(cols - col, hi - at, PIECE))
+            piece = Rectangle(at - lo, row, 1, col, min(cols - col, hi - at, most))
         else:
             piece = Rectangle(at - lo, row, rows, 0, cols)
         yield piece

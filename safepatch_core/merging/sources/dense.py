@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,9 @@ from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range
 from safepatch_core.merging.sources.decoding import PIECE
 from safepatch_core.merging.sources.foreign import refuse_ungathered
-from safepatch_core.merging.sources.fusions import Joined, Stored, fused, runs
+from safepatch_core.merging.sources.fusions import Joined, Stored, fused, fusion_of, runs, turned_shape
 from safepatch_core.merging.sources.rows import FewerRows, as_in_base, common, first_rows, shapes_of
+from safepatch_core.merging.sources.turned import HeldTurned, Turned, TurnedTensor
 from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing, Rows
 
 
@@ -28,7 +30,7 @@ from safepatch_core.spec import ITEMSIZE, Dtype, Kind, Missing, Rows
 class Dense:
     """A tensor of the base's shape, handed to the engine as it lies in its file."""
 
-    entry: Stored  # F32, F16 or BF16
+    entry: TensorEntry | Joined  # F32, F16 or BF16
     form: Kind
 
     @property
@@ -65,7 +67,7 @@ class Dense:
         return Bits(buffer.view(np.uint32 if self.entry_bytes == 4 else np.uint16), cast(Dtype, self.entry.dtype))
 
 
-Fitted = Dense | FewerRows
+Fitted = Dense | FewerRows | TurnedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,6 @@ class Difference:
     minus: Fitted
     form: Kind = "delta"
     ring_bytes: int = 4
-    held_bytes: int = 0
 
     @property
     def path(self) -> Path:
@@ -90,11 +91,24 @@ class Difference:
     def once_bytes(self) -> int:
         return self.patched.once_bytes + self.minus.once_bytes
 
+    @property
+    def held_bytes(self) -> int:
+        return self.patched.held_bytes + self.minus.held_bytes
+
     def ranges(self, lo: int, hi: int) -> list[Range]:
         return self.patched.ranges(lo, hi) + self.minus.ranges(lo, hi)
 
-    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Difference:
-        return self
+    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> HeldDifference:
+        cut = self.patched.held_bytes
+        return HeldDifference(self.patched.hold(inputs, memory[:cut]), self.minus.hold(inputs, memory[cut:]))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldDifference:
+    """What both need for all of a tensor's chunks."""
+
+    patched: Dense | FewerRows | HeldTurned
+    minus: Dense | FewerRows | HeldTurned
 
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
         """f32(patched) - f32(minus), rounded once; a piece at a time, so that little lies beside the ring."""
@@ -121,8 +135,8 @@ class Named:
     @classmethod
     def of(cls, checkpoint: Checkpoint, base: Checkpoint, takes: Takes, rows: Rows) -> Named:
         """Raises InputError where names are the base's in two ways."""
-        floats = {n: shapes_of(n, t.shape, base, rows) for n, t in checkpoint.tensors.items() if t.dtype in FLOATS}
-        exchange = resolve(floats, base, takes, checkpoint.ref)
+        floats = {n: _shapes(n, t.shape, base, rows) for n, t in checkpoint.tensors.items() if t.dtype in FLOATS}
+        exchange = resolve(floats, base, partial(_needs_a_name, base, takes), checkpoint.ref)
         tensors = {exchange(name): entry for name, entry in checkpoint.tensors.items()}
         for shard in checkpoint.shards:
             # Where tensors are shared, one name is saved, and the others are noted beside it.
@@ -131,6 +145,17 @@ class Named:
                     tensors.setdefault(exchange(alias), checkpoint.tensors[name])
         stored, done = fused(tensors, base)
         return cls(checkpoint, replace(exchange, fusions=tuple(done)), stored, rows)
+
+
+def _shapes(name: str, shape: tuple[int, ...], base: Checkpoint, rows: Rows) -> Sequence[tuple[int, ...]]:
+    """Those that the base's tensor may have."""
+    turned = turned_shape(name, shape)
+    return [*shapes_of(name, shape, base, rows), *([turned] if turned != shape else ())]
+
+
+def _needs_a_name(base: Checkpoint, takes: Takes, name: str, dimensions: int) -> bool:
+    """Whether a tensor would be a target, and the base has it neither joined nor apart."""
+    return takes(name, dimensions) and fusion_of(name, base) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +221,10 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             f"missing from {what}",
             file=checkpoint.root or checkpoint.shards[0].path,
             tensor=entry.name,
-            expected=f"{list(entry.shape)} as in the base (or missing: skip)",
+            expected=checkpoint.of_several or f"{list(entry.shape)} as in the base (or missing: skip)",
         )
+    if found.shape == entry.shape and found.dtype in ITEMSIZE:
+        return TurnedTensor(found, form) if isinstance(found, Turned) else Dense(found, form)
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
     cut = patch.rows == "common" and isinstance(found, TensorEntry) and common(entry.name, found.shape, entry.shape)
     refuse_ungathered(file, found, found.shape != entry.shape)
@@ -217,8 +244,8 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
             found=found.dtype,
             expected=" or ".join(ITEMSIZE),
         )
-    if found.shape == entry.shape or isinstance(found, Joined):
-        return Dense(found, form)
+    # Rows are cut of what lies in one piece alone.
+    assert isinstance(found, TensorEntry)
     return FewerRows(entry, found, form) if found.entries < entry.entries else Dense(first_rows(found, entry), form)
 
 

@@ -14,11 +14,14 @@ import numpy as np
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint, Shard, TensorEntry, read_json, read_shard, shown
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from safepatch_core.merging.names import WRAPPERS
 from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.merging.sources.foreign import refuse_foreign, refuse_ungathered
 from safepatch_core.spec import ITEMSIZE
 
-PREFIX = "base_model.model."
+# What PEFT puts before the model's names, with what wraps its model or the model in it.
+_WRAPPED = rf"(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*"
+PREFIX = rf"{_WRAPPED}base_model\.{_WRAPPED}model\."
 INSTEAD = "PEFT's merge_and_unload makes a checkpoint of any adapter that can be merged: name that as the source"
 # Keys of PEFT's configs that do not change what a trained adapter does to a weight.
 HARMLESS = frozenset(

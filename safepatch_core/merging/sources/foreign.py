@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from safepatch_core.merging.sources.fusions import Joined
+from safepatch_core.merging.sources.fusions import Stored
 
 _MLX = "adapters.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -64,7 +63,7 @@ def refuse_kohya(file: Path, names: Iterable[str]) -> None:
             )
 
 
-def refuse_ungathered(file: Path, entry: TensorEntry | Joined, misfit: bool) -> None:
+def refuse_ungathered(file: Path, entry: Stored, misfit: bool) -> None:
     """Raises InputError for a tensor that is empty and does not fit."""
     if misfit and 0 in entry.shape:
         raise InputError(

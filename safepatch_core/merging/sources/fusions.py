@@ -1,7 +1,8 @@
 """Weights that one checkpoint keeps joined and another apart: experts in one tensor, gate and up, query, key, value.
 
-Both ways hold the same entries in the same order, row by row, so they are read where they lie. Where experts are
-stored transposed as well, or with gate and up interleaved, that is not so, and the patch is refused by its names.
+Mostly both ways hold the same entries in the same order, row by row, and are read where they lie. Some families
+store joined experts as [experts, in, out], gpt-oss also with the columns of gate and up in turn: these are turned as
+they are read. Where nothing tells which it is, the patch is refused by its names.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.merging.sources.contract import Range
 from safepatch_core.merging.sources.orientation import model_type
+from safepatch_core.merging.sources.turned import Tile, Turned
 
-# Models that store their joined experts as [experts, in, out].
-_TRANSPOSED = frozenset({"gpt_oss", "llama4", "llama4_text", "openai_privacy_filter", "aria", "aria_text"})
+Shape = tuple[int, ...]
+Entries = Mapping[str, TensorEntry]
+
+# Models that store their joined experts as [experts, in, out]: gate before up, or their columns in turn.
+_TURNED = frozenset({"llama4", "llama4_text", "aria", "aria_text", "qwen3_vl_moe", "qwen3_vl_moe_text"})
+_IN_TURN = frozenset({"gpt_oss", "openai_privacy_filter"})
 
 
-class Fusion(NamedTuple):
-    """A tensor and what it is made of, by what follows in a name after the layer; {e} counts experts."""
+@dataclass(frozen=True)
+class Fusion:
+    """A tensor and what it is made of, by how their names end; {e} counts experts."""
 
     whole: str
     parts: tuple[str, ...]
@@ -31,27 +39,51 @@ class Fusion(NamedTuple):
     def of_experts(self) -> bool:
         return "{e}" in self.parts[0]
 
+    @cached_property
+    def patterns(self) -> list[re.Pattern[str]]:
+        """What the parts' names match, with a group of what stands before."""
+        return [re.compile(r"(.*\.|)" + "[0-9]+".join(map(re.escape, part.split("{e}")))) for part in self.parts]
+
     def names(self, head: str, experts: int) -> list[str]:
         """The parts of the tensor that begins with `head`, in the order of their rows."""
         return [head + part.format(e=e) for e in range(experts) for part in self.parts]
 
 
+def _experts(whole: str, part: str, *names: str, block: str = "") -> Fusion:
+    return Fusion(whole, tuple(f"{block}experts.{{e}}.{name}.{part}" for name in names))
+
+
 FUSIONS = (
-    Fusion("mlp.experts.gate_up_proj", ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight")),
-    Fusion("mlp.experts.down_proj", ("mlp.experts.{e}.down_proj.weight",)),
-    # Mixtral's, as the hub has them and as transformers has them in memory.
-    Fusion(
-        "mlp.experts.gate_up_proj",
-        ("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
-    ),
-    Fusion("mlp.experts.down_proj", ("block_sparse_moe.experts.{e}.w2.weight",)),
+    _experts("experts.gate_up_proj", "weight", "gate_proj", "up_proj"),
+    _experts("experts.down_proj", "weight", "down_proj"),
+    _experts("experts.gate_up_proj_bias", "bias", "gate_proj", "up_proj"),
+    _experts("experts.down_proj_bias", "bias", "down_proj"),
+    # Experts that have no gate.
+    _experts("experts.up_proj", "weight", "up_proj"),
+    # Mixtral's and its descendants', as the hub has them; transformers renames the block in memory.
+    _experts("experts.gate_up_proj", "weight", "w1", "w3"),
+    _experts("experts.down_proj", "weight", "w2"),
+    _experts("mlp.experts.gate_up_proj", "weight", "w1", "w3", block="block_sparse_moe."),
+    _experts("mlp.experts.down_proj", "weight", "w2", block="block_sparse_moe."),
     Fusion("mlp.gate.weight", ("block_sparse_moe.gate.weight",)),
-    Fusion("mlp.gate_up_proj.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    Fusion("mlp.router.weight", ("block_sparse_moe.gate.weight",)),
+    # Granite's are joined on the hub too, under other names.
+    Fusion("block_sparse_moe.experts.gate_up_proj", ("block_sparse_moe.input_linear.weight",)),
+    Fusion("block_sparse_moe.experts.down_proj", ("block_sparse_moe.output_linear.weight",)),
+    Fusion("block_sparse_moe.router.weight", ("block_sparse_moe.router.layer.weight",)),
+    # gpt-oss with a linear layer for each expert.
+    Fusion("experts.gate_up_proj", ("experts.gate_up_projs.{e}.weight",)),
+    Fusion("experts.down_proj", ("experts.down_projs.{e}.weight",)),
+    Fusion("experts.gate_up_proj_bias", ("experts.gate_up_projs.{e}.bias",)),
+    Fusion("experts.down_proj_bias", ("experts.down_projs.{e}.bias",)),
+    Fusion("gate_up_proj.weight", ("gate_proj.weight", "up_proj.weight")),
     *(
-        Fusion(f"self_attn.qkv_proj.{leaf}", tuple(f"self_attn.{part}_proj.{leaf}" for part in "qkv"))
+        Fusion(f"self_attn.{whole}.{leaf}", tuple(f"self_attn.{part}_proj.{leaf}" for part in "qkv"))
+        for whole in ("qkv_proj", "W_pack")
         for leaf in ("weight", "bias")
     ),
 )
+_JOINED_EXPERTS = tuple({f".{fusion.whole}" for fusion in FUSIONS if fusion.whole.startswith("experts.")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +91,7 @@ class Joined:
     """Tensors that lie one after another in a larger one."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     parts: tuple[TensorEntry, ...]  # of one dtype
 
     @property
@@ -75,10 +107,22 @@ class Joined:
         return self.parts[0].file
 
 
-Stored = TensorEntry | Joined
+Stored = TensorEntry | Joined | Turned
 
 
-def runs(stored: Stored, lo: int, hi: int) -> list[Range]:
+class Made(NamedTuple):
+    """What a joined tensor is made of, and how: rows one after another, or `every` so many columns of the same."""
+
+    parts: list[str]
+    turned: bool = False
+    every: int = 1  # 1: the columns of one part after those of another; else in turn
+
+    @property
+    def told(self) -> str:
+        return f"{' (transposed)' if self.turned else ''}{' (in turn)' if self.every > 1 else ''}"
+
+
+def runs(stored: TensorEntry | Joined, lo: int, hi: int) -> list[Range]:
     """Where its bytes [lo, hi) lie."""
     found, at = [], 0
     for part in stored.parts if isinstance(stored, Joined) else (stored,):
@@ -89,7 +133,7 @@ def runs(stored: Stored, lo: int, hi: int) -> list[Range]:
     return found
 
 
-def fused(tensors: Mapping[str, TensorEntry], base: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
+def fused(tensors: Entries, base: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
     """A checkpoint's tensors, by the base's names, with what the base keeps apart cut up and the reverse joined.
 
     Returns:
@@ -98,32 +142,72 @@ def fused(tensors: Mapping[str, TensorEntry], base: Checkpoint) -> tuple[dict[st
     found: dict[str, Stored] = dict(tensors)
     done: dict[str, None] = {}
     kind = model_type(base)
-    for name in [name for name in tensors if name not in base.tensors]:
+    for name, entry in tensors.items():
+        if name in base.tensors:
+            if turned_shape(name, entry.shape) == base.tensors[name].shape != entry.shape:
+                found[name] = _transposed(entry, base.tensors[name].shape)
+                done["experts transposed"] = None
+            continue
         for fusion, head in _wholes(name):
-            parts = _parts(fusion, head, tensors[name].shape, base.tensors, kind)
-            if parts:
+            if made := _made(fusion, head, entry.shape, base.tensors, kind):
                 del found[name]
-                found |= _cut(tensors[name], {part: base.tensors[part].shape for part in parts})
-                done[f"{fusion.whole} cut into {fusion.parts[0]}"] = None
+                found |= _cut(entry, made, {part: base.tensors[part].shape for part in made.parts})
+                done[f"{fusion.whole} cut into {fusion.parts[0]}{made.told}"] = None
                 break
     for name in [name for name in base.tensors if name not in found]:
         for fusion, head in _wholes(name):
-            parts = _parts(fusion, head, base.tensors[name].shape, tensors, kind)
-            if parts and len({tensors[part].dtype for part in parts}) == 1:
-                joined = tuple(tensors[part] for part in parts)
-                for part in parts:
+            shape = base.tensors[name].shape
+            made = _made(fusion, head, shape, tensors, kind)
+            if made and len({tensors[part].dtype for part in made.parts}) == 1:
+                parts = [tensors[part] for part in made.parts]
+                for part in made.parts:
                     del found[part]
-                found[name] = Joined(joined[0].name, base.tensors[name].shape, joined)
-                done[f"{fusion.whole} made of {fusion.parts[0]}"] = None
+                found[name] = _join(parts, made, shape)
+                done[f"{fusion.whole} made of {fusion.parts[0]}{made.told}"] = None
                 break
     return found, list(done)
 
 
-def apart(name: str, shape: tuple[int, ...], base: Checkpoint) -> list[str]:
-    """The base's tensors that make up one of that name and shape which it lacks, or nothing."""
+def turned_shape(name: str, shape: Shape) -> Shape:
+    """The shape that a tensor of joined experts has where they are stored the other way round."""
+    experts = len(shape) == 3 and f".{name}".endswith(_JOINED_EXPERTS)
+    return (shape[0], shape[2], shape[1]) if experts else shape
+
+
+def apart(name: str, shape: Shape, base: Checkpoint) -> dict[str, Shape]:
+    """The base's tensors whose rows make up one of that name and shape which it lacks, or nothing.
+
+    They are named as `name` begins, where the base may have another prefix.
+    """
     kind = model_type(base)
-    made = (_parts(fusion, head, shape, base.tensors, kind) for fusion, head in _wholes(name))
-    return next((parts for parts in made if parts), [])
+    if kind in _TURNED | _IN_TURN:
+        return {}
+    for fusion, head in _wholes(name):
+        for other in _heads(fusion, head, base):
+            made = _made(fusion, other, shape, base.tensors, kind)
+            if made and not made.turned:
+                return {head + part.removeprefix(other): base.tensors[part].shape for part in made.parts}
+    return {}
+
+
+def _heads(fusion: Fusion, head: str, base: Checkpoint) -> list[str]:
+    """What stands before such parts in the base: `head`, or what ends as it does from the layer on."""
+    first, parts = fusion.names("", 1)[0], head.split(".")
+    layer = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    if head + first in base.tensors or not layer:
+        return [head]
+    end = ".".join(parts[layer - 1 :]) + first
+    return [other.removesuffix(first) for other in base.tensors if f".{other}".endswith(f".{end}")]
+
+
+def holders(leaf: str, base: Checkpoint) -> set[str]:
+    """The last names of the base's modules that have a parameter `leaf`, also where the base keeps it apart."""
+    modules = {name.rpartition(".")[0] for name in base.tensors if name.endswith(f".{leaf}")}
+    for fusion in FUSIONS:
+        whole, _, parameter = fusion.whole.rpartition(".")
+        if parameter == leaf and any(fusion.patterns[0].fullmatch(name) for name in base.tensors):
+            modules.add(whole)
+    return {module.rpartition(".")[2] for module in modules}
 
 
 def fusion_of(name: str, base: Checkpoint) -> str | None:
@@ -133,9 +217,9 @@ def fusion_of(name: str, base: Checkpoint) -> str | None:
         if first in base.tensors:
             return f"one matrix each, like '{first}', as the base has them"
     for fusion in FUSIONS:
-        for part in fusion.parts:
-            match = re.fullmatch(r"(.*\.)?" + "[0-9]+".join(map(re.escape, part.split("{e}"))), name)
-            whole = f"{match[1] or ''}{fusion.whole}" if match else ""
+        for pattern in fusion.patterns:
+            match = pattern.fullmatch(name)
+            whole = f"{match[1]}{fusion.whole}" if match else ""
             if whole in base.tensors:
                 return f"all of them joined in '{whole}', as the base has them"
     return None
@@ -148,29 +232,89 @@ def _wholes(name: str) -> Iterator[tuple[Fusion, str]]:
             yield fusion, name.removesuffix(fusion.whole)
 
 
-def _cut(entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
-    """The rows of a joined tensor as parts of these shapes, in order."""
-    parts, at = {}, entry.start
+def _made(fusion: Fusion, head: str, shape: Shape, known: Entries, kind: str | None) -> Made | None:
+    """How the tensors of `known` make up a joined tensor of that shape; None where they don't, or nothing tells."""
+    experts, each = (shape[0], shape[1:]) if fusion.of_experts and len(shape) > 1 else (1, shape)
+    names = fusion.names(head, experts) if each else []
+    if not names or not all(name in known for name in names):
+        return None
+    shapes, count = [known[name].shape for name in names], len(fusion.parts)
+    groups = [shapes[at : at + count] for at in range(0, len(shapes), count)]
+    if fusion.of_experts and count > 1 and kind in _IN_TURN:
+        equal = all(len({shape[0] for shape in group}) == 1 for group in groups if () not in group)
+        return Made(names, True, count) if equal and _sums(groups, each[::-1]) else None
+    straight, turned = _sums(groups, each), fusion.of_experts and _sums(groups, each[::-1])
+    if straight and turned:
+        turned = len(each) > 1 and kind in _TURNED | _IN_TURN
+        straight = not turned and (kind is not None or (len(each), count) == (1, 1))
+    if straight:
+        return Made(names)
+    # The order of gate and up among the columns is the family's.
+    return Made(names, True) if turned and (count == 1 or kind in _TURNED) else None
+
+
+def _sums(groups: list[list[Shape]], each: Shape) -> bool:
+    """Whether the rows of each group are those of a matrix of the shape `each`."""
+    return all(
+        all(shape and shape[1:] == each[1:] for shape in group) and sum(shape[0] for shape in group) == each[0]
+        for group in groups
+    )
+
+
+def _cut(entry: TensorEntry, made: Made, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
+    """A joined tensor as parts of these shapes, in order."""
+    if made.turned:
+        return _columns(entry, made, shapes)
+    parts: dict[str, Stored] = {}
+    at = 0
     for i, (name, shape) in enumerate(shapes.items()):
-        nbytes = entry.nbytes * math.prod(shape) // max(entry.entries, 1)
-        parts[name] = replace(entry, name=f"{entry.name}[{i}]", shape=shape, start=at, nbytes=nbytes)
-        at += nbytes
+        parts[name] = _piece(entry, at, shape, f"{entry.name}[{i}]")
+        at += math.prod(shape)
     return parts
 
 
-def _parts(
-    fusion: Fusion, head: str, shape: tuple[int, ...], known: Mapping[str, TensorEntry], kind: str | None
-) -> list[str]:
-    """The names of the parts of a joined tensor of that shape; nothing where they don't make it up."""
-    experts, each = (shape[0], shape[1:]) if fusion.of_experts and len(shape) == 3 else (1, shape)
-    if fusion.of_experts and (len(each) != 2 or kind in _TRANSPOSED or (kind is None and each[0] == each[1])):
-        return []  # the other way round, or nothing tells
-    names = fusion.names(head, experts) if each else []
-    if not names or not all(name in known for name in names):
-        return []
-    count = len(fusion.parts)
-    for at in range(0, len(names), count):
-        shapes = [known[name].shape for name in names[at : at + count]]
-        if any(not s or s[1:] != each[1:] for s in shapes) or sum(s[0] for s in shapes) != each[0]:
-            return []
-    return names
+def _columns(entry: TensorEntry, made: Made, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
+    parts: dict[str, Stored] = {}
+    wide = entry.shape[-1]
+    tall = entry.shape[1] if len(entry.shape) == 3 else 1
+    at = begin = 0
+    for i, (name, shape) in enumerate(shapes.items()):
+        block = _piece(entry, begin * tall * wide, (tall, wide), entry.name)
+        tile = Tile(block, at // shape[0] if made.every > 1 else at, made.every)
+        parts[name] = Turned(f"{entry.name}[{i}]", shape, shape[0], tall, ((tile,),))
+        at += shape[0]
+        if at == wide:
+            at, begin = 0, begin + 1
+    return parts
+
+
+def _join(parts: list[TensorEntry], made: Made, shape: Shape) -> Joined | Turned:
+    if not made.turned:
+        return Joined(parts[0].name, shape, tuple(parts))
+    wide = shape[-1]
+    tall = shape[1] if len(shape) == 3 else 1
+    blocks: list[tuple[Tile, ...]] = []
+    tiles: list[Tile] = []
+    at = 0
+    for part in parts:
+        columns = part.shape[0]
+        source = part._replace(shape=(columns, tall))
+        tiles.append(Tile(source, at=at // columns if made.every > 1 else at, step=made.every))
+        at += columns
+        if at == wide:
+            blocks.append(tuple(tiles))
+            tiles, at = [], 0
+    return Turned(parts[0].name, shape, tall, wide, tuple(blocks))
+
+
+def _transposed(entry: TensorEntry, shape: Shape) -> Turned:
+    """Every matrix of a tensor [experts, …, …] the other way round."""
+    experts, rows, cols = shape
+    blocks = (_piece(entry, e * rows * cols, (cols, rows), entry.name) for e in range(experts))
+    return Turned(entry.name, shape, rows, cols, tuple((Tile(block),) for block in blocks))
+
+
+def _piece(entry: TensorEntry, at: int, shape: Shape, name: str) -> TensorEntry:
+    """Consecutive entries of a tensor."""
+    begin, nbytes = (entry.nbytes * n // max(entry.entries, 1) for n in (at, math.prod(shape)))
+    return entry._replace(name=name, shape=shape, start=entry.start + begin, nbytes=nbytes)

@@ -43,7 +43,7 @@ VARIANTS = frozenset({"velora_config", "use_bdlora", "arrow_config", "kasa_confi
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Keys of PEFT's saved adapters; live state dicts have the adapter's name in them.
 _KEY = re.compile(
-    rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<what>[AB]|embedding_[AB]|magnitude_vector)"
+    rf"{PREFIX}(?P<module>.+)\.lora_(?P<what>[AB]|embedding_[AB]|magnitude_vector)"
     r"(?P<adapter>\.[^.]+)??(?P<end>\.weight|\.bias)?"
 )
 _SIDES = {

@@ -12,12 +12,14 @@ from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.sources.experts import ExpertFactors, ExpertSlice
 from safepatch_core.merging.sources.factors import Factors
 from safepatch_core.merging.sources.folder import INSTEAD, Entries, Folder, Found, Part, Shape
-from safepatch_core.merging.sources.fusions import apart
+from safepatch_core.merging.sources.fusions import apart, holders
 from safepatch_core.merging.sources.orientation import model_type
 
-# Models whose classes tell PEFT that their experts are stored [experts, in, out]. Llama 4 has them so without a word,
-# and PEFT takes them the other way round.
-_TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
+# Models whose classes tell PEFT that their experts are stored [experts, in, out], and Qwen3-VL, whose files have them
+# so. Llama 4 has them so without a word, and PEFT takes them the other way round.
+_TRANSPOSED = frozenset(
+    {"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+)
 _MOST = 6  # parameters of one module: their ways to fit are tried one by one
 Nested = tuple[str, TensorEntry, TensorEntry]  # module, A, B
 Scaled = Callable[[str], tuple[int, float]]  # rank and scale of a module
@@ -34,11 +36,17 @@ class Parameters:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._targets = [name.rpartition(".") for name in folder.names("target_parameters")]
+        self._holders = {leaf: holders(leaf, folder.base) for tail, _, leaf in self._targets if not tail}
 
     def adapted(self, module: str) -> list[str]:
         """The full names of the parameters of the wrapped module, or nothing where it is none."""
         bare = module.replace(".base_layer", "")
-        return [f"{bare}.{leaf}" for tail, _, leaf in self._targets if f".{bare}".endswith(f".{tail}")]
+        names = (leaf for tail, _, leaf in self._targets if self._is_at(bare, tail, leaf))
+        return [f"{bare}.{leaf}" for leaf in dict.fromkeys(names)]
+
+    def _is_at(self, module: str, tail: str, leaf: str) -> bool:
+        """Whether a target is the module's. One without a module is that of any module which has such a parameter."""
+        return f".{module}".endswith(f".{tail}") if tail else module.rpartition(".")[2] in self._holders[leaf]
 
     def read(self, nested: list[Nested], scaled: Scaled) -> Found:
         """What the pairs of these modules change."""
@@ -61,16 +69,18 @@ class Parameters:
     def _fits(self, name: str, items: list[Nested], scaled: Scaled) -> dict[str, Sequence[Shape]]:
         """The parameter, or what it is made of in a base that keeps its experts apart."""
         rank, _ = scaled(name)
-        parts = [part for _, a, b in items for part in self._apart(name, a, b, rank)]
+        parts: dict[str, Sequence[Shape]] = {
+            part: [shape] for _, a, b in items for part, shape in self._apart(name, a, b, rank).items()
+        }
         if parts:
-            return {part: [self._folder.base.tensors[part].shape] for part in parts}
+            return parts
         _, a, b = items[0]
         nominal = (a.shape[0] // rank, b.shape[0], a.shape[1])
         return {name: self._folder.shapes(nominal, lambda s: any(_fitted(s, a, b, rank, 1.0) for _, a, b in items))}
 
-    def _apart(self, name: str, a: TensorEntry, b: TensorEntry, rank: int) -> list[str]:
+    def _apart(self, name: str, a: TensorEntry, b: TensorEntry, rank: int) -> dict[str, Shape]:
         if name in self._folder.base.tensors or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-            return []
+            return {}
         return apart(name, (a.shape[0] // rank, b.shape[0], a.shape[1]), self._folder.base)
 
     def _parts(self, modules: Mapping[str, list[Nested]], scaled: Scaled, there: Entries) -> dict[str, Part]:
@@ -109,8 +119,7 @@ class Parameters:
     def _slices(self, name: str, factors: ExpertFactors) -> Iterator[tuple[str, ExpertSlice]]:
         """What the base's tensors get of a parameter that they make up, in the order of its rows."""
         row, (_, height, _) = 0, factors.shape
-        for part in self._apart(name, factors.a, factors.b, factors.rank):
-            rows, cols = self._folder.base.tensors[part].shape
+        for part, (rows, cols) in self._apart(name, factors.a, factors.b, factors.rank).items():
             yield part, ExpertSlice(factors, row // height, row % height, (rows, cols))
             row += rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ def shapes_of(name: str, shape: Shape, base: Checkpoint, rows: Rows) -> Sequence
 
 def first_rows(found: TensorEntry, entry: TensorEntry) -> TensorEntry:
     """The rows of the patch's tensor `found` that the base's `entry` has too."""
-    return replace(found, shape=entry.shape, nbytes=entry.entries * ITEMSIZE[found.dtype])
+    return found._replace(shape=entry.shape, nbytes=entry.entries * ITEMSIZE[found.dtype])
 
 
 @dataclass(frozen=True, slots=True)

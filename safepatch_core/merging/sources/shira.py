@@ -21,7 +21,7 @@ from safepatch_core.spec import Kind
 
 USED = frozenset({"r"})
 HARMLESS = frozenset({"mask_type", "random_seed", "init_weights"})
-_KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.shira_(weight|indices)(?:\.[^.]+)?")
+_KEY = re.compile(rf"{PREFIX}(.+)\.shira_(weight|indices)(?:\.[^.]+)?")
 
 
 @dataclass(frozen=True, slots=True)

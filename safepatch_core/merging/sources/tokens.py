@@ -23,7 +23,7 @@ from safepatch_core.spec import ITEMSIZE, Kind
 
 USED = frozenset({"token_indices"})
 HARMLESS = frozenset({"init_weights"})
-_KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+_KEY = re.compile(rf"{PREFIX}(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
 
 
 @dataclass(frozen=True, slots=True)

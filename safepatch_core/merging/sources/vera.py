@@ -26,7 +26,7 @@ from safepatch_core.spec import ITEMSIZE, Kind
 
 USED = frozenset({"r", "save_projection"})
 HARMLESS = frozenset({"projection_prng_key", "vera_dropout", "d_initial", "init_weights"})
-_KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.vera_lambda_([bd])(?:\.[^.]+)?")
+_KEY = re.compile(rf"{PREFIX}(.+)\.vera_lambda_([bd])(?:\.[^.]+)?")
 _SHARED = re.compile(r"base_model\.vera_([AB])(?:\.[^.]+)?")
 
 

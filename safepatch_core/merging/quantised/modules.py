@@ -67,7 +67,7 @@ class Quantised:
 
 def quantised(checkpoint: Checkpoint) -> Quantised | None:
     """The quantised modules of a checkpoint; None where it has none."""
-    config = _config(checkpoint)
+    config = _method(checkpoint)
     modules: dict[str, list[TensorEntry]] = {}
     for entry in checkpoint.tensors.values():
         modules.setdefault(module_of(entry.name), []).append(entry)
@@ -90,36 +90,42 @@ def _row_of(entry: TensorEntry, announced: bool) -> int | None:
     return len(_LAYOUTS) - 1 if announced and entry.dtype in _PACKED else None
 
 
-def _config(checkpoint: Checkpoint) -> str | None:
-    """The method that config.json names, if it can be read and names one."""
+def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What config.json says about the codes, if it can be read and says something."""
     folder = checkpoint.folder
     if folder is None:
-        return None
+        return {}
     try:
         config = read_json(folder / "config.json", within=folder)
     except InputError:
-        return None
+        return {}
     for key in ("quantization_config", "quantization", "compression_config"):
         of: Any = config.get(key) if isinstance(config, dict) else None
         if isinstance(of, dict) and of:
-            method = of.get("quant_method") or of.get("quant_algo")
-            return method if isinstance(method, str) else "mlx"
-    return None
+            return of
+    return {}
 
 
-def refuse_base(base: Checkpoint, held: Quantised) -> InputError:
-    """All that the recipe's rule would patch is quantised."""
+def _method(checkpoint: Checkpoint) -> str | None:
+    """The method that config.json names, if any."""
+    of = quantisation_config(checkpoint)
+    method = of.get("quant_method") or of.get("quant_algo")
+    return method if isinstance(method, str) else "mlx" if of else None
+
+
+def refuse_base(base: Checkpoint, held: Quantised, also: str = "") -> InputError:
+    """All that the recipe's rule would patch is quantised; `also` is what may be done beside the usual."""
     entry = next(iter(held.codes.values()))
     return InputError(
         f"the base is quantised ({held.method}): its scales and packed codes are no weights to merge",
         file=entry.path if base.root is None else base.root / entry.file,
         tensor=entry.name,
         found=f"{len(held.codes)} quantised modules",
-        expected=_ADVICE,
+        expected=_ADVICE + also,
     )
 
 
-def refuse_patch(what: str, patch: Checkpoint, tensor: str, held: Quantised) -> InputError:
+def refuse_patch(what: str, patch: Checkpoint, tensor: str, held: Quantised, also: str = "") -> InputError:
     """The patch says something about a module that the base (or the patch itself) holds quantised."""
     entry = patch.tensors.get(tensor)
     file = patch.root or patch.shards[0].path
@@ -127,5 +133,5 @@ def refuse_patch(what: str, patch: Checkpoint, tensor: str, held: Quantised) -> 
         f"{what} is quantised ({held.method}): scales and packed codes are no weights to merge",
         file=file if entry is None or patch.root is None else patch.root / entry.file,
         tensor=tensor,
-        expected=_ADVICE,
+        expected=_ADVICE + also,
     )

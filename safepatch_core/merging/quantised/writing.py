@@ -1,0 +1,206 @@
+"""The last stage of a target that is stored as codes: where its patches act, codes change, and no other bit does.
+
+The engines are float engines. Each patch alone is handed to one over a base of minus zeros, with c = 1 and steps that
+are added up from +0: what comes back is d at every entry of the patch's T (or +0, where d is 0) and minus zero
+elsewhere, in every engine. All that is left is done here for the entries in a T, in plain numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safepatch_core.backends.contract import Bits, Block, Fault, PatchReport, Report
+from safepatch_core.backends.reference import acting, joined, philox, to_float32
+from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.quantised.grids import F32, Codes, Grid
+from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Places, Scales
+from safepatch_core.merging.quantised.survival import CodesReport, Kept, exact_sum
+from safepatch_core.merging.recipe import Quantized
+from safepatch_core.merging.sources.contract import PatchTensor, align
+from safepatch_core.spec import Acts, Join, Rule
+
+Mask = NDArray[np.bool_]
+Tile = NDArray[np.uint32]
+
+UNTOUCHED = np.uint32(0x8000_0000)  # minus zero
+LEAST_SCALE = 2.0**-100
+SCAN = 1 << 20  # entries among which those in a T are looked for at once
+PIECE = 1 << 16  # of those, worked on together
+SCALES = "finite ones of at least 2^-100"
+ONE_PATCH = Rule(Acts.ALL, Join.TOTAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """How a target that is stored as codes is merged into."""
+
+    weight: CodedWeight
+    original: PatchTensor | None  # the float original's tensor, where the recipe names one
+    key: int  # of the random numbers that it is rounded with
+    rule: Quantized
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A run of such a target in memory; the arrays lie in the ring."""
+
+    first: int  # its first entry
+    data: NDArray[np.uint8]  # the bytes of its codes, which are changed in place
+    scales: Scales | None  # None, as there are no bytes, where it is only selected from
+    tiles: Sequence[Tile]  # minus zeros: one for each patch that has something for the tensor, or a single one
+    original: Bits | None = None
+
+
+Patch = Callable[[Block, slice], Report]  # runs the engine in place on a block that holds these patches alone
+
+
+def load(
+    coded: Coded, patches: int, inputs: Inputs, run: tuple[int, int], memory: NDArray[np.uint8], selecting: bool
+) -> tuple[Loaded, int]:
+    """A run of a target into `memory`, and how many bytes of it that took."""
+    lo, hi = run
+    weight, n, used = coded.weight, hi - lo, 0
+
+    def room(nbytes: int) -> NDArray[np.uint8]:
+        nonlocal used
+        used += align(nbytes)
+        return memory[used - align(nbytes) :][:nbytes]
+
+    begin, end = (0, 0) if selecting else weight.stored(lo, hi)
+    data = room(end - begin)
+    tiles = [room(4 * n).view(np.uint32) for _ in range(1 if selecting else max(patches, 1))]
+    for tile in tiles:
+        tile.fill(UNTOUCHED)
+    if selecting:
+        return Loaded(lo, data, None, tiles), used
+    inputs.read(weight.codes, begin, data)
+    return Loaded(lo, data, weight.scales(inputs, lo, hi), tiles), used
+
+
+def rewrite(block: Block, coded: Coded, loaded: Loaded, patch: Patch) -> CodesReport:
+    """Let the patches of a block act on the codes of a run."""
+    report = CodesReport([PatchReport() for _ in block.patches], kept=[Kept() for _ in block.patches])
+    tiles: list[Tile | None] = []
+    spare = iter(loaded.tiles)
+    for p, given in enumerate(block.patches):
+        tiles.append(None if given is None else next(spare))
+        if given is not None and (tile := tiles[p]) is not None:
+            alone = replace(block, base=Bits(tile, "F32"), patches=(replace(given, scale=1.0),))
+            alone = replace(alone, rule=ONE_PATCH, lambda_=1.0)
+            report.patches[p] = replace(patch(alone, slice(p, p + 1)).patches[0], applied=0)
+    scales = [0.0 if given is None else given.scale for given in block.patches]
+    for lo in range(0, len(block), SCAN):
+        held = [tile[lo : lo + SCAN] != UNTOUCHED for tile in tiles if tile is not None]
+        places = lo + np.flatnonzero(np.logical_or.reduce(held)) if held else np.zeros(0, np.int64)
+        for part in range(0, len(places), PIECE):
+            piece = _Piece(block.rule, block.lambda_, scales, tiles, places[part : part + PIECE])
+            report += _rewrite_piece(piece, coded, loaded)
+    return report
+
+
+class _Piece:
+    """Entries on which a patch acts, and what is done to them. All arrays are [n]."""
+
+    at: Places  # counted from the run's first entry
+    acts: list[Mask]  # per patch
+
+    def __init__(
+        self, rule: Rule, lambda_: float, scales: Sequence[float], tiles: Sequence[Tile | None], held: Places
+    ) -> None:
+        """Of the entries `held` by a T, those on which somebody acts."""
+        self._rule, self._lambda, self._scales = rule, lambda_, scales
+        none = np.full(len(held), UNTOUCHED)
+        found = [none if tile is None else tile[held] for tile in tiles]
+        with np.errstate(all="ignore"):
+            steps = [np.float32(c) * d.view(np.float32) for c, d in zip(scales, found, strict=True)]
+            acts = acting(rule.acts, [d != UNTOUCHED for d in found], steps)
+        some = np.logical_or.reduce(acts)
+        self.at = held[some]
+        self.acts, self._steps = [of[some] for of in acts], [step[some] for step in steps]
+
+    def made_of(self, w: F32) -> F32:
+        """acc."""
+        with np.errstate(all="ignore"):
+            return joined(self._rule.join, self.acts, self._steps, self._scales, w, self._lambda)
+
+
+def _rewrite_piece(piece: _Piece, coded: Coded, loaded: Loaded) -> CodesReport:
+    weight, at = coded.weight, piece.at
+    assert loaded.scales is not None
+    positions = loaded.first + at
+    old, s = weight.get(loaded.data, at), loaded.scales.at(positions)
+    with np.errstate(all="ignore"):
+        v = weight.grid.decode(old) * s
+        w = v if loaded.original is None else to_float32(Bits(loaded.original.data[at], loaded.original.dtype))
+        acc = piece.made_of(w)
+        # As in a float base, an entry that is not finite stays; nor has a code that is no number a neighbour.
+        touched = np.isfinite(w) & np.isfinite(v)
+        overflow = touched & ~np.isfinite(acc)
+        bad_scale = ~(np.isfinite(s) & (s >= LEAST_SCALE))
+        written = touched & ~overflow & ~bad_scale
+        y = np.where(written, acc / s, np.float32(0))
+        new = np.where(written, _rounded(weight.grid, y, coded, positions), old)
+        same = weight.grid.decode(new) == weight.grid.decode(old)  # in value: a -0 stays one
+        new = np.where(same, old, new)
+        after = weight.grid.decode(new) * s
+    weight.put(loaded.data, at, new)
+    beyond = written & ((y < weight.grid.lowest) | (y > weight.grid.highest))
+    told = _Told(written, new != old, beyond, acc, w, v, after)
+    return CodesReport(
+        [PatchReport(applied=int(np.count_nonzero(act))) for act in piece.acts],
+        _fault(overflow, positions),
+        acted=len(at),
+        changed=int(np.count_nonzero(new != old)),
+        kept=_kept(piece.acts, told),
+        bad_scale=_fault(bad_scale, positions),
+        saturated=_fault(beyond, positions),
+    )
+
+
+def _rounded(grid: Grid, y: F32, coded: Coded, positions: Places) -> Codes:
+    if coded.rule.rounding == "nearest":
+        return grid.encode(y)
+    return grid.stochastic(y, draws(coded.key, positions))
+
+
+def draws(key: int, positions: Places) -> NDArray[np.uint32]:
+    """u at each position of a tensor, ascending; as in retention, lane i mod 4 of the Philox block i div 4."""
+    blocks, where = np.unique(positions // 4, return_inverse=True)
+    return philox(key, blocks.astype(np.uint64))[where, positions % 4]
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What was done to the entries of a piece; all arrays are [n]."""
+
+    written: Mask
+    changed: Mask
+    saturated: Mask
+    acc: F32
+    w: F32
+    v: F32
+    after: F32  # v'
+
+
+def _kept(acts: Sequence[Mask], told: _Told) -> list[Kept]:
+    alone = told.written & (np.sum(acts, axis=0) == 1)
+    return [_kept_of(act & alone, told) for act in acts]
+
+
+def _kept_of(mine: Mask, told: _Told) -> Kept:
+    moved, asked = (
+        a[mine].astype(np.float64) - b[mine].astype(np.float64) for a, b in ((told.after, told.v), (told.acc, told.w))
+    )
+    return Kept(
+        *(int(np.count_nonzero(of & mine)) for of in (told.written, told.changed, told.saturated)),
+        *(exact_sum(terms) for terms in (moved * asked, asked * asked, moved * moved)),
+    )
+
+
+def _fault(mask: Mask, positions: Places) -> Fault:
+    count = int(np.count_nonzero(mask))
+    return Fault(count, int(positions[np.argmax(mask)]) if count else -1)

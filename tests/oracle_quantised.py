@@ -1,0 +1,205 @@
+"""Merging into FP8 codes once more, by brute force and from the contract alone: no code of the product.
+
+Read beside SPEC section 7, whose words name the variables: `v`, `w`, `acc`, `s`, `y`, `a`, `b`, `u`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from tests import oracle
+from tests.oracle import BadInput, BadRecipe, BoolArray, F32Array, Patch, Tensor
+
+SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+ROUNDED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class Kept(NamedTuple):
+    acted: int
+    changed: int
+    saturated: int
+    survival: float | None
+    cosine: float | None
+
+
+class Result(NamedTuple):
+    tensors: dict[str, Tensor]
+    kept: dict[str, Kept]
+
+
+def number(code: int) -> float:
+    """What a code of E4M3 stands for: sign, four bits of exponent (bias 7), three of mantissa; all ones is NaN."""
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+NUMBERS = np.array([number(code) for code in range(256)], np.float32)
+# One code for each number, +0 for zero.
+CODES = np.array([c for c in range(256) if math.isfinite(number(c)) and c != 0x80])
+HIGHEST = np.float32(448)
+
+
+@dataclass
+class OnTwin(Patch):
+    """A patch whose deltas are taken from the values that a trainer was handed, by name."""
+
+    handed: dict[str, Tensor] = field(default_factory=dict)
+
+    def delta(self, name: str, base: Tensor) -> F32Array:
+        return super().delta(name, self.handed.get(name, base))
+
+
+def scales_of(name: str, tensors: dict[str, Tensor], block: tuple[int, int]) -> tuple[str, F32Array]:
+    """The scale of each entry of a weight, [rows, cols]."""
+    module = name.removesuffix(".weight")
+    (found,) = (n for n in (f"{module}.{end}" for end in SCALES) if n in tensors)
+    t, (rows, cols) = tensors[found], tensors[name].shape
+    if t.dtype in ("F8_E8M0", "U8"):
+        flat = np.array([math.nan if b == 255 else 2.0 ** (b - 127) for b in t.data], np.float32)
+    else:
+        flat = oracle.to_f32(t)
+    if flat.size == 1:
+        return found, np.full((rows, cols), flat.reshape(-1)[0])
+    table = flat.reshape(t.shape)
+    if table.shape in ((rows, 1), (rows,)):
+        return found, np.broadcast_to(table.reshape(rows, 1), (rows, cols))
+    wide = np.repeat(np.repeat(table, block[0], axis=0), block[1], axis=1)
+    return found, wide[:rows, :cols]
+
+
+def nearest(y: F32Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    out = np.empty(len(y), np.uint8)
+    for i, value in enumerate(y.astype(np.float64)):
+        far = np.abs(NUMBERS[CODES].astype(np.float64) - value)
+        best = CODES[far == far.min()]
+        out[i] = best[0] if len(best) == 1 else next(code for code in best if code % 2 == 0)
+    return out
+
+
+def stochastic(y: F32Array, seed: int, name: str, at: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    message = b"safepatch-round\0" + struct.pack("<Q", seed) + b"\0" + name.encode()
+    key = int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
+    order = CODES[np.argsort(NUMBERS[CODES])]
+    out = np.empty(len(y), np.uint8)
+    for j, (value, i) in enumerate(zip(y, at, strict=True)):
+        below = int(np.flatnonzero(NUMBERS[order] <= value)[-1])
+        out[j] = order[below]
+        if below + 1 < len(order):
+            a, b = NUMBERS[order[below]], NUMBERS[order[below + 1]]
+            share = np.float32(np.float32(value - a) / np.float32(b - a))
+            block = int(i) // 4
+            u = oracle.philox([block % 2**32, block >> 32, 0, 0], (key % 2**32, key >> 32))[int(i) % 4]
+            if int(u) < math.floor(float(share) * 2**32):
+                out[j] = order[below + 1]
+    return out
+
+
+def merge(recipe_path: Path, block: tuple[int, int] = (128, 128)) -> Result:
+    """All output tensors, and what is left of each patch."""
+    with np.errstate(all="ignore"):
+        return _merge(recipe_path, block)
+
+
+def _merge(recipe_path: Path, block: tuple[int, int]) -> Result:
+    recipe = yaml.safe_load(recipe_path.read_text())
+    rule: dict[str, Any] = {"reference": "dequantised", "reference_dtype": "bfloat16", "rounding": "stochastic"}
+    rule |= {"saturate": "clamp", "survival": [0.8, 1.25]} | recipe["quantized"]
+    root = recipe_path.parent
+    stored = oracle.load_checkpoint(root / recipe["base"])
+    from_file = rule["reference"] != "dequantised"
+    if rule["rounding"] == "nearest" and not from_file:
+        raise BadRecipe("nearest without a reference")
+    original = oracle.load_checkpoint(root / rule["reference"]) if from_file else {}
+    logical, scales, codes = dict(stored), {}, {}
+    for name in [n for n, t in stored.items() if t.dtype == "F8_E4M3"]:
+        companion, s = scales_of(name, stored, block)
+        codes[name] = np.frombuffer(stored[name].data, np.uint8)
+        scales[name] = s.reshape(-1).astype(np.float32)
+        del logical[companion]
+        w = oracle.to_f32(original[name]) if from_file else NUMBERS[codes[name]] * scales[name]
+        logical[name] = Tensor("F32", stored[name].shape, w.astype("<f4").tobytes())
+    handed = {
+        n: Tensor("F32", t.shape, oracle.to_f32(as_dtype(t, ROUNDED[rule["reference_dtype"]])).tobytes())
+        for n, t in logical.items()
+        if n in codes
+    }
+    plain = [oracle.load_patch(entry, root, root / recipe["base"]) for entry in recipe["patches"]]
+    patches = [OnTwin(**{f.name: getattr(p, f.name) for f in fields(Patch)}, handed=handed) for p in plain]
+    targets = sorted(
+        (n for n, t in logical.items() if oracle.is_target(n, t, recipe.get("targets", "linear"))), key=str.encode
+    )
+    chosen = {p.name: oracle.select(p, logical, targets, recipe) for p in patches}
+    tensors, sums = dict(stored), {p.name: np.zeros(6) for p in patches}
+    for name in targets:
+        w = oracle.to_f32(logical[name])
+        held = [chosen[p.name].T[name] for p in patches]
+        cd = [p.at(name).c * chosen[p.name].d[name] for p in patches]
+        acc, acts = oracle.combine(*oracle.rule_of(recipe), w, held, cd, [p.at(name).c for p in patches])
+        if name not in codes:
+            tensors[name] = oracle.write(name, stored[name], acc, np.any(acts, axis=0))
+            continue
+        new = _write(name, codes[name], scales[name], w, acc, np.any(acts, axis=0), recipe.get("seed", 0), rule)
+        tensors[name] = stored[name]._replace(data=new.tobytes())
+        for p, mine in zip(patches, acts, strict=True):
+            alone = mine & (np.sum(acts, axis=0) == 1)
+            sums[p.name] += _sums(alone, codes[name], new, scales[name], w, acc)
+    kept = {name: _kept(*of) for name, of in sums.items()}
+    low, high = rule["survival"]
+    for name, found in kept.items():
+        if found.survival is not None and not low <= found.survival <= high:
+            raise BadInput(f"{name}: survival {found.survival}")
+    return Result(tensors, kept)
+
+
+def as_dtype(t: Tensor, dtype: str) -> Tensor:
+    return Tensor(dtype, t.shape, oracle.from_f32(oracle.to_f32(t), dtype))
+
+
+def _write(
+    name: str, old: Any, s: F32Array, w: F32Array, acc: F32Array, acts: BoolArray, seed: int, rule: dict[str, Any]
+) -> Any:
+    at = np.flatnonzero(acts & np.isfinite(w) & np.isfinite(NUMBERS[old] * s))
+    if np.any(~(s[acts] > 0) | ~np.isfinite(s[acts]) | (s[acts] < 2.0**-100)):
+        raise BadInput(f"{name}: a scale")
+    if not np.all(np.isfinite(acc[at])):
+        raise BadInput(f"{name}: overflow")
+    y = acc[at] / s[at]
+    if rule["saturate"] == "error" and np.any(np.abs(y) > HIGHEST):
+        raise BadInput(f"{name}: saturated")
+    y = np.minimum(np.maximum(y, -HIGHEST), HIGHEST)
+    codes = nearest(y) if rule["rounding"] == "nearest" else stochastic(y, seed, name, at)
+    new = old.copy()
+    new[at] = np.where(NUMBERS[codes] == NUMBERS[old[at]], old[at], codes)
+    return new
+
+
+def _sums(alone: BoolArray, old: Any, new: Any, s: F32Array, w: F32Array, acc: F32Array) -> Any:
+    at = np.flatnonzero(alone & np.isfinite(w) & np.isfinite(NUMBERS[old] * s))
+    moved = (NUMBERS[new] * s)[at].astype(np.float64) - (NUMBERS[old] * s)[at]
+    asked = acc[at].astype(np.float64) - w[at]
+    saturated = np.abs(acc[at] / s[at]) > HIGHEST
+    counts = [len(at), np.sum(new[at] != old[at]), np.sum(saturated)]
+    return np.array([*counts, np.sum(moved * asked), np.sum(asked**2), np.sum(moved**2)])
+
+
+def _kept(acted: float, changed: float, saturated: float, along: float, asked: float, moved: float) -> Kept:
+    survival = float(along / asked) if asked else None
+    cosine = float(along / math.sqrt(asked * moved)) if asked and moved else None
+    return Kept(int(acted), int(changed), int(saturated), survival, cosine)
+
+
+def config(block: tuple[int, int]) -> str:
+    """config.json of a fine-grained FP8 model."""
+    return json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": list(block)}})
