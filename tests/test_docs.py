@@ -80,7 +80,7 @@ def test_the_pictures_are_what_the_script_draws() -> None:
 def test_messages_of_troubleshooting_are_the_programs_own() -> None:
     """Each is a piece of a string in the sources, up to what stands there for a value."""
     page = (DOCS / "troubleshooting.md").read_text()
-    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    messages = re.findall(r"^- `([^`]+)`<br>", page, re.MULTILINE)
     joined = re.sub(r'"\s*\n\s*f?"', "", "".join(p.read_text() for p in (ROOT / "safepatch_core").rglob("*.py")))
     assert len(messages) >= 20
     assert [message for message in messages if message not in joined] == []
