@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from safepatch_core.merging.api import merge
 from safepatch_core.settings import parse_size
 
 from . import models
+from .fixes import always, applies, shards
 from .measure import Red, alternate, remove, run, safepatch
 from .merges import SPARSE, equals_reference, merge_subject
 from .models import SHAPES, ModelShape, is_target
 from .registry import Bench, Case, Measured
 
 NAMES = ("SmolLM2-135M", "6B", "Llama-3-8B", "Mixtral-8x7B", "Llama-3-70B", "Llama-3.1-405B")
+FIXED = ("SmolLM2-135M", "Llama-3-8B", "Llama-3-70B")
 LIMIT = "1GiB"
 SAMPLE_ENTRIES = 200_000_000  # at most so many, in all, are recomputed by the reference engine
 PIECE = 16 << 20
@@ -111,9 +113,99 @@ def _measure(name: str, bench: Bench) -> Measured:
     return Measured(series, [], facts)
 
 
+def data_ranges(path: Path) -> list[tuple[int, int]]:
+    """The stretches of a file that are no holes."""
+    found, at, size = [], 0, path.stat().st_size
+    with open(path, "rb") as file:
+        while at < size:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:  # nothing but a hole is left
+                break
+            found.append((at, os.lseek(file.fileno(), at, os.SEEK_HOLE)))
+            at = found[-1][1]
+    return found
+
+
+def same_sparse(expected: Path, found: Path) -> None:
+    """Raises Red unless two checkpoints have the same weight files; what is a hole in both is not read."""
+    for name, path in shards(expected).items():
+        other = found / name
+        with open(path, "rb") as a, open(other, "rb") as b:
+            for lo, hi in data_ranges(path) + data_ranges(other):
+                for at in range(lo, hi, PIECE):
+                    n = min(PIECE, hi - at)
+                    if os.pread(a.fileno(), n, at) != os.pread(b.fileno(), n, at):
+                        raise Red(f"{name} of {found.name} differs from {expected.name}'s near byte {at}")
+
+
+def _measure_fix(name: str, bench: Bench) -> Measured:
+    """A fix is built, applied to a copy, applied in place to another, where only blocks with changes are written, and
+    taken out there; all within one memory limit.
+    """
+    shape = SHAPES[name]
+    folder = bench.models(shape, sparse=SPARSE)
+    base, limit = folder / "base", bench.memory_limit or LIMIT
+    facts: dict[str, Any] = {"entries": shape.entries, "limit_bytes": parse_size(limit), "sample": sample(shape)}
+    with bench.scratch() as scratch:
+        fix, out, model = (scratch / name for name in ("fix.safetensors", "out", "model"))
+
+        def step(*words: str | Path, check: Callable[[], None]) -> Callable[[], dict[str, float]]:
+            def subject() -> dict[str, float]:
+                cost, text = run(safepatch(*words, "--memory-limit", limit, "--json"), timeout=bench.timeout)
+                told = json.loads(text)
+                always(facts, {key: told[key] for key in ("id", "changes", "size", "tensors") if key in told})
+                check()
+                return cost._asdict()
+
+            return subject
+
+        def applied() -> None:
+            check_sample(folder, out, facts["sample"], scratch)
+            always(facts, {"base_disk_bytes": disk_bytes(base), "output_disk_bytes": disk_bytes(out)})
+
+        def prepare() -> None:
+            run(["cp", "-r", base, model])
+            always(
+                facts, {"planned": json.loads(run(safepatch("plan", fix, "--to", model, "--in-place", "--json"))[1])}
+            )
+            facts["planned"].pop("free")
+
+        def in_place() -> None:
+            same_sparse(out, model)
+            always(facts, {"in_place_disk_bytes": disk_bytes(model)})
+
+        def finished() -> None:
+            same_sparse(base, model)
+            for path in (fix, out, model):
+                remove(path)
+
+        options = ("--threads", str(bench.threads))
+        series = alternate(
+            {
+                "build": step("build", models.recipe_path(folder), "-o", fix, *options, check=prepare),
+                "copy": step("apply", fix, "--to", base, "-o", out, check=applied),
+                "in-place": step("apply", fix, "--to", model, "--in-place", check=in_place),
+                "revert": step("revert", fix, "--from", model, "--in-place", check=finished),
+            },
+            bench.rounds,
+        )
+    facts["bytes_per_change"] = facts["size"] / facts["changes"]
+    return Measured(series, [], facts)
+
+
 def cases() -> list[Case]:
     """Cases of the group `shape`."""
     return [
+        Case(
+            f"shape/{name}/fix",
+            f"a fix of {SHAPES[name].entries / 1e9:.1f} B parameters: built, applied, applied in place, taken out",
+            {"size": name, "entries": SHAPES[name].entries},
+            applies,
+            partial(_measure_fix, name),
+        )
+        for name in FIXED
+    ] + [
         Case(
             f"shape/{name}",
             f"a merge of {SHAPES[name].entries / 1e9:.1f} B parameters in {name}'s shapes, sparse files",

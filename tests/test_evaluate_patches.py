@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from safepatch_core import MergeResult, merge
+from safepatch_core import MergeResult, merge, survive
 from safepatch_core.errors import InputError
 from safepatch_core.evaluating import EvalConfig, evaluate, patches
 from safepatch_core.evaluating.patches import layers_of, survival
@@ -138,6 +139,23 @@ def test_without_its_base_nothing_is_said(source: Path, tmp_path: Path) -> None:
         data = measured(root, **changes)
         assert data["patches"]["model"] and data["survival"] == {}, changes
         assert "stored bits" not in "".join(path.read_text() for path in (root / "report").glob("report.*"))
+
+
+def test_what_later_quantisations_would_leave(source: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(source, tmp_path / "own"))
+    found = measured(root, survive="fp8-channel, int4-g32")["survival"]["model"]["later"]
+    told = survive(root / "merged", root / "base", ["fp8-channel", "int4-g32"])
+    assert list(found) == ["fp8-channel", "int4-g32"]
+    for name, of in told.formats.items():
+        assert found[name]["whole"] == of.whole.total.facts()
+        assert found[name]["patches"] == {patch: share.total.facts() for patch, share in of.patches.items()}
+        assert set(found[name]["patches"]) == {"safety", "over-safety"}
+    whole = told.formats["int4-g32"].whole.total
+    line = f"merged: int4-g32 would leave {whole.survival:.3f} (cosine {whole.cosine:.3f}) of the change, "
+    assert line in (root / "report" / "report.md").read_text().replace("\\", "")
+    assert line in (root / "report" / "report.html").read_text()
+    with pytest.raises(ValidationError, match="survive: allowed are fp8-block"):
+        measured(root, survive="int3")
 
 
 Tensors = dict[str, torch.Tensor]

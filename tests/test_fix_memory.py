@@ -10,7 +10,7 @@ import pytest
 
 from safepatch_core import apply_, revert_
 from safepatch_core.errors import InputError
-from safepatch_core.fixes import codec, memory
+from safepatch_core.fixes import codec, operators
 from safepatch_core.fixes.reading import open_fix
 from tests.fix_cases import changed, random_tensor, unsigned, write_fix
 from tests.oracle import Tensor
@@ -97,7 +97,7 @@ def test_there_and_back(fix: Path, form: str) -> None:
 
 def test_another_device(fix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs for tensors of a GPU, on the CPU."""
-    monkeypatch.setattr(memory, "_Numpy", lambda flat, owner: memory._Torch(owner))
+    monkeypatch.setattr(operators, "way", lambda entries: operators.by_index)
     tensors = as_torch(BASE)
     apply_(tensors, fix)
     assert data(tensors) == {name: t.data for name, t in MERGED.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safepatch_core import merge, verify
+from safepatch_core import merge, plan, verify
 from safepatch_core.errors import InputError, UsageError
 from tests import oracle, oracle_quantised
 from tests.oracle import Tensor, save_file
@@ -55,6 +55,20 @@ def test_a_float_original(tmp_path: Path, rounding: str, dtype: str) -> None:
     expected = oracle_quantised.merge(recipe, BLOCK)
     assert merged(twin, recipe) == expected.tensors
     assert len(differing(twin.base[Q], expected.tensors[Q])) > 50
+
+
+@pytest.mark.parametrize("reference_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("original", [False, True])
+def test_checkpoints_are_measured_from_what_a_trainer_was_handed(
+    tmp_path: Path, original: bool, reference_dtype: str
+) -> None:
+    twin = Twin(tmp_path)
+    twin.original("F32")
+    rule = WIDE | {"reference_dtype": reference_dtype} | ({"reference": "original"} if original else {})
+    recipe = twin.recipe(twin.patch("a", "checkpoint", size=1e-4), quantized=rule)
+    assert merged(twin, recipe) == oracle_quantised.merge(recipe, BLOCK).tensors
+    warned = any("in bfloat16" in w or "in float16" in w for w in plan(recipe, backend="reference").warnings)
+    assert warned == (original and reference_dtype != "float32")
 
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])

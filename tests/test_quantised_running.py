@@ -54,6 +54,7 @@ def test_plan_merge_and_verify_agree(tmp_path: Path) -> None:
             **rule,
         }
         assert safepatch("verify", tmp_path / "out", "--recipe", path, "--backend", "reference").returncode == 0
+        assert "codes: 2 in FP8 E4M3, a scale per 32x32" in safepatch("plan", path).stdout
     text = safepatch("merge", path, "-o", tmp_path / "text").stdout
     assert "codes changed" in text and "survival" in text and "cosine" in text
 

@@ -316,3 +316,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert f"{whole['entries']:,d}" in shown and f"{whole['survival']:.4f}" in shown and "a.weight" in shown
     assert "int4-g32: does not take 'd.weight'" in shown
     assert CliRunner().invoke(cli, [*words, "--quiet"]).output == ""
+
+
+def test_a_merge_tells_it_too(tmp_path: Path) -> None:
+    two_patches(tmp_path)
+    words = ["merge", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "again"), "--survive", "mxfp4,int4-g32"]
+    told = CliRunner().invoke(cli, [*words, "--json"])
+    assert told.exit_code == 0, told.output
+    found = survive(tmp_path / "out", tmp_path / "base", ["mxfp4", "int4-g32"])
+    assert json.loads(told.stdout)["survive"] == found.facts()
+    total = found.formats["mxfp4"].patches["safety"].total
+    shown = CliRunner().invoke(cli, [*words, "--force"]).output
+    assert f"{total.survival:.4f}" in shown and "int4-g32" in shown
+    for name, extra in (("int3", []), ("mxfp4", ["--memory-limit", "20MiB"])):
+        refused = CliRunner().invoke(cli, [*words[:3], str(tmp_path / "never"), "--survive", name, *extra])
+        assert isinstance(refused.exception, UsageError)
+    assert not (tmp_path / "never").exists()

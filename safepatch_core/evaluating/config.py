@@ -105,6 +105,12 @@ class EvalConfig(Strict):
         default=None, ge=0, description="Solved examples before each document. Default the task's own."
     )
 
+    survive: str | None = Field(
+        default=None,
+        description="Formats of a later quantisation, as fp8-block,int4-g32: what each would leave of the patches, "
+        "where the baseline is the base. Default none.",
+    )
+
     judge: PathText = Field(
         default=PREFIX,
         description="What calls an answer refused or harmful: prefix (how it opens), or a sequence classifier "
@@ -166,9 +172,17 @@ class EvalConfig(Strict):
             raise ValueError("lm_eval names no task")
         if self.lm_eval is None and (self.lm_eval_include or self.lm_eval_limit or self.lm_eval_fewshot is not None):
             raise ValueError("lm_eval_include, lm_eval_limit and lm_eval_fewshot need lm_eval")
+        if self.later:
+            self._require_formats()
         if self.judge == PREFIX and self.judge_labels:
             raise ValueError("judge_labels needs a classifier as judge")
         return self
+
+    def _require_formats(self) -> None:
+        from safepatch_core.merging.quantised.formats import FORMATS  # numpy, which --help needs not wait for
+
+        if not set(self.later) <= FORMATS.keys():
+            raise ValueError(f"survive: allowed are {', '.join(FORMATS)}")
 
     @property
     def window(self) -> Window:
@@ -192,7 +206,12 @@ class EvalConfig(Strict):
     @property
     def tasks(self) -> list[str]:
         """The names of the lm-eval tasks."""
-        return [name.strip() for name in (self.lm_eval or "").split(",") if name.strip()]
+        return list(_names(self.lm_eval))
+
+    @property
+    def later(self) -> tuple[str, ...]:
+        """The names of the formats of a later quantisation."""
+        return _names(self.survive)
 
     @property
     def models(self) -> dict[str, str]:
@@ -258,6 +277,11 @@ class EvalConfig(Strict):
         for more in settings["more_sets"]:
             del more["file"]
         return settings
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    """What lies between commas."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 OF_SETS = {

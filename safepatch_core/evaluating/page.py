@@ -36,7 +36,7 @@ def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
         ],
         drawn=drawn,
         planes=trade_off(report) if drawn else [],
-        survival=text.survival(report),
+        survival=text.survival(report) + text.later(report),
         layers=layer_shares(report) if drawn else [],
         samples=text.samples(report, rows),
         verdict=text.verdict,

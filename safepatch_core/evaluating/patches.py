@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_tensor
 from safepatch_core.merging.manifest import Manifest
+from safepatch_core.merging.survive import survive
 from safepatch_core.spec import ITEMSIZE
 
 PIECE = 8 << 20  # bytes of each checkpoint in memory at once
@@ -27,9 +28,14 @@ def layers_of(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def survivals(
-    manifests: Mapping[str, Manifest], folders: Mapping[str, Path], models: Mapping[str, Mapping[str, Any]]
+    manifests: Mapping[str, Manifest],
+    folders: Mapping[str, Path],
+    models: Mapping[str, Mapping[str, Any]],
+    formats: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Label of a merged model → its `survival`, where the baseline can be seen to be its base.
+
+    With `formats` also `later`, what these quantisations would leave of it.
 
     Of its base a manifest says no more than what it is called. That is not enough where the baseline is a merge too:
     the model may be merged from a later one of the same name, which differs from both in few entries.
@@ -43,7 +49,21 @@ def survivals(
         for label, manifest in manifests.items()
         if _last(manifest.recipe.base) in called
     }
-    return {label: of for label, of in found.items() if of is not None}
+    known = {label: of for label, of in found.items() if of is not None}
+    return {label: of | later(folders[label], baseline, formats) for label, of in known.items()}
+
+
+def later(merged: Path, baseline: Path, formats: Sequence[str]) -> dict[str, Any]:
+    """Per format, what it leaves of the whole change and of each patch; nothing where no format is asked for."""
+    if not formats:
+        return {}
+    found = survive(merged, baseline, formats)
+    return {
+        "later": {
+            name: {"whole": of.whole.total.facts(), "patches": {p: s.total.facts() for p, s in of.patches.items()}}
+            for name, of in found.formats.items()
+        }
+    }
 
 
 def _last(ref: str) -> str:

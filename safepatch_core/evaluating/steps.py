@@ -64,6 +64,7 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             if done is not None:
                 staging.discard()
                 return done
+            facts["survival"] = survivals(manifests, folders, facts["models"], config.later)
             measured = _measured(staging, folders, facts["models"], data, tasks, config, quiet)
             verdicts = _verdicts(data, measured, classifier, quiet)
             if classifier is not None:
@@ -74,7 +75,6 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
                     "reads": config.judge_reads,
                     "same_as_prefix": _agreement(measured, verdicts),
                 }
-            facts["survival"] = survivals(manifests, folders, facts["models"])
             report = build(config, data, measured, verdicts, facts)
             rows = answers(data, measured, verdicts, classifier is not None)
             for name, content in files(report, rows).items():

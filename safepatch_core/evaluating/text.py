@@ -157,6 +157,22 @@ def survival(report: Report) -> list[str]:
     ]
 
 
+def later(report: Report) -> list[str]:
+    """What later quantisations would leave of the patches of each merged model."""
+    return [
+        f"{report['models'][label]['name']}: {name} would leave {_left(of['whole'])} of the change"
+        + "".join(f", {_left(share)} of {patch}" for patch, share in of["patches"].items())
+        for label, survives in report["survival"].items()
+        for name, of in survives.get("later", {}).items()
+    ]
+
+
+def _left(of: Mapping[str, Any]) -> str:
+    if of["survival"] is None:
+        return "nothing to lose"
+    return f"{of['survival']:.3f} (cosine {of['cosine']:.3f})"
+
+
 def samples(report: Report, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The answers that are shown: the first of each set."""
     shown = report["settings"]["samples"]
@@ -192,7 +208,7 @@ def markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     for heading, table in category_tables(report):
         parts += [f"## {_escaped(heading)}, by category", _grid(table)]
     if survival(report):
-        parts += ["## Patches", _list(survival(report))]
+        parts += ["## Patches", _list(survival(report) + later(report))]
     parts += [
         "## Judge",
         f"{_escaped(about_judge(report))} On {report['judge']['measured_on']}:",

@@ -14,7 +14,7 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.fixes import codec
 from safepatch_core.fixes.format import BLOCK, WIDTH, table_hash
-from safepatch_core.fixes.reading import Fix, Proof, Touched
+from safepatch_core.fixes.reading import Fix, Proof, Touched, stretches
 from safepatch_core.fixes.reference import Broken, Entries, Run, Tally
 from safepatch_core.merging.inputs import Inputs
 
@@ -162,9 +162,9 @@ def check(fix: Fix, checkpoint: Checkpoint, advance: Advance = lambda n: None) -
 
 def _check(teller: Teller, files: Inputs, entry: TensorEntry) -> Sides:
     for lo, run in teller.windows():
-        entries = np.empty(run.entries, f"<u{teller.width}")
-        if run.changes:
-            files.read(entry, lo * teller.width, entries.view(np.uint8))
+        entries = np.zeros(run.entries, f"<u{teller.width}")
+        for a, b in stretches(run.rows, run.entries):
+            files.read(entry, (lo + a) * teller.width, entries[a:b].view(np.uint8))
         teller.settle(run, settling(entries, codec.KEEP))
     return teller.finish()
 

@@ -19,7 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from safepatch_core.errors import InputError, IOFailure, OutputError, Stopped
-from safepatch_core.files.checkpoint import Checkpoint, Shard, identify, open_checkpoint, read_exact, read_json
+from safepatch_core.files.checkpoint import (
+    Checkpoint,
+    Shard,
+    TensorEntry,
+    identify,
+    open_checkpoint,
+    read_exact,
+    read_json,
+)
 from safepatch_core.files.disk import failures_named, hold, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import BUSY, CONFIG, LEDGER, MANIFEST, SUMS
 from safepatch_core.fixes.checking import (
@@ -27,6 +35,7 @@ from safepatch_core.fixes.checking import (
     Advance,
     Direction,
     Sides,
+    Teller,
     check,
     check_table,
     overlap,
@@ -36,7 +45,8 @@ from safepatch_core.fixes.checking import (
     width_of,
 )
 from safepatch_core.fixes.ledger import Entry, Ledger, drop_kept, keep, kept_path, open_kept, orphans
-from safepatch_core.fixes.reading import WINDOW, Fix, open_fix
+from safepatch_core.fixes.reading import WINDOW, Fix, open_fix, stretches
+from safepatch_core.fixes.reference import Run
 
 GO_ON = "`safepatch log --finish` goes on"
 
@@ -98,11 +108,11 @@ def carry(
     ledger.write(GO_ON)
     _hide(root)
     listed.tell(_rewrite(checkpoint, fix, direction, listed.any, advance))
-    _settled(ledger, entry, direction)
+    _done(ledger, entry, direction)
     return sides
 
 
-def _settled(ledger: Ledger, entry: Entry, direction: Direction) -> None:
+def _done(ledger: Ledger, entry: Entry, direction: Direction) -> None:
     """All is on the disk: the ledger says so, and the checkpoint can be loaded again."""
     assert ledger.root is not None
     if direction == "apply":
@@ -232,19 +242,13 @@ def _rewrite(
 
 
 def _rewrite_shard(fd: int, shard: Shard, fix: Fix, goal: int, summed: bool, advance: Advance) -> str:
-    """Windows with changes are written again also where they are on their side: an earlier write may be lost."""
+    """Blocks with changes are written again also where they are on their side: an earlier write may be lost."""
     found = hashlib.sha256(shard.header)
     for entry in shard.tensors:
         if entry.name in fix.tensors:
             teller = teller_of(fix, entry)
             for lo, run in teller.windows():
-                entries, at = np.zeros(run.entries, f"<u{teller.width}"), entry.start + lo * teller.width
-                if run.changes or summed:
-                    read_exact(fd, entries, at, entry)
-                teller.settle(run, settling(entries, goal))
-                data = entries.view(np.uint8).data
-                if run.changes:
-                    _write(fd, data, at)
+                data = _settled(fd, entry, teller, lo, run, goal, summed)
                 if summed:
                     found.update(data)
             teller.finish()
@@ -255,6 +259,17 @@ def _rewrite_shard(fd: int, shard: Shard, fix: Fix, goal: int, summed: bool, adv
                 read_exact(fd, piece, entry.start + lo, entry)
                 found.update(piece)
     return found.hexdigest()
+
+
+def _settled(fd: int, entry: TensorEntry, teller: Teller, lo: int, run: Run, goal: int, whole: bool) -> memoryview:
+    """The window from entry `lo` on, on its new side and written back: not all of it, blocks with changes alone."""
+    entries, parts = np.zeros(run.entries, f"<u{teller.width}"), stretches(run.rows, run.entries)
+    for a, b in [(0, run.entries)] if whole else parts:
+        read_exact(fd, entries[a:b], entry.start + (lo + a) * teller.width, entry)
+    teller.settle(run, settling(entries, goal))
+    for a, b in parts:
+        _write(fd, entries[a:b].view(np.uint8).data, entry.start + (lo + a) * teller.width)
+    return entries.view(np.uint8).data
 
 
 def _write(fd: int, data: memoryview, at: int) -> None:

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from safepatch_core.errors import InputError
-from safepatch_core.fixes import codec, reference
+from safepatch_core.fixes import codec
 from safepatch_core.fixes.checking import GOAL, Direction, Sides, Teller, require
 from safepatch_core.fixes.reading import Fix, open_fix
-from safepatch_core.fixes.reference import Broken, Entries, Run, Tally
+from safepatch_core.fixes.reference import Entries, Run, Tally
 
 # What compiling and wrapping for several devices put into names.
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -179,15 +179,12 @@ def _refuse_layout(name: str, found: str) -> None:
 class _Numpy:
     """Entries in the host's memory."""
 
-    def __init__(self, flat: Entries, owner: Any = None) -> None:
-        self.width, self.entries, self._flat, self._owner = flat.itemsize, len(flat), flat, owner
+    def __init__(self, flat: Entries) -> None:
+        self.width, self.entries, self._flat = flat.itemsize, len(flat), flat
         self.place = ("cpu", flat.ctypes.data)
 
     def settle(self, lo: int, goal: int, run: Run, old: Entries, new: Entries) -> Tally:
-        tally = codec.settle(run, self._flat[lo : lo + run.entries], goal, old, new)
-        if goal != codec.KEEP and self._owner is not None:
-            _note_change(self._owner)
-        return tally
+        return codec.settle(run, self._flat[lo : lo + run.entries], goal, old, new)
 
 
 def _live_numpy(name: str, array: Any) -> Live:
@@ -204,7 +201,7 @@ def _unsigned(name: str, flat: Any, width: int) -> Entries:
 
 
 class _Torch:
-    """Entries in the memory of a device: what the fix says travels there, old entries come back for the hashes."""
+    """Entries in the memory of a device: what the fix says travels there, both sides come back for the hashes."""
 
     def __init__(self, tensor: Any) -> None:
         import torch
@@ -212,70 +209,25 @@ class _Torch:
         self._torch, self._tensor = torch, tensor
         self.width, self.entries = tensor.element_size(), tensor.numel()
         self._type = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[self.width]
-        self._settle = self._by_kernel if _has_kernel(tensor) else self._by_index
         self.place = (str(tensor.device), tensor.data_ptr())
 
     def settle(self, lo: int, goal: int, run: Run, old: Entries, new: Entries) -> Tally:
+        from safepatch_core.fixes.operators import settle_, tell
+
         flat = self._tensor.detach().view(-1).view(self._type)[lo : lo + run.entries]
-        tally = self._settle(flat, goal, run, old, new)
-        if goal != codec.KEEP:
-            _note_change(self._tensor)
-        return tally
+        planes = [None if plane is None else self._sent(plane) for plane in run.planes]
+        rows, shift = self._sent((run.rows - run.rows[0]).astype(np.int64)), int(run.rows[0, 1]) % 8
+        given = (flat, self._sent(run.gap), rows, self._sent(run.side), planes, run.changes, shift)
+        olds, news, told = tell(*given) if goal == codec.KEEP else settle_(*given, goal)
+        for side, found in ((old, olds), (new, news)):
+            side[:] = found.cpu().numpy().view(side.dtype)
+        count, codes = told.tolist()
+        return Tally(count, run.changes - count, codes)
 
     def _sent(self, array: Any) -> Any:
         """An array in the memory of the device; torch lacks unsigned types of more than a byte."""
         signed = array if array.itemsize == 1 else array.view(f"i{array.itemsize}")
         return self._torch.from_numpy(np.ascontiguousarray(signed)).to(self._tensor.device)
-
-    def _by_kernel(self, flat: Any, goal: int, run: Run, old: Entries, new: Entries) -> Tally:
-        """One program per block decodes it there."""
-        from safepatch_core.kernels.fix import fix
-
-        torch, blocks = self._torch, len(run.rows) - 1
-        planes = tuple(None if plane is None else self._sent(plane) for plane in run.planes)
-        olds = torch.empty(run.changes, dtype=self._type, device=flat.device)
-        told = torch.empty((blocks, 2), dtype=torch.int32, device=flat.device)
-        rows, shift = self._sent((run.rows - run.rows[0]).astype(np.int64)), int(run.rows[0, 1]) % 8
-        with torch.cuda.device_of(flat):
-            fix(flat, self._sent(run.gap), rows, self._sent(run.side), planes, olds, told, shift, goal).run()
-        faults, counts = told.cpu().numpy().T
-        if faults.any():
-            raise Broken("gaps, ranks or XORs break a rule of the encoding")
-        old[:] = olds.cpu().numpy().view(old.dtype)
-        new[:] = old ^ reference.xors(run)
-        count = int(counts.sum())
-        return Tally(count, run.changes - count, reference.other_codes(run))
-
-    def _by_index(self, flat: Any, goal: int, run: Run, old: Entries, new: Entries) -> Tally:
-        """Decoded on the host, gathered and scattered there: for devices that have no kernel."""
-        at, xor, side = reference.decode(run)
-        index, x, sides = self._sent(at), self._sent(xor), self._sent(side != 0)
-        now = flat[index]
-        is_old = ((now & (x & -x)) != 0) == sides
-        olds = self._torch.where(is_old, now, now ^ x)
-        old[:] = olds.cpu().numpy().view(old.dtype)
-        new[:] = old ^ xor
-        if goal != codec.KEEP:
-            flat[index] = olds if goal == codec.OLD else olds ^ x
-        count = int(is_old.sum())
-        return Tally(count, len(at) - count, reference.other_codes(run))
-
-
-def _note_change(tensor: Any) -> None:
-    """Graphs that saved the old values must notice; tensors made in inference mode are in none."""
-    import torch
-
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
-
-
-def _has_kernel(tensor: Any) -> bool:
-    """Whether Triton runs where the tensor lies; interpreted it runs on the host."""
-    try:
-        from safepatch_core.kernels.launch import INTERPRETED
-    except ImportError:
-        return False
-    return INTERPRETED or tensor.device.type == "cuda"
 
 
 def _live_torch(name: str, tensor: Any) -> Live:
@@ -289,8 +241,4 @@ def _live_torch(name: str, tensor: Any) -> Live:
         _refuse_layout(name, f"strides {tuple(tensor.stride())} of shape {tuple(tensor.shape)}")
     if tensor.element_size() not in (1, 2, 4):
         _refuse_layout(name, f"entries of {tensor.element_size()} bytes")
-    if tensor.device.type != "cpu":
-        return _Torch(tensor)
-    signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    flat = tensor.detach().view(-1).view(signed).numpy()
-    return _Numpy(_unsigned(name, flat, tensor.element_size()), tensor)
+    return _Torch(tensor)

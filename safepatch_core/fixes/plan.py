@@ -16,7 +16,7 @@ from safepatch_core.fixes.checking import Direction, check_table, width_of
 from safepatch_core.fixes.format import BLOCK, WIDTH, blocks
 from safepatch_core.fixes.inplace import Sums, require_changeable, require_free
 from safepatch_core.fixes.ledger import Ledger
-from safepatch_core.fixes.reading import WINDOW, Fix
+from safepatch_core.fixes.reading import WINDOW, Fix, stretches
 from safepatch_core.merging.layout import OutputFile, lay_out
 from safepatch_core.merging.plan import Plan
 
@@ -118,8 +118,8 @@ def plan_fix(
     if direction == "revert":
         require_free(ledger, fix, opened)
     touched = [entry for shard in opened.shards for entry in shard.tensors if entry.name in fix.tensors]
-    windows = sum(_changing_bytes(fix, entry) for entry in touched)
-    cost = _in_place(fix, opened, ledger, windows) if in_place else _copied(fix, opened, windows, Path(out or "."))
+    changing = sum(_changing_bytes(fix, entry) for entry in touched)
+    cost = _in_place(fix, opened, ledger, changing) if in_place else _copied(fix, opened, changing, Path(out or "."))
     return FixPlan(
         id=fix.id,
         direction=direction,
@@ -138,14 +138,13 @@ def memory_needed(fix: Fix) -> int:
 
 
 def _changing_bytes(fix: Fix, entry: TensorEntry) -> int:
-    """Bytes of the windows of a tensor in which something changes: only these are read and written in place."""
+    """Bytes of the blocks of a tensor in which something changes: only these are looked at, and written in place."""
     touched, width = fix.tensors[entry.name], width_of(entry)
     found = 0
     for first, last in touched.windows(width):
-        ranks = fix.rows(touched, first, last)[:, 1]
-        if ranks[-1] > ranks[0]:
-            found += width * (min(last * BLOCK, touched.entries) - first * BLOCK)
-    return found
+        within = min(last * BLOCK, touched.entries) - first * BLOCK
+        found += sum(hi - lo for lo, hi in stretches(fix.rows(touched, first, last), within))
+    return width * found
 
 
 class _Cost(NamedTuple):
@@ -159,7 +158,7 @@ class _Cost(NamedTuple):
     free: int
 
 
-def _in_place(fix: Fix, checkpoint: Checkpoint, ledger: Ledger, windows: int) -> _Cost:
+def _in_place(fix: Fix, checkpoint: Checkpoint, ledger: Ledger, changing: int) -> _Cost:
     root = checkpoint.root
     if root is None:
         raise InputError("only a checkpoint's directory can be changed in place", file=checkpoint.ref)
@@ -167,17 +166,17 @@ def _in_place(fix: Fix, checkpoint: Checkpoint, ledger: Ledger, windows: int) ->
     if not goes_on:
         require_changeable(checkpoint, fix)
     shards = [shard for shard in checkpoint.shards if any(entry.name in fix.tensors for entry in shard.tensors)]
-    again = sum(shard.size for shard in shards) if Sums(root).any else windows
-    read, space, free = windows + again + 2 * fix.size, SMALL_FILES + _kept(fix, root), shutil.disk_usage(root).free
-    return _Cost(goes_on, read, windows, len(shards), space, free)
+    again = sum(shard.size for shard in shards) if Sums(root).any else changing
+    read, space, free = changing + again + 2 * fix.size, SMALL_FILES + _kept(fix, root), shutil.disk_usage(root).free
+    return _Cost(goes_on, read, changing, len(shards), space, free)
 
 
-def _copied(fix: Fix, checkpoint: Checkpoint, windows: int, out: Path) -> _Cost:
+def _copied(fix: Fix, checkpoint: Checkpoint, changing: int, out: Path) -> _Cost:
     outputs, _ = lay_out(checkpoint, None)
     place = Path(os.path.abspath(out))
     while not place.exists():
         place = place.parent
-    read = windows + sum(entry.nbytes for entry in checkpoint.tensors.values()) + 2 * fix.size
+    read = changing + sum(entry.nbytes for entry in checkpoint.tensors.values()) + 2 * fix.size
     written = sum(output.size for output in outputs) + _kept(fix, place)
     space, free = space_needed(outputs, companions(checkpoint), fix), shutil.disk_usage(place).free
     return _Cost(False, read, written, len(outputs), space, free)

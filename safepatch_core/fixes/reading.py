@@ -56,6 +56,13 @@ class Touched(NamedTuple):
             yield first, min(first + step, count)
 
 
+def stretches(rows: NDArray[np.uint64], entries: int) -> list[tuple[int, int]]:
+    """The runs [lo, hi) of entries that are blocks with changes, of a window with these rows of the block table."""
+    full = np.concatenate(([False], rows[1:, 1] > rows[:-1, 1], [False]))
+    edges = np.flatnonzero(full[1:] != full[:-1]) * BLOCK
+    return [(int(lo), min(int(hi), entries)) for lo, hi in edges.reshape(-1, 2)]
+
+
 class Fix:
     """An open fix file. Its methods may be called from several threads; all raise InputError for a broken file.
 

@@ -130,7 +130,7 @@ def settle(run: Run, entries: Entries, goal: int, old: Entries, new: Entries) ->
     new[:] = old ^ xor
     if goal != KEEP:
         entries[at] = old if goal == OLD else new
-    return Tally(int(is_old.sum()), int(len(at) - is_old.sum()), other_codes(run))
+    return Tally(int(is_old.sum()), int(len(at) - is_old.sum()), other_codes(run.gap))
 
 
 def xors(run: Run) -> Entries:
@@ -142,9 +142,9 @@ def xors(run: Run) -> Entries:
     return xor
 
 
-def other_codes(run: Run) -> int:
+def other_codes(gap: NDArray[np.unsignedinteger[Any]]) -> int:
     """How many codes the changes of a run, which breaks no rule, would take with the other type of gap."""
-    most, other = (255, 65535) if run.gap.dtype == np.uint8 else (65535, 255)
-    real = np.flatnonzero(run.gap != most)
+    most, other = (255, 65535) if gap.dtype == np.uint8 else (65535, 255)
+    real = np.flatnonzero(gap != most)
     skips = np.diff(real, prepend=-1) - 1
-    return len(real) + int(((skips * most + run.gap[real]) // other).sum())
+    return len(real) + int(((skips * most + gap[real]) // other).sum())

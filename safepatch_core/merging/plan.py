@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,6 @@ from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targ
 from safepatch_core.merging.sources import open_source
 from safepatch_core.merging.sources.contract import ALIGN, PatchTensor, Source, align
 from safepatch_core.merging.sources.dense import ImportanceFile, Named, fitted
-from safepatch_core.merging.sources.turned import TurnedTensor
 from safepatch_core.merging.work import PatchInput, Target, Unit
 from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, quota, random_key, rounding_key
 
@@ -119,12 +119,11 @@ class Plan:
         total += sum(u.target.bytes_of(u.hi - u.lo, selecting=True) for u in sampled if u.target)
         names = {u.entry.name for u in sampled}
         for name, target in self.targets.items():
-            if target.entry.entries:
-                sweeps = self.sweeps(target)
-                before = sweeps - 1 + (name in names)
-                total += (sweeps - 1) * target.bytes_of(target.entry.entries, selecting=True)
-                total += before * target.once_bytes(selecting=True)
-                total += target.bytes_of(target.entry.entries) + target.once_bytes()
+            if entries := target.entry.entries:
+                total += target.bytes_of(entries) + target.once_bytes()
+                if selecting := self.sweeps(target) - 1:
+                    total += selecting * target.bytes_of(entries, selecting=True)
+                    total += (selecting + (name in names)) * target.once_bytes(selecting=True)
         return total
 
     @cached_property
@@ -253,8 +252,8 @@ def make_plan(
         outputs=outputs,
         index=index,
         companions=tuple(companions(given.base)),
-        warnings=tuple(_warnings(given, others)),
-        notes=(*_notes(given, others), *_cuts(given, names)),
+        warnings=(*_warnings(given, others), *_narrowed(targets.values())),
+        notes=(*_codes(targets.values()), *_notes(given, others), *_cuts(given, names)),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -344,6 +343,23 @@ def _warnings(given: _Opened, others: Sequence[Beside]) -> Iterator[str]:
     yield from left_out(given.base)
 
 
+def _codes(targets: Iterable[Target]) -> Iterator[str]:
+    """How many targets are stored as codes, a line per kind."""
+    for method, count in Counter(t.coded.weight.method for t in targets if t.coded).items():
+        yield f"targets that are stored as codes: {count} in {method}"
+
+
+def _narrowed(targets: Iterable[Target]) -> Iterator[str]:
+    """A line where a trainer may have been handed more of the float original than `reference_dtype` says."""
+    originals = {t.coded.rule.reference_dtype for t in targets if t.coded and _is_wide(t.coded.original)}
+    for dtype in originals - {"float32"}:
+        yield f"the float original is F32, and checkpoints are measured from it in {dtype}, as reference_dtype says"
+
+
+def _is_wide(original: PatchTensor | None) -> bool:
+    return original is not None and original.ring_bytes == ITEMSIZE["F32"]
+
+
 def _notes(given: _Opened, others: Sequence[Beside]) -> Iterator[str]:
     """A line for what is worth knowing and no warning."""
     for spec, source, ranking in zip(given.recipe.patches, given.sources, given.importance, strict=True):
@@ -412,15 +428,7 @@ def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
         return None
     original = None
     if given.original is not None:
-        found = fitted(given.original, entry, "checkpoint", "error", "the float original of the base")
-        if isinstance(found, TurnedTensor):
-            raise InputError(
-                "lies the other way round in the float original of the base",
-                file=found.path,
-                tensor=entry.name,
-                expected="the layout of the base; or reference: dequantised",
-            )
-        original = found
+        original = fitted(given.original, entry, "checkpoint", "error", "the float original of the base")
     return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule)
 
 

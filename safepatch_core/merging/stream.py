@@ -232,6 +232,8 @@ class Merge:
                 target.coded, target.present, self._inputs, (unit.lo, unit.hi), memory, selecting=selecting
             )
             bits, written = Bits(codes.tiles[0], "F32"), codes.data
+            if target.coded.original is not None and not selecting:
+                codes.original = cast(Bits, fetch(target.coded.original))
         recipe = self.plan.recipe
         patches: list[PatchData | None] = []
         for spec, given in zip(recipe.patches, target.patches, strict=True):

@@ -20,7 +20,7 @@ from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
 from safepatch_core.merging.quantised.comparison import Comparison, Progress, SurviveResult
-from safepatch_core.merging.quantised.formats import FORMATS, Format
+from safepatch_core.merging.quantised.formats import FORMATS, chosen
 from safepatch_core.merging.quantised.modules import quantised
 from safepatch_core.merging.recipe import Recipe, load_recipe, parse_recipe
 from safepatch_core.settings import size
@@ -52,19 +52,17 @@ def survive(
             not what the recipe gives.
         IOFailure: reading failed.
     """
-    chosen = _formats(formats)
+    wanted = chosen(formats)
     old, new = open_checkpoint(base), open_checkpoint(out)
     _require_comparable(old, new)
-    limit = size(engine.get("memory_limit")) or DEFAULT_LIMIT
-    if limit < 2 * SMALLEST_LIMIT:
-        raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 32MiB")
-    threads = min(engine.get("threads") or os.cpu_count() or 1, len(chosen))
+    limit = require_room(engine)
+    threads = min(engine.get("threads") or os.cpu_count() or 1, len(wanted))
     with closing(Inputs((old, new))) as files, ThreadPoolExecutor(threads) as pool:
 
         def compared(plan: Plan | None, patches: Sequence[str]) -> SurviveResult:
             room = limit if plan is None else limit // 2 - owners.bytes_of(plan)
             job = Comparison(
-                *(old, new, chosen, patches), files=files, pool=pool, threads=threads, room=room, progress=progress
+                *(old, new, wanted, patches), files=files, pool=pool, threads=threads, room=room, progress=progress
             )
             if plan is not None:
                 owners.find_owners(plan, new, job.add)
@@ -78,29 +76,31 @@ def survive(
     return result
 
 
-def _formats(names: Sequence[str]) -> dict[str, Format]:
-    unknown = [name for name in names if name not in FORMATS]
-    if unknown or not names:
-        raise UsageError(
-            "unknown format" if unknown else "no format",
-            found=repr(unknown[0]) if unknown else None,
-            expected=", ".join(FORMATS),
+def require_room(engine: EngineOptions) -> int:
+    """The host's memory limit in bytes. Raises UsageError where it is too small to merge beside what is compared."""
+    limit = size(engine.get("memory_limit")) or DEFAULT_LIMIT
+    if limit < 2 * SMALLEST_LIMIT:
+        raise UsageError("--memory-limit is too small", found=f"{limit} bytes", expected="at least 32MiB")
+    return limit
+
+
+def require_floats(checkpoint: Checkpoint) -> None:
+    """Raises InputError for a checkpoint that holds codes."""
+    held = quantised(checkpoint)
+    if held is not None:
+        entry = next(iter(held.codes.values()))
+        raise InputError(
+            f"is quantised already ({held.method}): no later quantisation can be foreseen",
+            file=entry.path,
+            tensor=entry.name,
+            expected="a merge of floats and its base",
         )
-    return {name: FORMATS[name] for name in dict.fromkeys(names)}
 
 
 def _require_comparable(old: Checkpoint, new: Checkpoint) -> None:
     """Raises InputError for checkpoints of different tables, or of codes."""
-    for checkpoint in (old, new):
-        held = quantised(checkpoint)
-        if held is not None:
-            entry = next(iter(held.codes.values()))
-            raise InputError(
-                f"is quantised already ({held.method})",
-                file=entry.path,
-                tensor=entry.name,
-                expected="a merge of floats and its base",
-            )
+    require_floats(old)
+    require_floats(new)
     for name in sorted(old.tensors.keys() | new.tensors.keys(), key=str.encode):
         mine, theirs = old.tensors.get(name), new.tensors.get(name)
         if mine is None or theirs is None:

@@ -63,19 +63,20 @@ class Target:
         return sum(patch is not None for patch in self.patches)
 
     @property
-    def given(self) -> list[PatchTensor]:
-        """All that is read beside the base."""
+    def said(self) -> list[PatchTensor]:
+        """What patches say."""
         return [tensor for patch in self.patches if patch for tensor in patch.tensors]
 
     @property
-    def read(self) -> list[PatchTensor]:
-        """All that is read."""
-        original = self.coded and self.coded.original
-        return [self.base, *([original] if original else []), *self.given]
+    def given(self) -> list[PatchTensor]:
+        """All that is read beside the base."""
+        if self.coded is None or self.coded.original is None:
+            return self.said
+        return [self.coded.original, *self.said]
 
     def tensors(self, selecting: bool = False) -> list[PatchTensor]:
         """All that is read, or what is needed to select."""
-        return self.given if selecting and self.coded else self.read
+        return self.said if selecting and self.coded else [self.base, *self.given]
 
     @property
     def step(self) -> int:
@@ -84,7 +85,7 @@ class Target:
 
     def bytes_of(self, entries: int, selecting: bool = False) -> int:
         """Bytes of all files that so many entries take; for selecting alone, what is changed need not be read."""
-        return math.ceil(entries * sum(tensor.entry_bytes for tensor in self.tensors(selecting)))
+        return math.ceil(entries * sum([tensor.entry_bytes for tensor in self.tensors(selecting)]))
 
     @property
     def buffers(self) -> int:
@@ -99,11 +100,12 @@ class Target:
     @property
     def _sizes(self) -> list[float]:
         """Bytes of the ring per entry of each buffer of a unit, the first one being what is written."""
-        sizes: list[float] = [self.base.entry_bytes]
-        if self.coded is not None:
-            sizes += [4] * max(1, self.present)
-            sizes += [self.coded.original.ring_bytes] if self.coded.original else []
-        return sizes + [tensor.ring_bytes for tensor in self.given]
+        said: list[float] = [tensor.ring_bytes for tensor in self.said]
+        if self.coded is None:
+            return [ITEMSIZE[self.entry.dtype], *said]
+        original = self.coded.original
+        tiles = [4] * max(1, self.present)
+        return [self.base.entry_bytes, *tiles, *([original.ring_bytes] if original else []), *said]
 
     def once_bytes(self, selecting: bool = False) -> int:
         """Bytes that are read once per sweep."""
@@ -112,7 +114,7 @@ class Target:
     @property
     def held_bytes(self) -> int:
         """Bytes that all chunks of the tensor need."""
-        return sum(tensor.held_bytes for tensor in self.given)
+        return sum([tensor.held_bytes for tensor in self.given])
 
     def unit_bytes(self, entries: int) -> int:
         """Ring bytes of a unit of so many entries: one aligned buffer per input.
@@ -120,7 +122,7 @@ class Target:
         What is held lies in the unit of a tensor that is done whole; chunks of one tensor share it.
         """
         held = self.held_bytes if self.whole else 0
-        return held + sum(align(math.ceil(size * entries)) for size in self._sizes)
+        return held + sum([align(math.ceil(size * entries)) for size in self._sizes])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safepatch_core import apply_, revert_
-from safepatch_core.fixes import memory, reference
+from safepatch_core.fixes import memory, operators, reference
 from safepatch_core.fixes.reference import Broken, Run
 from tests.fix_cases import BLOCK
 from tests.test_fix_codec import GOALS, outcome, pair, run_of, spoiled
@@ -23,8 +23,9 @@ def on_device(run: Run, entries: Any, goal: int, old: Any, new: Any) -> Any:
     """`settle` of a tensor in the device's memory; `entries` is changed like it."""
     kind = entries if entries.itemsize == 1 else entries.view(f"i{entries.itemsize}")
     tensor = torch.from_numpy(kind.copy())
-    live = memory._Torch(tensor)
-    tally = live.settle(0, goal, run, old, new)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "way", lambda entries: operators.by_kernel)
+        tally = memory.live_of("w", tensor).settle(0, goal, run, old, new)
     kind[:] = tensor.numpy()
     return tally
 
@@ -58,7 +59,7 @@ def test_broken_runs_are_refused_within_the_entries(seed: int) -> None:
 
 
 def test_live_tensors(fix: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_Numpy", lambda flat, owner: memory._Torch(owner))
+    monkeypatch.setattr(operators, "way", lambda entries: operators.by_kernel)
     tensors = as_torch(BASE)
     apply_(tensors, fix)
     assert data(tensors) == {name: t.data for name, t in MERGED.items()}

@@ -6,13 +6,14 @@ float32, one rounding per operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from safepatch_core.backends.contract import Bits
 from safepatch_core.backends.reference import from_float32, to_float32
+from safepatch_core.errors import UsageError
 from safepatch_core.merging.quantised.grids import E2M1, E4M3, E8M0, F32, INT4, INT8, Grid
 from safepatch_core.spec import Dtype
 
@@ -121,3 +122,15 @@ FORMATS = {
 def format_names(text: str | None) -> tuple[str, ...]:
     """Names as an option has them, with commas between; all of them where it is not given."""
     return tuple(FORMATS) if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def chosen(names: Sequence[str]) -> dict[str, Format]:
+    """The formats of these names. Raises UsageError for a name that is none, and for none at all."""
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        raise UsageError(
+            "unknown format" if unknown else "no format",
+            found=repr(unknown[0]) if unknown else None,
+            expected=", ".join(FORMATS),
+        )
+    return {name: FORMATS[name] for name in dict.fromkeys(names)}

@@ -20,9 +20,7 @@ from safepatch_core.merging.quantised.grids import F32, Codes, Grid
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Places, Scales
 from safepatch_core.merging.quantised.survival import CodesReport, Kept, exact_sum
 from safepatch_core.merging.recipe import Quantized
-from safepatch_core.merging.sources.contract import align
-from safepatch_core.merging.sources.dense import Dense
-from safepatch_core.merging.sources.rows import FewerRows
+from safepatch_core.merging.sources.contract import PatchTensor, align
 from safepatch_core.spec import Acts, Join, Rule
 
 Mask = NDArray[np.bool_]
@@ -41,20 +39,20 @@ class Coded:
     """How a target that is stored as codes is merged into."""
 
     weight: CodedWeight
-    original: Dense | FewerRows | None  # the float original's tensor, where the recipe names one
+    original: PatchTensor | None  # the float original's tensor, where the recipe names one
     key: int  # of the random numbers that it is rounded with
     rule: Quantized
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Loaded:
     """A run of such a target in memory; the arrays lie in the ring."""
 
     first: int  # its first entry
     data: NDArray[np.uint8]  # the bytes of its codes, which are changed in place
-    scales: Scales | None  # None, as the bytes and the original, where it is only selected from
-    original: Bits | None
+    scales: Scales | None  # None, as there are no bytes, where it is only selected from
     tiles: Sequence[Tile]  # minus zeros: one for each patch that has something for the tensor, or a single one
+    original: Bits | None = None
 
 
 Patch = Callable[[Block, slice], Report]  # runs the engine in place on a block that holds these patches alone
@@ -78,12 +76,9 @@ def load(
     for tile in tiles:
         tile.fill(UNTOUCHED)
     if selecting:
-        return Loaded(lo, data, None, None, tiles), used
+        return Loaded(lo, data, None, tiles), used
     inputs.read(weight.codes, begin, data)
-    original = None
-    if coded.original is not None:
-        original = coded.original.load(inputs, lo, hi, room(coded.original.ring_bytes * n))
-    return Loaded(lo, data, weight.scales(inputs, lo, hi), original, tiles), used
+    return Loaded(lo, data, weight.scales(inputs, lo, hi), tiles), used
 
 
 def rewrite(block: Block, coded: Coded, loaded: Loaded, patch: Patch) -> CodesReport:
