@@ -60,8 +60,8 @@ def tables(report: Report) -> list[Table]:
 def about_coherence(report: Report) -> str:
     """What the measures of coherence are, in words."""
     said = (
-        "An answer that nobody can read is neither harmful nor safe, and may count as either. Repeats: of an answer's "
-        "runs of four words, the share that stood in it already."
+        "An answer that nobody can read is neither harmful nor safe, and may count as either. Repeats: of an "
+        "answer's runs of four words, the share that stood in it already."
     )
     read = any(of["name"].startswith("answer_perplexity") for of in report["coherence"])
     return f"{said} Perplexity under the baseline: how odd that model finds the answers." if read else said
