@@ -323,7 +323,7 @@ def open_regular(path: Path, *, within: Path | None = None) -> tuple[int, Path, 
 
 def _refuse_half_fixed(root: Path) -> None:
     """A fix that is applied or taken out in place leaves a mixture until it is done; the ledger tells."""
-    ledger = read_json(root / LEDGER, within=root) if (root / LEDGER).is_file() else None
+    ledger = read_json(root / LEDGER, within=root) if os.path.isfile(root / LEDGER) else None
     fixes = ledger.get("fixes") if isinstance(ledger, dict) else None
     for entry in fixes if isinstance(fixes, list) else ():
         if isinstance(entry, dict) and entry.get("under_way"):
