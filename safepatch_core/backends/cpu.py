@@ -21,7 +21,7 @@ from safepatch_core.backends.contract import (
     Report,
     Window,
 )
-from safepatch_core.errors import UsageError
+from safepatch_core.errors import UsageError, lacks_memory
 from safepatch_core.spec import Dtype, Importance, Kind, Order, Weight, numbers
 
 if TYPE_CHECKING:
@@ -42,9 +42,8 @@ def _open(threads: int, isa: str | None) -> _engine.Engine:
     try:
         from safepatch_core import _engine
     except ImportError as error:
-        # So the loader of shared objects says that there is no memory for one.
-        if "failed to map segment" in str(error) or "cannot allocate memory" in str(error).lower():
-            raise MemoryError from error
+        if lacks_memory(error):
+            raise
         raise UsageError("the cpu engine can't be loaded", found=str(error)) from error
     try:
         return _engine.Engine(threads, isa)
