@@ -174,7 +174,7 @@ SP_API const char* sp_strerror(sp_status status);
  */
 SP_API const char* sp_last_error(void);
 
-/* @return 1 if `isa` ("scalar", "avx2", "avx512") is built in and this machine has it, else 0. */
+/* @return 1 if `isa` ("scalar", "avx2", "avx512", "neon") is built in and this machine has it, else 0. */
 SP_API int sp_isa_usable(const char* isa);
 
 /* Open an engine with `threads` >= 1 threads, the caller's own included. `isa` may be NULL: then the
