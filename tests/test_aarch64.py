@@ -1,4 +1,4 @@
-"""The engine for AArch64, built by a cross compiler and run by an emulator: NEON and plain C++ give the known bits."""
+"""The engine for AArch64, cross-compiled and run by an emulator: NEON and plain C++ give the known bits."""
 
 from __future__ import annotations
 

@@ -494,10 +494,23 @@ def _memory(targets: Mapping[str, Target], engine: Backend, limit: int) -> tuple
     room = limit - FIXED_BYTES - beside
     if room < (4 << 20):
         worst = max(targets.values(), key=lambda t: t.held_bytes)
-        raise UsageError(
-            f"--memory-limit is too small for what all chunks of '{worst.entry.name}' share",
-            found=f"{limit} bytes",
-            expected=f"at least {limit + (4 << 20) - room} bytes",
+        raise _too_small(f"what all chunks of '{worst.entry.name}' share", limit, (4 << 20) - room)
+    largest = max(targets.values(), key=_least_unit, default=None)
+    least = 0 if largest is None else _least_unit(largest)
+    if largest is not None and least > room:
+        raise _too_small(
+            f"a matrix of '{largest.entry.name}', which is stored the other way round", limit, least - room
         )
-    largest = max((t.unit_bytes(t.entry.entries if t.whole else t.step) for t in targets.values()), default=0)
-    return min(room, max(3 * largest, 6 * CHUNK_BYTES)) // ALIGN * ALIGN, beside
+    return min(room, max(3 * least, 6 * CHUNK_BYTES)) // ALIGN * ALIGN, beside
+
+
+def _least_unit(target: Target) -> int:
+    """Ring bytes of the smallest unit that a target can be cut into."""
+    entries = target.entry.entries
+    return target.unit_bytes(entries if target.whole else min(math.lcm(ALIGN, target.step), entries))
+
+
+def _too_small(what: str, limit: int, lacks: int) -> UsageError:
+    return UsageError(
+        f"--memory-limit is too small for {what}", found=f"{limit} bytes", expected=f"at least {limit + lacks} bytes"
+    )
