@@ -89,4 +89,4 @@ include tests/faults.mk
 
 clean:
 	rm -rf build dist *.egg-info safepatch_core/lib demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.so' \) -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(DOCS) \) -prune -o \( -name __pycache__ -o -name '*.so' \) -exec rm -rf {} +

@@ -120,6 +120,8 @@ setup(
         "safepatch_core.integrations",
         "safepatch_core.language",
         "safepatch_core.merging",
+        "safepatch_core.merging.quantised",
+        "safepatch_core.merging.quantised.layouts",
         "safepatch_core.merging.sources",
         "safepatch_core.runs",
         "safepatch_core.runs.sweep",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.evaluating import EvalConfig
+from safepatch_core.evaluating.coherence import Read
 from safepatch_core.evaluating.config import Kind
 from safepatch_core.evaluating.data import Data, Prompts, Text
 from safepatch_core.evaluating.judge import prefix_verdict
@@ -39,6 +40,7 @@ def built(
     measured: dict[str, Measurement],
     patches: dict[str, Any] | None = None,
     survival: dict[str, Any] | None = None,
+    read: Read | None = None,
     **changes: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bytes]]:
     """The report, the answers and the files of known measurements."""
@@ -50,7 +52,7 @@ def built(
         for label, found in measured.items()
     }
     facts: dict[str, Any] = {"models": {label: {"name": ref, "sha256": "0"} for label, ref in config.models.items()}}
-    facts |= {"patches": patches or {}, "survival": survival or {}}
+    facts |= {"patches": patches or {}, "survival": survival or {}, "read": read or {}}
     report = build(config, data, measured, verdicts, facts)
     rows = answers(data, measured, verdicts, False)
     return report, rows, files(report, rows)

@@ -116,7 +116,7 @@ def test_a_browser_shows_it_whole(html: str, tmp_path: Path) -> None:
                     ".every(e => e.getBoundingClientRect().right <= innerWidth)"
                 )
             page.size(1280)
-            for figure in ("section:nth-of-type(2) figure .scroll", "section:nth-of-type(4) figure .scroll"):
+            for figure in ("section:nth-of-type(2) figure .scroll", "section:nth-of-type(5) figure .scroll"):
                 seen = page.pixels(figure)
                 values, counts = np.unique(seen.reshape(-1, 3), axis=0, return_counts=True)
                 paper = values[counts.argmax()]

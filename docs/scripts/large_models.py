@@ -92,11 +92,12 @@ def table(root: Path) -> str:
     lines = ["| model | scope | limit | buffers | reads | writes | time |", "|---|---|---|---|---|---|---|"]
     for name in NAMES:
         for scope in ("tensor", "model"):
-            for limit in LIMITS:
-                of = planned(root / name, SHAPES[name], scope, limit)
+            told = {limit: planned(root / name, SHAPES[name], scope, limit) for limit in LIMITS}
+            same = len({of["memory"] for of in told.values()}) == 1
+            for limit, of in list(told.items())[: 1 if same else None]:
                 minutes = f"{of['seconds'] / 60:.1f} min" if of["seconds"] >= 60 else f"{of['seconds']:.0f} s"
-                cells = (name, scope, limit, human(of["memory"]), human(of["bytes_read"]), human(of["bytes_written"]))
-                lines.append(f"| {' | '.join((*cells, minutes))} |")
+                sizes = (human(of[key]) for key in ("memory", "bytes_read", "bytes_written"))
+                lines.append(f"| {' | '.join((name, scope, 'any' if same else limit, *sizes, minutes))} |")
         shutil.rmtree(root / name)
     return "\n".join(lines) + "\n"
 

@@ -39,7 +39,10 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write what a RECIPE's merge changes, and nothing else, to a small file. No merged checkpoint is written."""
+    """Write what a RECIPE's merge changes, and nothing else, to a small file. No merged checkpoint is written.
+
+    A mergekit configuration is a recipe too.
+    """
     from safepatch_core.fixes.build import build, build_between
 
     with ByteProgress("build", quiet) as progress:

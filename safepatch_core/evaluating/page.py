@@ -34,6 +34,8 @@ def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
             for metric in report["metrics"]
             if "categories" in metric
         ],
+        coherence=[_entry(report, metric, metric) for metric in report["coherence"]],
+        about_coherence=text.about_coherence(report),
         drawn=drawn,
         planes=trade_off(report) if drawn else [],
         survival=text.survival(report) + text.later(report),
@@ -51,8 +53,11 @@ def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _entry(report: text.Report, metric: Mapping[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a table: what it is called, and a cell per model."""
-    cells = {}
+    cells: dict[str, dict[str, Any]] = {}
     for label in report["models"]:
+        if label not in of:  # a model that says nothing
+            cells[label] = {"value": "–", "interval": "", "share": None, "change": None}
+            continue
         value, interval = _signed({**metric, **of}, label)
         share = of[label]["value"] if metric["unit"] == "rate" else None
         cells[label] = {"value": value, "interval": interval, "share": share, "change": None}

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from safepatch_core.evaluating.coherence import read_by
 from safepatch_core.evaluating.config import PREFIX, EvalConfig
 from safepatch_core.evaluating.data import Data, load
 from safepatch_core.evaluating.judge import Verdict, prefix_verdict
@@ -34,6 +35,9 @@ from safepatch_core.version import __version__
 
 # The report's own size hardly matters; a disk with less room than this is full.
 ROOM = 1 << 20
+# What an interrupted evaluation keeps of the last pass: the baseline's view of all answers.
+READ = "read-by-baseline.json"
+_READ = TypeAdapter(dict[str, dict[str, list[tuple[float, int]]]])
 
 
 def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[str, Any]:
@@ -66,6 +70,7 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
                 return done
             facts["survival"] = survivals(manifests, folders, facts["models"], config.later)
             measured = _measured(staging, folders, facts["models"], data, tasks, config, quiet)
+            facts["read"] = _read(staging, folders, measured, data, config, quiet)
             verdicts = _verdicts(data, measured, classifier, quiet)
             if classifier is not None:
                 facts["judge"] = {
@@ -139,6 +144,27 @@ def _one(
             return Measurement.model_validate_json(known)
     found = measure(folder, label, data, tasks, config, quiet=quiet)
     staging.keep(name, found.model_dump_json().encode())
+    return found
+
+
+def _read(
+    staging: Staging,
+    folders: Mapping[str, Path],
+    measured: Mapping[str, Measurement],
+    data: Data,
+    config: EvalConfig,
+    quiet: bool,
+) -> dict[str, dict[str, list[tuple[float, int]]]]:
+    """How likely the baseline finds every model's answers; nothing where there is none."""
+    if "baseline" not in folders or not data.sets:
+        return {}
+    known = staging.recall(READ)
+    if known is not None:
+        with contextlib.suppress(ValidationError):
+            return _READ.validate_json(known)
+    said = {label: {name: of.answers for name, of in found.replies.items()} for label, found in measured.items()}
+    found = read_by(folders["baseline"], data, said, config, quiet=quiet)
+    staging.keep(READ, _READ.dump_json(found))
     return found
 
 

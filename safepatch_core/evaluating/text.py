@@ -57,6 +57,22 @@ def tables(report: Report) -> list[Table]:
     return found
 
 
+def about_coherence(report: Report) -> str:
+    """What the measures of coherence are, in words."""
+    said = (
+        "An answer that nobody can read is neither harmful nor safe, and may count as either. Repeats: of an "
+        "answer's runs of four words, the share that stood in it already."
+    )
+    read = any(of["name"].startswith("answer_perplexity") for of in report["coherence"])
+    return f"{said} Perplexity under the baseline: how odd that model finds the answers." if read else said
+
+
+def coherence_table(report: Report) -> Table:
+    """Whether answers are still answers, of every model."""
+    models = {label: of["name"] for label, of in report["models"].items()}
+    return _table("measure", report["coherence"], models if len(models) > 1 else {"model": "value"})
+
+
 def category_tables(report: Report) -> list[tuple[str, Table]]:
     """Per metric with categories: its title, and a table with a row per category."""
     models = report["models"]
@@ -207,6 +223,8 @@ def markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
         parts += ["Exact McNemar tests on the same prompts:", _list(tests(report))]
     for heading, table in category_tables(report):
         parts += [f"## {_escaped(heading)}, by category", _grid(table)]
+    if report["coherence"]:
+        parts += ["## Coherence", about_coherence(report), _grid(coherence_table(report))]
     if survival(report):
         parts += ["## Patches", _list(survival(report) + later(report))]
     parts += [

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,27 +155,8 @@ class _Changes(NamedTuple):
     xor: NDArray[np.unsignedinteger[Any]]
 
 
-class Item(Protocol):
-    """An opened input of a report."""
-
-    name: str
-    entries: Mapping[str, int]  # of the tensors that it may change
-    known: Mapping[str, int] | None  # how many of them change, where that is told before anything is compared
-    located: bool  # whether it is known which
-
-    def nbytes(self, name: str) -> int:
-        """What comparing a tensor reads."""
-
-    def changes(self, name: str, lo: int, hi: int) -> _Changes:
-        """What changes at positions [lo, hi) of a tensor, if it is known which."""
-
-    def told(self, tensors: Mapping[str, int]) -> Compared: ...
-
-    def close(self) -> None: ...
-
-
 class _OfFix:
-    located = True
+    """A fix, which tells positions and counts by itself."""
 
     def __init__(self, name: str, fix: Fix) -> None:
         self.name, self.fix = name, fix
@@ -202,18 +183,10 @@ class _OfFix:
 class _OfManifest:
     """A merge without its base: counts alone."""
 
-    located = False
-
     def __init__(self, name: str, manifest: Manifest, acted: Mapping[str, int]) -> None:
         self.name, self.manifest = name, manifest
         self.entries: Mapping[str, int] = {name: of.entries for name, of in manifest.patches[0].tensors.items()}
         self.known: Mapping[str, int] | None = acted
-
-    def nbytes(self, name: str) -> int:
-        return 0
-
-    def changes(self, name: str, lo: int, hi: int) -> _Changes:
-        raise NotImplementedError
 
     def told(self, tensors: Mapping[str, int]) -> Compared:
         return _of_merge(self.name, self.manifest, "acted on", None, tensors)
@@ -223,9 +196,7 @@ class _OfManifest:
 
 
 class _OfCheckpoint:
-    """A checkpoint beside its base."""
-
-    located = True
+    """A checkpoint beside its base, whose changes have to be counted."""
 
     def __init__(self, name: str, base: Checkpoint, merged: Checkpoint, manifest: Manifest | None) -> None:
         self.name, self.base, self.merged, self.manifest = name, base, merged, manifest
@@ -259,6 +230,12 @@ class _OfCheckpoint:
 
     def close(self) -> None:
         self._files.close()
+
+
+# `entries`: of the tensors that it may change. `known`: how many of them change, where that needs no comparing.
+Item = _OfFix | _OfManifest | _OfCheckpoint
+# Those of which it is known which entries change: `changes` at positions [lo, hi), and `nbytes`, what that reads.
+Located = _OfFix | _OfCheckpoint
 
 
 def _of_merge(
@@ -345,17 +322,19 @@ def compare(items: Sequence[Item], progress: Progress) -> ReportResult:
     """What the items change, and what every two of them have in common."""
     entries = _entries(items)
     counts = [Counter(item.known or {}) for item in items]
-    pairs = {pair: _Pair() for pair in combinations([i for i, item in enumerate(items) if item.located], 2)}
-    readers = {name: _readers(items, name) for name in entries}
-    done, total = 0, sum(items[i].nbytes(name) for name, of in readers.items() for i in of)
-    for name, of in readers.items():
-        for lo in range(0, entries[name] if of else 0, STEP):
-            found = {i: items[i].changes(name, lo, min(lo + STEP, entries[name])) for i in of}
-            for i in (i for i in of if items[i].known is None):
+    places = [i for i, item in enumerate(items) if isinstance(item, Located)]
+    pairs = {pair: _Pair() for pair in combinations(places, 2)}
+    work = {name: _readers(items, name) for name in entries}
+    done, total = 0, sum(item.nbytes(name) for name, readers in work.items() for item in readers.values())
+    for name, readers in work.items():
+        for lo in range(0, entries[name] if readers else 0, STEP):
+            hi = min(lo + STEP, entries[name])
+            found = {i: item.changes(name, lo, hi) for i, item in readers.items()}
+            for i in (i for i, item in readers.items() if item.known is None):
                 counts[i][name] += len(found[i].at)
-            for a, b in combinations(of, 2):
+            for a, b in combinations(readers, 2):
                 pairs[a, b].add(name, found[a], found[b])
-        done += sum(items[i].nbytes(name) for i in of)
+        done += sum(item.nbytes(name) for item in readers.values())
         progress(done, total)
     told = tuple(item.told({t: n for t, n in of.items() if n}) for item, of in zip(items, counts, strict=True))
     changed = {name for item in told for name in item.tensors}
@@ -382,10 +361,10 @@ def _entries(items: Sequence[Item]) -> dict[str, int]:
     return {name: found[name] for name in sorted(found, key=str.encode)}
 
 
-def _readers(items: Sequence[Item], name: str) -> list[int]:
+def _readers(items: Sequence[Item], name: str) -> dict[int, Located]:
     """Those of which a tensor has to be read: all that it may have changes in common, or that have to be counted."""
-    having = [i for i, item in enumerate(items) if item.located and name in item.entries]
-    return having if len(having) > 1 else [i for i in having if items[i].known is None]
+    having = {i: item for i, item in enumerate(items) if isinstance(item, Located) and name in item.entries}
+    return having if len(having) > 1 else {i: item for i, item in having.items() if item.known is None}
 
 
 @dataclass

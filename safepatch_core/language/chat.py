@@ -89,6 +89,11 @@ class Format:
         self._opening, self._answer_lead = opening[: len(opening) - len(answer_lead)], answer_lead
         self._end = self._end_of_turn(closing)
 
+    @property
+    def end(self) -> int:
+        """How many tokens end an answer."""
+        return len(self._end)
+
     def prompt(self, question: str) -> str:
         """The text up to the answer, as it stands at generation."""
         if self._chat:
