@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.spec import Kind
 
 from . import models
 from .measure import Failed, Red, Skipped, alternate, prepared, remove, run
-from .merges import SIZES, equals_reference, inputs, merge_subject, output_bytes
+from .merges import SIZES, equals_reference, inputs, merge_command, merge_subject, output_bytes
 from .models import SHAPES
 from .registry import Bench, Case, Measured
 
@@ -30,6 +32,14 @@ MERGEKIT: dict[str, dict[str, float]] = {
     "ties": {"density": 0.03},
     "della": {"density": 0.3, "epsilon": 0.1},
 }
+# Methods whose YAML both programs take, computed in float32 as safepatch computes.
+YAML: dict[str, dict[str, float]] = {
+    "task_arithmetic": {},
+    "ties": {"density": 0.3},
+    "dare_ties": {"density": 0.3},
+    "breadcrumbs": {"density": 0.3, "gamma": 0.01},
+}
+FLOAT32 = {"dtype": "float32", "out_dtype": "bfloat16"}
 PEFT = ("linear", "dare_linear", "ties")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -39,23 +49,32 @@ PYTHON = [sys.executable, "-P"]
 Command = Callable[[Bench, Path, Path], list[str]]  # run, set of models, output → words
 
 
-def mergekit(method: str, bench: Bench, folder: Path, out: Path) -> list[str]:
+def _config(method: str, parameters: dict[str, float], dtypes: dict[str, str], folder: Path, path: Path) -> Path:
+    """Write a mergekit configuration of a set's two patches."""
+    of = [
+        {"model": str((folder / name).resolve()), "parameters": {"weight": 1.0, **parameters}}
+        for name in models.PATCHES
+    ]
+    base = str((folder / "base").resolve())
+    path.write_text(json.dumps({"merge_method": method, "base_model": base, **dtypes, "models": of}))
+    return path
+
+
+def _mergekit(config: Path, bench: Bench, out: Path) -> list[str]:
     program = bench.mergekit or shutil.which("mergekit-yaml")
     if program is None:
         raise Skipped("mergekit-yaml is not on the PATH (--mergekit names it)")
-    base = str((folder / "base").resolve())
-    config = {
-        "merge_method": method,
-        "base_model": base,
-        "dtype": "bfloat16",
-        "models": [
-            {"model": str((folder / name).resolve()), "parameters": {"weight": 1.0, **MERGEKIT[method]}}
-            for name in models.PATCHES
-        ],
-    }
-    path = out.with_suffix(".yaml")
-    path.write_text(json.dumps(config))
-    return [program, str(path), str(out), "--quiet", "--no-copy-tokenizer", "--random-seed", "0"]
+    return [program, str(config), str(out), "--quiet", "--no-copy-tokenizer", "--random-seed", "0"]
+
+
+def mergekit(method: str, bench: Bench, folder: Path, out: Path) -> list[str]:
+    config = _config(method, MERGEKIT[method], {"dtype": "bfloat16"}, folder, out.with_suffix(".yaml"))
+    return _mergekit(config, bench, out)
+
+
+def same_yaml(method: str, bench: Bench, folder: Path, out: Path) -> list[str]:
+    """mergekit on the configuration that safepatch is given."""
+    return _mergekit(_config(method, YAML[method], FLOAT32, folder, out.with_suffix(".yaml")), bench, out)
 
 
 def needs(*modules: str) -> None:
@@ -102,7 +121,35 @@ def _gate(command: Command, kind: Kind, scope: str, bench: Bench) -> None:
         check_output(folder / "base", scratch / "peer")
 
 
-def _measure(size: str, peer: str, command: Command, kind: Kind, scope: str, bench: Bench) -> Measured:
+def _values(folder: Path) -> dict[str, bytes]:
+    """The tensors' bytes, zeros without a sign: mergekit loses it."""
+    found = {}
+    for name, entry in open_checkpoint(folder).tensors.items():
+        bits = np.fromfile(entry.path, np.uint16, entry.entries, offset=entry.start)
+        found[name] = np.where(bits == 0x8000, 0, bits).tobytes()
+    return found
+
+
+def _gate_yaml(method: str, bench: Bench) -> None:
+    """Of a small set both make a whole model; of task_arithmetic, which promises it, the same one."""
+    folder = bench.models(SHAPES["tiny"])
+    with bench.scratch() as scratch:
+        words = same_yaml(method, bench, folder, scratch / "peer")
+        run(merge_command(bench, scratch / "peer.yaml", scratch / "ours"), timeout=bench.timeout)
+        try:
+            run(words, timeout=bench.timeout, env=OFFLINE)
+        except Failed as error:
+            raise Skipped(str(error)) from None
+        for out in (scratch / "peer", scratch / "ours"):
+            check_output(folder / "base", out)
+        if method == "task_arithmetic" and _values(scratch / "peer") != _values(scratch / "ours"):
+            raise Red("mergekit and safepatch make other models of one task_arithmetic")
+
+
+def _measure(
+    size: str, peer: str, command: Command, kind: Kind, scope: str, bench: Bench, *, shared: bool = False
+) -> Measured:
+    """Both on the same files; `shared`: and on the configuration that the peer's command has written."""
     folder = bench.models(SHAPES[size], (kind,))
     files, written = inputs(folder, kind), output_bytes(folder)
     moved = written + sum(path.stat().st_size for path in files)
@@ -119,7 +166,8 @@ def _measure(size: str, peer: str, command: Command, kind: Kind, scope: str, ben
             remove(out)
             return {**cost._asdict(), "moved_bytes_per_s": moved / cost.wall_s}
 
-        ours = merge_subject(bench, models.recipe_path(folder, kind, scope), scratch / "out", facts)
+        recipe = out.with_suffix(".yaml") if shared else models.recipe_path(folder, kind, scope)
+        ours = merge_subject(bench, recipe, scratch / "out", facts)
         series = alternate({"safepatch": ours, peer: subject}, bench.rounds, before)
     return Measured(series, [(peer, "safepatch")], facts)
 
@@ -133,6 +181,26 @@ def cases() -> list[Case]:
         peers[f"plain-torch-{scope}"] = (partial(plain_torch, scope), "checkpoint", scope)
     for method in PEFT:
         peers[f"peft-{method}"] = (partial(_peft, method), "lora", "tensor")
+    return [*_shared_cases(), *_cases(peers)]
+
+
+def _shared_cases() -> list[Case]:
+    return [
+        Case(
+            f"peers/{size}/yaml-{method}",
+            f"one mergekit YAML of {method} in float32, by mergekit and safepatch merge, {size}, warm, alternating",
+            {"size": size, "entries": SHAPES[size].entries, "peer": f"mergekit-{method}"},
+            partial(_gate_yaml, method),
+            partial(
+                _measure, size, f"mergekit-{method}", partial(same_yaml, method), "checkpoint", "tensor", shared=True
+            ),
+        )
+        for size in SIZES
+        for method in YAML
+    ]
+
+
+def _cases(peers: dict[str, tuple[Command, Kind, str]]) -> list[Case]:
     return [
         Case(
             f"peers/{size}/{peer}",

@@ -25,8 +25,8 @@ using Lora = std::tuple<py::array, py::array, float>;  // a, b, scale
 // Kind, importance, weight, values, scores, Philox key, keep, scale.
 using Patch =
     std::tuple<int32_t, int32_t, int32_t, std::variant<Bits, Lora>, std::optional<Bits>, uint64_t, uint64_t, float>;
-// Base, start, columns, patches, acts, join, order.
-using Given = std::tuple<Bits, int64_t, int64_t, std::vector<std::optional<Patch>>, int32_t, int32_t, int32_t>;
+// Base, start, columns, patches, acts, join, order, lambda.
+using Given = std::tuple<Bits, int64_t, int64_t, std::vector<std::optional<Patch>>, int32_t, int32_t, int32_t, float>;
 
 sp_bits bits(const Bits& given) { return {std::get<0>(given).data(), std::get<1>(given)}; }
 
@@ -64,7 +64,7 @@ struct Block {
     sp_block block{};
 
     explicit Block(const Given& given) {
-        const auto& [base, start, cols, of_patches, acts, join, order] = given;
+        const auto& [base, start, cols, of_patches, acts, join, order, lambda] = given;
         for (const auto& p : of_patches) patches.push_back(patch(p, cols));
         block.size = sizeof block;
         block.base = bits(base);
@@ -75,6 +75,7 @@ struct Block {
         block.acts = acts;
         block.join = join;
         block.order = order;
+        block.lambda = &lambda;
     }
 };
 
@@ -133,7 +134,7 @@ void released(const Call& call) {
 }
 
 using Window = std::tuple<size_t, uint32_t, uint32_t, py::array>;
-using Cut = std::pair<uint32_t, int64_t>;
+using Cut = std::tuple<uint32_t, int64_t, uint32_t, int64_t>;  // as sp_cut
 
 class Engine {
   public:
@@ -173,23 +174,27 @@ class Engine {
         same_length(block, wanted.size());
         Found found(wanted.size());
         std::vector<sp_cut> cuts;
-        for (const auto& [key, before] : wanted) cuts.push_back({sizeof(sp_cut), key, before});
+        for (const auto& [key, before, skip_key, skip_before] : wanted) {
+            cuts.push_back({sizeof(sp_cut), key, before, skip_key, skip_before});
+        }
         void* to = out.mutable_data();
         released([&] { return sp_apply(engine_.get(), &block.block, cuts.data(), to, &found.report); });
         return report(found);
     }
 
     std::pair<std::vector<Cut>, py::tuple> merge(const Given& given, const std::vector<int64_t>& quotas,
-                                                 py::array& out) {
-        const Block block(given);
+                                                 py::array& out, const std::vector<int64_t>& skips) {
+        Block block(given);
         same_length(block, quotas.size());
+        if (!skips.empty()) same_length(block, skips.size());
+        for (size_t p = 0; p < skips.size(); ++p) block.patches[p].skip = skips[p];
         Found found(quotas.size());
-        std::vector<sp_cut> cuts(quotas.size(), {sizeof(sp_cut), 0, 0});
+        std::vector<sp_cut> cuts(quotas.size(), {sizeof(sp_cut), 0, 0, 0, 0});
         void* to = out.mutable_data();
         released(
             [&] { return sp_merge(engine_.get(), &block.block, quotas.data(), to, cuts.data(), &found.report); });
         std::vector<Cut> places;
-        for (const sp_cut& cut : cuts) places.emplace_back(cut.key, cut.before);
+        for (const sp_cut& cut : cuts) places.emplace_back(cut.key, cut.before, cut.skip_key, cut.skip_before);
         return {places, report(found)};
     }
 
@@ -282,5 +287,5 @@ PYBIND11_MODULE(_engine, m) {
         .def("histogram", &Engine::histogram, py::arg("block"), py::arg("windows"))
         .def("count_equal", &Engine::count_equal, py::arg("block"), py::arg("keys"))
         .def("apply", &Engine::apply, py::arg("block"), py::arg("cuts"), py::arg("out"))
-        .def("merge", &Engine::merge, py::arg("block"), py::arg("quotas"), py::arg("out"));
+        .def("merge", &Engine::merge, py::arg("block"), py::arg("quotas"), py::arg("out"), py::arg("skips"));
 }

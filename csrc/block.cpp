@@ -31,6 +31,7 @@ void check(const sp_patch& patch, const sp_block& block) {
     need(patch.importance >= SP_MAGNITUDE && patch.importance <= SP_GRADIENTS, "patch importance");
     need(patch.weight >= SP_WEIGHT_PATCHED && patch.weight <= SP_WEIGHT_DELTA, "patch weight");
     need(patch.reserved == 0, "patch reserved");
+    need(patch.skip >= 0, "patch skip");
     if (patch.importance != SP_MAGNITUDE) check(patch.scores, any, "patch scores");
     if (patch.kind == SP_LORA) {
         check(patch.lora, block);
@@ -55,6 +56,7 @@ OwnBlock::OwnBlock(const sp_block* from) : sp_block(adopted(from, "block")) {
     need(acts >= SP_ALONE && acts <= SP_ELECTED_UP, "block acts");
     need(join >= SP_SUM && join <= SP_WEIGHTED, "block join");
     need(order >= SP_RETAIN_FIRST && order <= SP_SELECT_FIRST, "block order");
+    need(aligned(lambda, sizeof(float)), "block lambda");
     check(base, entries > 0, "block base");
     held = adopted(patches, patch_count, "patch");
     patches = held.data();

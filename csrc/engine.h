@@ -90,8 +90,8 @@ class Engine {
     };
     // Merge's findings for one patch between its passes.
     struct Notes {
-        Buffer keys;  // the list's, or in the same place the marks
-        Buffer places, spans, ties;
+        Buffer keys;                 // the list's, or in the same place the marks
+        Buffer places, spans, ties;  // `ties` of one search at a time
     };
     struct Narrowing;
     struct Search;
@@ -107,8 +107,8 @@ class Engine {
     void count_list(const uint32_t* keys, int64_t n, Narrowing& narrowing);
     void guess(const sp_block& block, std::deque<Search>& searches);
     void scan(const sp_block& block, const std::vector<Search*>& searches);
-    void narrow(const sp_block& block, std::deque<Search>& searches);
-    void place_cuts(const sp_block& block, std::deque<Search>& searches);
+    void narrow(const sp_block& block, const std::vector<Search*>& searches);
+    void place_cuts(const sp_block& block, const std::vector<Search*>& searches);
     int64_t last_tie(const sp_block& block, const Search& search, const Range& chunk, int64_t n);
     void recall(const sp_block& block, const Search& search, Task& task);
     static Request request(Search& search);

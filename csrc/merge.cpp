@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "engine.h"
@@ -32,6 +33,12 @@ uint32_t scatter(uint32_t i) {
     i *= 0x85EBCA6B;
     return i ^ i >> 13;
 }
+
+// What a sample tells of a threshold.
+struct Bounds {
+    uint32_t floor, roof;
+    double reach;  // entries of the sample from the floor on
+};
 
 }  // namespace
 
@@ -84,12 +91,33 @@ struct Engine::Search {
     uint32_t floor = 1;
     std::atomic<int64_t> used = 0;  // length of the list
     Sink found{};
-    sp_cut cut{};
+    sp_cut cut = cut_of(SP_NO_KEY, 0);
+    std::unique_ptr<Search> skipped;  // among the same keys, for what is skipped
 
-    Search(size_t p, int64_t quota) : patch(p), narrowing{quota} {}
+    Search(size_t p, int64_t quota, int64_t skip) : patch(p), narrowing{quota} {
+        if (skip > 0) skipped = std::make_unique<Search>(p, skip, 0);
+    }
 
     int64_t quota() const { return narrowing.rank; }
     bool takes_all() const { return found.eligible <= quota(); }
+
+    // Whether the list, if there is one, holds all the keys that are asked for.
+    bool suffices(int64_t capacity) const {
+        if (!listed) return true;
+        const bool own = takes_all() || used >= quota();
+        return used <= capacity && own &&
+               (!skipped || found.eligible <= skipped->quota() || used >= skipped->quota());
+    }
+
+    // The search for what is skipped goes on from what this one has found.
+    Search* hand_on() {
+        if (skipped) {
+            skipped->listed = listed;
+            skipped->used = used.load();
+            skipped->found = found;
+        }
+        return skipped.get();
+    }
 };
 
 // Count a list's keys into a window, on all threads.
@@ -161,21 +189,31 @@ void Engine::guess(const sp_block& block, std::deque<Search>& searches) {
         const bool random = block.order == SP_RETAIN_FIRST && patch.keep < SP_KEEP_ALL;
         const double share = random ? static_cast<double>(patch.keep) * 0x1p-32 : 1.0;
         const double scale = static_cast<double>(64 * runs) / static_cast<double>(block.entries);
-        const double rank = share > 0 ? static_cast<double>(search.quota()) * scale / share : static_cast<double>(n);
-        // Four standard deviations, twice as wide because neighbours are alike.
-        const double margin = 8 * std::sqrt(rank) + 8;
-        double reach = static_cast<double>(n);
-        uint32_t roof = kInfinity - 1;
-        if (rank + margin < static_cast<double>(n)) {
-            const Narrowing bottom = around(rank + margin);
-            search.floor = std::max(bottom.key, 1U);
-            reach = static_cast<double>(bottom.greater + bottom.equal);
+        // Between which keys the quota's last one lies, and how many of the sample are not below.
+        const auto bounds = [&](int64_t quota) {
+            const double rank = share > 0 ? static_cast<double>(quota) * scale / share : static_cast<double>(n);
+            // Four standard deviations, twice as wide because neighbours are alike.
+            const double margin = 8 * std::sqrt(rank) + 8;
+            Bounds found{1, kInfinity - 1, static_cast<double>(n)};
+            if (rank + margin < static_cast<double>(n)) {
+                const Narrowing bottom = around(rank + margin);
+                found.floor = std::max(bottom.key, 1U);
+                found.reach = static_cast<double>(bottom.greater + bottom.equal);
+            }
+            if (rank - margin >= 1 && rank - margin < static_cast<double>(n)) {
+                found.roof = around(rank - margin).key + (1U << kClose);
+            }
+            return found;
+        };
+        const bool all = search.quota() >= block.entries;  // then only what is skipped has a threshold
+        const Bounds found = bounds(all ? search.skipped->quota() : search.quota());
+        search.floor = found.floor;
+        search.listed = found.reach * share / scale < 0.9 * static_cast<double>(list_capacity(block.entries));
+        search.narrowing.look(found.floor, found.roof);
+        if (search.skipped) {
+            const Bounds of = bounds(search.skipped->quota());
+            search.skipped->narrowing.look(of.floor, of.roof);
         }
-        if (rank - margin >= 1 && rank - margin < static_cast<double>(n)) {
-            roof = around(rank - margin).key + (1U << kClose);
-        }
-        search.listed = reach * share / scale < 0.9 * static_cast<double>(list_capacity(block.entries));
-        search.narrowing.look(search.floor, roof);
     }
 }
 
@@ -202,6 +240,7 @@ void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
         } else {
             task.save = notes.keys.room<uint64_t>(static_cast<size_t>(chunks.words()));
             requests.push_back(request(*search));
+            if (search->skipped) requests.push_back(request(*search->skipped));
         }
     }
     sweep({&block, &tasks, nullptr}, requests, [&](Thread& thread, const Range& range) {
@@ -243,15 +282,15 @@ void Engine::recall(const sp_block& block, const Search& search, Task& task) {
 
 // Find the exact key at which each quota is filled, through windows that get narrower. Lists are counted as often as
 // it takes; for patches without one each window is another pass over the inputs, all of them in the same.
-void Engine::narrow(const sp_block& block, std::deque<Search>& searches) {
+void Engine::narrow(const sp_block& block, const std::vector<Search*>& searches) {
     std::vector<Search*> left;
-    for (Search& search : searches) {
-        if (search.takes_all()) continue;
-        if (search.listed) {
-            do count_list(notes_[search.patch].keys.get<uint32_t>(), search.used, search.narrowing);
-            while (!search.narrowing.done());
-        } else if (!search.narrowing.done()) {
-            left.push_back(&search);
+    for (Search* search : searches) {
+        if (search->takes_all()) continue;
+        if (search->listed) {
+            do count_list(notes_[search->patch].keys.get<uint32_t>(), search->used, search->narrowing);
+            while (!search->narrowing.done());
+        } else if (!search->narrowing.done()) {
+            left.push_back(search);
         }
     }
     while (!left.empty()) {
@@ -273,17 +312,17 @@ void Engine::narrow(const sp_block& block, std::deque<Search>& searches) {
 //   ties of each chunk   3   0   5   2 ...                         left = quota - greater = 6
 //   left at each         6   3   3 -> the third tie of chunk 2 is the last
 //
-void Engine::place_cuts(const sp_block& block, std::deque<Search>& searches) {
+void Engine::place_cuts(const sp_block& block, const std::vector<Search*>& searches) {
     const Chunks chunks(block);
     std::vector<Task> tasks(block.patch_count);
     std::vector<Search*> tied, unlisted;
-    for (Search& search : searches) {
-        const Narrowing& n = search.narrowing;
-        search.cut = cut_of(search.takes_all() ? 0 : n.key, SP_EVERY);
-        if (search.takes_all() || n.rank == n.greater + n.equal) continue;
-        notes_[search.patch].ties.room<int64_t>(static_cast<size_t>(chunks.count()));
-        tied.push_back(&search);
-        if (!search.listed) unlisted.push_back(&search);
+    for (Search* search : searches) {
+        const Narrowing& n = search->narrowing;
+        search->cut = cut_of(search->takes_all() ? 0 : n.key, SP_EVERY);
+        if (search->takes_all() || n.rank == n.greater + n.equal) continue;
+        notes_[search->patch].ties.room<int64_t>(static_cast<size_t>(chunks.count()));
+        tied.push_back(search);
+        if (!search->listed) unlisted.push_back(search);
     }
 
     pool_.run(chunks.count(), [&](int i, int64_t slot) {
@@ -356,36 +395,41 @@ void Engine::merge(const sp_block& block, const int64_t* quotas, void* out, sp_c
     for (size_t p = 0; p < block.patch_count; ++p) {
         if (!block.patches[p].present || quotas[p] == 0) {
             cuts[p] = cut_of(SP_NO_KEY, 0);
-        } else if (quotas[p] >= block.entries) {
+        } else if (quotas[p] >= block.entries && block.patches[p].skip == 0) {
             cuts[p] = cut_of(0, SP_EVERY);
         } else {
-            searches.emplace_back(p, quotas[p]);
+            searches.emplace_back(p, quotas[p], block.patches[p].skip);
         }
     }
 
     if (!searches.empty()) {
         if (block.entries > kSmall) guess(block, searches);
-        std::vector<Search*> todo;
+        std::vector<Search*> todo, outer, inner;
         for (Search& search : searches) todo.push_back(&search);
+        outer = todo;
         scan(block, todo);
         // Too many keys for the list, or too few because the floor was too high: mark all and start without a
         // guess.
-        std::erase_if(todo, [&](Search* s) {
-            return !s->listed ||
-                   (s->used <= list_capacity(block.entries) && (s->used >= s->quota() || s->takes_all()));
-        });
+        std::erase_if(todo, [&](Search* search) { return search->suffices(list_capacity(block.entries)); });
         for (Search* search : todo) {
             search->listed = false;
             search->narrowing.look(0, kInfinity - 1);
+            if (search->skipped) search->skipped->narrowing.look(0, kInfinity - 1);
         }
         if (!todo.empty()) scan(block, todo);
-        narrow(block, searches);
-        place_cuts(block, searches);
+        for (Search* search : outer) {
+            if (Search* skipped = search->hand_on()) inner.push_back(skipped);
+        }
+        std::vector<Search*> both = outer;
+        both.insert(both.end(), inner.begin(), inner.end());
+        narrow(block, both);
+        place_cuts(block, outer);
+        place_cuts(block, inner);
     }
 
     std::vector<Task> tasks = fresh_tasks(block);
     for (const Search& search : searches) {
-        cuts[search.patch] = search.cut;
+        cuts[search.patch] = search.skipped ? without(search.cut, search.skipped->cut) : search.cut;
         const bool complete = !search.listed || search.used == search.found.eligible;
         if (!search.takes_all() || complete) recall(block, search, tasks[search.patch]);
     }
@@ -404,14 +448,14 @@ void Engine::merge(const sp_block& block, const int64_t* quotas, void* out, sp_c
 size_t Engine::scratch(int64_t entries, size_t patches) const {
     const size_t tile =
         sizeof(Lane) + sizeof(Sink) + (kChunk + kSlack) * (sizeof(float) + sizeof(uint32_t) + sizeof(uint16_t));
-    const size_t bins = 2 * kBins * sizeof(uint32_t);
+    const size_t bins = 2 * 2 * kBins * sizeof(uint32_t);
     const size_t thread = sizeof(Thread) + std::max<size_t>(patches, 1) * (tile + bins + 256);
     const auto chunks = static_cast<size_t>(entries / (kChunk / 2)) + 2;  // LoRA's rows may shorten them
     const size_t chunk = sizeof(Span) + sizeof(int64_t);
     // Room for the list is more than enough for the marks.
     const size_t key = sizeof(uint32_t) + sizeof(uint16_t);
     const size_t list = (static_cast<size_t>(list_capacity(entries)) + kSlack) * key;
-    const size_t search = sizeof(Search) + kBins * sizeof(int64_t);
+    const size_t search = 2 * (sizeof(Search) + kBins * sizeof(int64_t));  // and one for what is skipped
     return static_cast<size_t>(threads()) * thread + patches * (chunks * chunk + list + search) + 65536;
 }
 

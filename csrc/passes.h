@@ -29,7 +29,16 @@ inline constexpr int kSlack = 64;
 // Keys of finite scores lie below.
 inline constexpr uint32_t kInfinity = 0x7f800000;
 
-inline sp_cut cut_of(uint32_t key, int64_t before) { return {sizeof(sp_cut), key, before}; }
+inline sp_cut cut_of(uint32_t key, int64_t before) { return {sizeof(sp_cut), key, before, 0, 0}; }
+
+// A cut less what `best`, which selects no other entries, selects.
+inline sp_cut without(sp_cut cut, const sp_cut& best) {
+    if (cut.key == SP_NO_KEY || best.key == SP_NO_KEY) return cut;
+    if (best.key == 0) return cut_of(SP_NO_KEY, 0);  // it selects all
+    cut.skip_key = best.key;
+    cut.skip_before = best.before;
+    return cut;
+}
 
 // Philox4x32-10 with its round keys spelled out.
 struct Random {

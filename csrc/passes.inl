@@ -415,33 +415,40 @@ struct Limit {
     uint32_t key;
     int64_t ties;
 };
-static Limit limit_of(const sp_cut& cut, int64_t index, int64_t n) {
-    const uint32_t key = cut.key < kMagnitude ? cut.key : kMagnitude;
-    const int64_t ties = cut.before > index ? cut.before - index : 0;
+static Limit limit_of(uint32_t cut, int64_t before, int64_t index, int64_t n) {
+    const uint32_t key = cut < kMagnitude ? cut : kMagnitude;
+    const int64_t ties = before > index ? before - index : 0;
     if (ties < n) return {key, ties};
     return {key > 0 ? key - 1 : 0, 0};
 }
 
+// The entries of a tile that lie on the upper side of a limit.
+static void mark_within(const void* keys, const Limit& limit, Bits* marks, int words) {
+    mark_above(keys, limit.key, marks, words);
+    if (limit.ties == 0) return;
+    Bits equals[kWords];
+    mark_equal(keys, limit.key, equals, words);
+    for (int w = 0; w < words; ++w) {
+        const int64_t left = limit.ties - 64 * w;
+        marks[w] |= left >= 64 ? equals[w] : left > 0 ? equals[w] & ((Bits{1} << left) - 1) : 0;
+    }
+}
+
 // T of a tile.
 static void cut_tile(Lane& lane, const sp_cut& cut, int64_t index, int words) {
-    const auto [limit, ties] = limit_of(cut, index, 64 * words);
-    mark_above(lane.k, limit, lane.selected, words);
-    if (ties > 0) {
-        Bits equals[kWords];
-        mark_equal(lane.k, limit, equals, words);
-        for (int w = 0; w < words; ++w) {
-            const int64_t left = ties - 64 * w;
-            lane.selected[w] |= left >= 64 ? equals[w] : left > 0 ? equals[w] & ((Bits{1} << left) - 1) : 0;
-        }
-    }
+    mark_within(lane.k, limit_of(cut.key, cut.before, index, 64 * words), lane.selected, words);
     for (int w = 0; w < words; ++w) lane.selected[w] &= lane.eligible[w];
+    if (cut.skip_key == 0) return;
+    Bits skipped[kWords];
+    mark_within(lane.k, limit_of(cut.skip_key, cut.skip_before, index, 64 * words), skipped, words);
+    for (int w = 0; w < words; ++w) lane.selected[w] &= ~skipped[w];
 }
 
 // ---- writing ----
 
 // What the steps of the patches that act make of a vector of base values, before rounding.
 template <int kJoin>
-SP_OP F joined(const std::vector<Lane>& lanes, int w, int i, F base) {
+SP_OP F joined(const std::vector<Lane>& lanes, F lambda, int w, int i, F base) {
     F sum = kJoin == SP_SUM ? base : set_f(0), members = set_f(0);
     for (const Lane& lane : lanes) {
         const F step = mul(set_f(lane.scale), load_f(lane.d + 64 * w + i));
@@ -451,10 +458,10 @@ SP_OP F joined(const std::vector<Lane>& lanes, int w, int i, F base) {
         if constexpr (kJoin == SP_WEIGHTED) members = select(acts, add(members, set_f(lane.scale)), members);
     }
     if constexpr (kJoin == SP_SUM) return sum;
-    if constexpr (kJoin == SP_TOTAL) return add(base, sum);
+    if constexpr (kJoin == SP_TOTAL) return add(base, mul(lambda, sum));
     // Scales that cancel divide by nothing.
     const M some = less(members, set_f(0)) | less(set_f(0), members);
-    return add(base, div(sum, kJoin == SP_MEAN ? members : select(some, members, set_f(1))));
+    return add(base, mul(lambda, div(sum, kJoin == SP_MEAN ? members : select(some, members, set_f(1)))));
 }
 
 // Round and write the acting entries; the others keep their bits. `same` counts, lane by lane, the bits that are
@@ -482,8 +489,8 @@ SP_OP int64_t changed(U same, int words) {
 }
 
 template <int D, int kJoin>
-static void write_joined(const std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out,
-                         int64_t index, int words, Written& written) {
+static void write_joined(const std::vector<Lane>& lanes, float lambda, const float* base, const void* base_bits,
+                         void* out, int64_t index, int words, Written& written) {
     U same = set_u(0);
     for (int w = 0; w < words; ++w) {
         Bits acting = 0, over = 0;
@@ -491,7 +498,7 @@ static void write_joined(const std::vector<Lane>& lanes, const float* base, cons
         for (int i = 0; i < 64; i += SP_LANES) {
             const F old = load_f(base + 64 * w + i);
             uint32_t failed = 0;
-            write_vector<D>(base_bits, 64 * w + i, old, joined<kJoin>(lanes, w, i, old),
+            write_vector<D>(base_bits, 64 * w + i, old, joined<kJoin>(lanes, set_f(lambda), w, i, old),
                             static_cast<uint32_t>(acting >> i), out, failed, same);
             over |= static_cast<Bits>(failed) << i;
         }
@@ -502,13 +509,13 @@ static void write_joined(const std::vector<Lane>& lanes, const float* base, cons
 }
 
 template <int D>
-static void write(int32_t join, const std::vector<Lane>& lanes, const float* base, const void* base_bits, void* out,
-                  int64_t index, int words, Written& written) {
-    const auto with = join == SP_SUM     ? write_joined<D, SP_SUM>
-                      : join == SP_MEAN  ? write_joined<D, SP_MEAN>
-                      : join == SP_TOTAL ? write_joined<D, SP_TOTAL>
-                                         : write_joined<D, SP_WEIGHTED>;
-    with(lanes, base, base_bits, out, index, words, written);
+static void write(const sp_block& block, const std::vector<Lane>& lanes, const float* base, const void* base_bits,
+                  void* out, int64_t index, int words, Written& written) {
+    const auto with = block.join == SP_SUM     ? write_joined<D, SP_SUM>
+                      : block.join == SP_MEAN  ? write_joined<D, SP_MEAN>
+                      : block.join == SP_TOTAL ? write_joined<D, SP_TOTAL>
+                                               : write_joined<D, SP_WEIGHTED>;
+    with(lanes, block.lambda == nullptr ? 1.0f : *block.lambda, base, base_bits, out, index, words, written);
 }
 
 // Who acts on a word of 64 entries that several patches may have selected: one that is alone.
@@ -746,8 +753,7 @@ static void write_tile(const Pass& pass, const Tile& tile, const float* base, co
     void* out = at(pass.out, tile.offset * size);
     void* to = tile.n == 64 * tile.words ? out : space.out_bits;
     settle(space.lanes, block.acts, tile.words);
-    SP_BY_DTYPE(block.base.dtype, write, block.join, space.lanes, base, base_bits, to, tile.index, tile.words,
-                written);
+    SP_BY_DTYPE(block.base.dtype, write, block, space.lanes, base, base_bits, to, tile.index, tile.words, written);
     if (to != out) __builtin_memcpy(out, to, static_cast<size_t>(tile.n * size));
     for (size_t p = 0; p < space.lanes.size(); ++p) sinks[p].applied += count_marks(space.lanes[p].acts, tile.words);
 }
@@ -797,22 +803,29 @@ static void put(const void* from, const uint16_t* places, int64_t n, void* to) {
         __builtin_memcpy(at(to, places[i] * sizeof(T)), at(from, i * sizeof(T)), sizeof(T));
 }
 
+// As `mark_within`, of n keys of a list.
+static void mark_listed(const uint32_t* keys, const uint16_t* places, const Limit& limit, Bits* marks, int n) {
+    mark_above(keys, limit.key, marks, (n + 63) / 64);
+    for (int i = 0; limit.ties > 0 && i < n; ++i) {
+        if ((keys[i] & kMagnitude) == limit.key && places[i] < limit.ties) marks[i / 64] |= Bits{1} << i % 64;
+    }
+}
+
 // T of a chunk, from its list, as places (and keys) in the sink's own.
 static void cut_list(const Task& task, const Range& range, int64_t index, Sink& sink) {
     const Span span = task.spans[range.slot];
     const uint32_t* keys = task.list + span.begin;
     const uint16_t* places = task.places + span.begin;
-    const auto [limit, ties] = limit_of(task.cut, index, range.n);
+    const Limit limit = limit_of(task.cut.key, task.cut.before, index, range.n);
+    const Limit best = limit_of(task.cut.skip_key, task.cut.skip_before, index, range.n);
     sink.listed = 0;
     for (int64_t done = 0; done < span.n; done += kTile) {
         const int n = span.n - done < kTile ? static_cast<int>(span.n - done) : kTile;
         const int words = (n + 63) / 64;
-        Bits selected[kWords];
-        mark_above(keys + done, limit, selected, words);
-        for (int i = 0; ties > 0 && i < n; ++i) {
-            if ((keys[done + i] & kMagnitude) == limit && places[done + i] < ties)
-                selected[i / 64] |= Bits{1} << i % 64;
-        }
+        Bits selected[kWords], skipped[kWords] = {};
+        mark_listed(keys + done, places + done, limit, selected, n);
+        if (task.cut.skip_key > 0) mark_listed(keys + done, places + done, best, skipped, n);
+        for (int w = 0; w < words; ++w) selected[w] &= ~skipped[w];
         if (n % 64 != 0) selected[words - 1] &= (Bits{1} << n % 64) - 1;
         uint16_t* which = sink.places + sink.listed;
         const int64_t more = places_of(selected, words, 0, which);

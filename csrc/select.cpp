@@ -213,48 +213,62 @@ using safepatch::Tally;
 
 struct sp_select {
     size_t tensors;
-    std::vector<Search> searches;               // one per patch
-    std::vector<std::vector<Tally>> tallies{};  // per patch and tensor, once nothing is pending
+    int64_t entries;
+    size_t patches;
+    std::vector<Search> searches;               // one per patch, then those for what patches skip
+    std::vector<size_t> owners{};               // whose they are
+    std::vector<std::vector<Tally>> tallies{};  // per search and tensor, once nothing is pending
     bool begun = false;                         // something may have been counted
 
     bool pending() const {
         return std::any_of(searches.begin(), searches.end(), [](const Search& s) { return !s.done(); });
     }
+    void add(size_t patch, int64_t k) {
+        searches.emplace_back(k, entries, tensors);
+        owners.push_back(patch);
+    }
     void finish() {
         if (pending()) return;
+        tallies.clear();
         for (const Search& search : searches) tallies.push_back(search.shares());
     }
 };
 
 namespace {
 
-// Count a sample: for each patch one window, or none.
-void count(sp_engine& engine, const std::vector<OwnBlock>& sample, std::vector<sp_window> windows) {
-    for (size_t p = 0; p < windows.size(); ++p) windows[p].patch = p;
-    std::vector<sp_patch_report> reports(windows.size());
-    sp_report report{sizeof report, reports.data(), {0, 0}, 0, 0};
-    for (const OwnBlock& block : sample) engine.engine.histogram(block, windows.data(), windows.size(), report);
+// Count a sample.
+void count(sp_engine& engine, const std::vector<OwnBlock>& sample, const std::vector<sp_window>& windows) {
+    for (const OwnBlock& block : sample) {
+        std::vector<sp_patch_report> reports(block.patch_count);
+        sp_report report{sizeof report, reports.data(), {0, 0}, 0, 0};
+        engine.engine.histogram(block, windows.data(), windows.size(), report);
+    }
 }
 
-void guess(std::vector<Search>& searches, bool ties, sp_engine& engine, const std::vector<OwnBlock>& sample) {
+void guess(sp_select& select, sp_engine& engine, const std::vector<OwnBlock>& sample) {
     int64_t sampled = 0;
     for (const OwnBlock& block : sample) sampled += block.entries;
-    std::vector<Counts> coarse(searches.size(), Counts(safepatch::kCoarse)), fine(searches.size());
+    std::vector<Search>& searches = select.searches;
+    std::vector<Counts> coarse(select.patches, Counts(safepatch::kCoarse)), fine(searches.size());
     std::vector<sp_window> windows;
-    for (Counts& counts : coarse) {
-        windows.push_back({sizeof(sp_window), 0, 0, safepatch::kLowBits, counts.size(), counts.data()});
+    for (size_t p = 0; p < select.patches; ++p) {
+        windows.push_back({sizeof(sp_window), p, 0, safepatch::kLowBits, coarse[p].size(), coarse[p].data()});
     }
     count(engine, sample, windows);
-    for (size_t p = 0; p < searches.size(); ++p) searches[p].guess(coarse[p], sampled);
-    if (!ties) return;
-    for (size_t p = 0; p < searches.size(); ++p) windows[p] = searches[p].guessed(fine[p]);
+    for (size_t i = 0; i < searches.size(); ++i) searches[i].guess(coarse[select.owners[i]], sampled);
+    if (select.tensors == 1) return;
+    windows.clear();
+    for (size_t i = 0; i < searches.size(); ++i) {
+        windows.push_back(searches[i].guessed(fine[i]));
+        windows.back().patch = select.owners[i];
+    }
     count(engine, sample, windows);
-    for (size_t p = 0; p < searches.size(); ++p) {
-        if (!fine[p].empty()) searches[p].guess_ties(coarse[p], fine[p], sampled);
+    for (size_t i = 0; i < searches.size(); ++i) {
+        if (!fine[i].empty()) searches[i].guess_ties(coarse[select.owners[i]], fine[i], sampled);
     }
 }
 
-// One past the tensor index of the block's n-th entry of patch p with this key, by halving.
+// One past the tensor index of the block's n-th entry of patch p with its key, by halving.
 int64_t place_of(sp_engine& engine, const OwnBlock& block, const std::vector<uint32_t>& keys, size_t p, int64_t n) {
     int64_t lo = 0, hi = block.entries;
     std::vector<int64_t> counts(keys.size());
@@ -270,30 +284,44 @@ int64_t place_of(sp_engine& engine, const OwnBlock& block, const std::vector<uin
     return block.start + hi;
 }
 
-std::vector<sp_cut> next_cuts(sp_select& select, sp_engine& engine, size_t tensor, const OwnBlock& block) {
-    const size_t patches = select.searches.size();
-    std::vector<uint32_t> keys(patches);
-    std::vector<int64_t> counts(patches);
+// Cuts of a block by tallies, one per patch, which become those of the next block.
+std::vector<sp_cut> cuts_by(std::vector<Tally>& tallies, sp_engine& engine, const OwnBlock& block) {
+    std::vector<uint32_t> keys;
+    std::vector<int64_t> counts(tallies.size());
     bool any = false;
-    for (size_t p = 0; p < patches; ++p) {
-        const Tally& tally = select.tallies[p][tensor];
-        keys[p] = tally.key;
+    for (const Tally& tally : tallies) {
+        keys.push_back(tally.key);
         any = any || (tally.left > 0 && tally.left < SP_EVERY);
     }
     if (any) engine.engine.count_equal(block, keys.data(), counts.data());
     std::vector<sp_cut> cuts;
-    std::vector<int64_t> left(patches);
-    for (size_t p = 0; p < patches; ++p) {
-        left[p] = select.tallies[p][tensor].left;
-        int64_t before = left[p] > 0 ? SP_EVERY : 0;
-        if (left[p] > 0 && left[p] < SP_EVERY) {
-            if (counts[p] > left[p]) before = place_of(engine, block, keys, p, left[p]);
-            left[p] -= std::min(left[p], counts[p]);
+    for (size_t p = 0; p < tallies.size(); ++p) {
+        int64_t& left = tallies[p].left;
+        int64_t before = left > 0 ? SP_EVERY : 0;
+        if (left > 0 && left < SP_EVERY) {
+            if (counts[p] > left) before = place_of(engine, block, keys, p, left);
+            left -= std::min(left, counts[p]);
         }
         cuts.push_back(safepatch::cut_of(keys[p], before));
     }
+    return cuts;
+}
+
+std::vector<sp_cut> next_cuts(sp_select& select, sp_engine& engine, size_t tensor, const OwnBlock& block) {
+    std::vector<Tally> tallies, skipped(select.patches, {SP_NO_KEY, 0});
+    for (size_t p = 0; p < select.patches; ++p) tallies.push_back(select.tallies[p][tensor]);
+    for (size_t i = select.patches; i < select.searches.size(); ++i) {
+        skipped[select.owners[i]] = select.tallies[i][tensor];
+    }
+    std::vector<sp_cut> cuts = cuts_by(tallies, engine, block);
+    if (select.searches.size() > select.patches) {
+        const std::vector<sp_cut> best = cuts_by(skipped, engine, block);
+        for (size_t p = 0; p < select.patches; ++p) cuts[p] = safepatch::without(cuts[p], best[p]);
+    }
     // Only now: a call that is stopped half-way can be made again.
-    for (size_t p = 0; p < patches; ++p) select.tallies[p][tensor].left = left[p];
+    for (size_t i = 0; i < select.searches.size(); ++i) {
+        select.tallies[i][tensor] = (i < select.patches ? tallies : skipped)[select.owners[i]];
+    }
     return cuts;
 }
 
@@ -305,13 +333,27 @@ sp_status sp_select_open(size_t tensors, int64_t entries, const int64_t* quotas,
         need(select != nullptr, "null selection");
         need(tensors > 0 && entries >= 0, "tensors and entries");
         need(patches == 0 || quotas != nullptr, "null quotas");
-        auto made = std::make_unique<sp_select>(sp_select{tensors, {}});
+        auto made = std::make_unique<sp_select>(sp_select{tensors, entries, patches, {}});
         for (size_t p = 0; p < patches; ++p) {
             need(quotas[p] >= 0, "negative quota");
-            made->searches.emplace_back(quotas[p], entries, tensors);
+            made->add(p, quotas[p]);
         }
         made->finish();
         *select = made.release();
+    });
+}
+
+sp_status sp_select_skip(sp_select* select, size_t patch, int64_t skip) {
+    return guarded([&] {
+        need(select != nullptr, "null selection");
+        need(!select->begun, "what is skipped is said before anything else");
+        need(patch < select->patches, "number of the patch");
+        need(skip >= 0, "negative skip");
+        const auto last = select->owners.end();
+        need(std::find(select->owners.begin() + static_cast<std::ptrdiff_t>(select->patches), last, patch) == last,
+             "skipped twice");
+        if (skip > 0) select->add(patch, skip);
+        select->finish();
     });
 }
 
@@ -326,9 +368,9 @@ sp_status sp_select_guess(sp_select* select, sp_engine* engine, const sp_block* 
         std::vector<OwnBlock> own;
         for (size_t i = 0; i < blocks; ++i) {
             own.emplace_back(reinterpret_cast<const sp_block*>(reinterpret_cast<const char*>(sample) + i * stride));
-            need(own.back().patch_count == select->searches.size(), "patches of the block");
+            need(own.back().patch_count == select->patches, "patches of the block");
         }
-        guess(select->searches, select->tensors > 1, *engine, own);
+        guess(*select, *engine, own);
     });
 }
 
@@ -341,10 +383,10 @@ sp_status sp_select_windows(sp_select* select, size_t tensor, sp_window* windows
         if (!select->searches.empty()) safepatch::stride_of(windows, "window");
         select->begun = true;
         std::vector<sp_window> wanted;
-        for (size_t p = 0; p < select->searches.size(); ++p) {
+        for (size_t i = 0; i < select->searches.size(); ++i) {
             const size_t first = wanted.size();
-            select->searches[p].windows(tensor, wanted);
-            for (size_t i = first; i < wanted.size(); ++i) wanted[i].patch = p;
+            select->searches[i].windows(tensor, wanted);
+            for (size_t w = first; w < wanted.size(); ++w) wanted[w].patch = select->owners[i];
         }
         safepatch::give(windows, wanted);
         *count = wanted.size();
@@ -366,7 +408,7 @@ sp_status sp_select_tally(const sp_select* select, size_t tensor, size_t patch, 
     return guarded([&] {
         need(select != nullptr && key != nullptr && left != nullptr, "null selection or output");
         need(!select->pending(), "a sweep is pending");
-        need(tensor < select->tensors && patch < select->searches.size(), "number of the tensor or patch");
+        need(tensor < select->tensors && patch < select->patches, "number of the tensor or patch");
         *key = select->tallies[patch][tensor].key;
         *left = select->tallies[patch][tensor].left;
     });
@@ -378,7 +420,7 @@ sp_status sp_select_cuts(sp_select* select, sp_engine* engine, size_t tensor, co
         need(!select->pending(), "a sweep is pending");
         need(tensor < select->tensors, "number of the tensor");
         const OwnBlock own(block);
-        need(own.patch_count == select->searches.size(), "patches of the block");
+        need(own.patch_count == select->patches, "patches of the block");
         if (own.patch_count > 0) safepatch::stride_of(cuts, "cut");
         safepatch::give(cuts, next_cuts(*select, *engine, tensor, own));
     });

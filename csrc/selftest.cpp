@@ -125,7 +125,8 @@ uint64_t digest(sp_engine* engine, size_t of, const Case& test) {
     block.order = test.order;
 
     const int64_t quotas[kPatches] = {test.entries / 7, test.entries / 3};
-    sp_cut cuts[kPatches] = {{sizeof(sp_cut), 0, 0}};
+    sp_cut cuts[kPatches] = {};
+    cuts[0].size = sizeof cuts[0];
     sp_patch_report reports[kPatches] = {};
     reports[0].size = sizeof reports[0];
     sp_report report{sizeof report, reports, {0, 0}, 0, 0};

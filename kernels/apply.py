@@ -32,9 +32,12 @@ from .score import (
     ENDING,
     FIELDS,
     INFINITE,
+    LAMBDA,
     MEAN,
     OVERFLOW,
     SCALE,
+    SKIP,
+    SKIP_BEFORE,
     SUM,
     UP,
     WEIGHTED,
@@ -47,6 +50,18 @@ from .score import (
 
 if TYPE_CHECKING:
     import torch
+
+
+# reference.py: Scored.selected
+@triton.jit
+def within(key, cut, before, origin, BLOCK: tl.constexpr):
+    """The entries on the upper side of a cut, as a set."""
+    # Almost everywhere all of a program's entries lie on one side of the cut: then one comparison will do.
+    cut, ties = tl.minimum(cut, INFINITE).to(tl.uint32), before - origin
+    upper = pack(key > tl.where((ties >= BLOCK) & (cut > 0), cut - 1, cut))
+    if (ties > 0) & (ties < BLOCK):
+        upper |= pack(key == cut) & below(ties, BLOCK)
+    return upper
 
 
 # reference.py: Scored.selected
@@ -65,11 +80,9 @@ def decide(
     # A margin's entries may raise a false alarm; `faults` will find nothing there.
     faulty = any_from(key, INFINITE)
     eligible = pack(key - 1 < INFINITE - 1) & inside
-    # Almost everywhere all of a program's entries lie on one side of the cut: then one comparison will do.
-    cut, ties = tl.minimum(tl.load(row + CUT), INFINITE).to(tl.uint32), tl.load(row + BEFORE) - origin
-    selected = pack(key > tl.where((ties >= BLOCK) & (cut > 0), cut - 1, cut))
-    if (ties > 0) & (ties < BLOCK):
-        selected |= pack(key == cut) & below(ties, BLOCK)
+    selected = within(key, tl.load(row + CUT), tl.load(row + BEFORE), origin, BLOCK)
+    if plan.patches[p].skip:
+        selected &= ~within(key, tl.load(row + SKIP), tl.load(row + SKIP_BEFORE), origin, BLOCK)
     if plan.order == "retain-first":
         eligible &= kept
     else:
@@ -153,7 +166,7 @@ def joined(w, values, table, acting, start, origin, cols, end, plan: tl.constexp
     if plan.join == MEAN or plan.join == WEIGHTED:
         total = tl.div_rn(total, tl.where(number == 0, 1.0, number))
     if plan.join != SUM:
-        total = w + total
+        total = w + tl.load(table + LAMBDA).to(tl.uint32).to(tl.float32, bitcast=True) * total
     return total
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # Columns of the patch table (int64): what differs between patches, tensors and passes without changing the code.
 RANDOM_KEY, KEEP, SCALE, CUT, BEFORE, LORA_SCALE, RANK = (tl.constexpr(i) for i in range(7))
-FIELDS = tl.constexpr(7)
+# The last is the block's, in every row.
+SKIP, SKIP_BEFORE, LAMBDA = (tl.constexpr(i) for i in range(7, 10))
+FIELDS = tl.constexpr(10)
 # Columns of a tally row, for each patch. The first four are counts that apply adds at once, as a square of 2 by 2
 # (BROKEN, where it met faults of any patch, is patch 0's alone). Then come counts of faults by kind, and FIRST
 # columns behind each of these EVERY - the lowest index of one.
@@ -47,6 +49,7 @@ class Form:
     scores: str  # dtype, "" for magnitude
     weight: str
     retain: bool  # False where every entry is retained
+    skip: bool = False  # True where a cut leaves the best out
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ Bits = tuple[NDArray[np.unsignedinteger], int]
 Lora = tuple[NDArray[np.float32], NDArray[np.float32], float]
 # kind, importance, weight, values, scores, Philox key, keep, scale
 Patch = tuple[int, int, int, Bits | Lora, Bits | None, int, int, float]
-# base, start, columns, patches, acts, join, order
-Block = tuple[Bits, int, int, Sequence[Patch | None], int, int, int]
+# base, start, columns, patches, acts, join, order, lambda
+Block = tuple[Bits, int, int, Sequence[Patch | None], int, int, int, float]
+# key, before, skip_key, skip_before
+Cut = tuple[int, int, int, int]
 
 # (count, lowest index)
 _Fault = tuple[int, int]
@@ -72,7 +74,7 @@ class Engine:
     # windows: patch, lo, shift, counts
     def histogram(self, block: Block, windows: Sequence[tuple[int, int, int, NDArray[np.int64]]]) -> _Report: ...
     def count_equal(self, block: Block, keys: Sequence[int]) -> list[int]: ...
-    def apply(self, block: Block, cuts: Sequence[tuple[int, int]], out: NDArray[np.unsignedinteger]) -> _Report: ...
+    def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> _Report: ...
     def merge(
-        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
-    ) -> tuple[list[tuple[int, int]], _Report]: ...
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int]
+    ) -> tuple[list[Cut], _Report]: ...

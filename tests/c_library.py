@@ -103,6 +103,10 @@ def patch_of(patch: PatchData, cols: int) -> Any:
     return given
 
 
+def cut_of(cut: Any) -> Cut:
+    return Cut(cut.key, cut.before, cut.skip_key, cut.skip_before)
+
+
 class CBlock:
     """A block in the header's words, and the arrays it points to."""
 
@@ -116,6 +120,8 @@ class CBlock:
         self.c.patches, self.c.patch_count = ctypes.addressof(self.patches), len(block.patches)
         self.c.acts, self.c.join = block.rule
         self.c.order = numbers(Order)[block.order]
+        self.lambda_ = ctypes.c_float(block.lambda_)
+        self.c.__setattr__("lambda", ctypes.addressof(self.lambda_))
         self.reports = made("sp_patch_report", n)
         self.report = made("sp_report", patches=ctypes.addressof(self.reports))
 
@@ -140,4 +146,4 @@ class CEngine:
         cuts = made("sp_cut", max(len(quotas), 1))
         given = ctypes.c_void_p(address(k)), ctypes.c_void_p(address(out)), cuts, ctypes.byref(block.report)
         status = self.lib.sp_merge(self.engine, ctypes.byref(block.c), *given)
-        return status, [Cut(cuts[p].key, cuts[p].before) for p in range(len(quotas))]
+        return status, [cut_of(cuts[p]) for p in range(len(quotas))]

@@ -197,6 +197,12 @@ def top_k(s: F32Array, e: BoolArray, k: int) -> BoolArray:
 # Patches
 
 
+def band(p: Patch, s: F32Array, e: BoolArray, recipe: Mapping[str, Any]) -> BoolArray:
+    """The entries that belong to the best share `skip + top`, less the best share `skip`."""
+    both, best = (top_k(s, e, k_of(share, len(s), recipe)) for share in (p.skip + p.top, p.skip))
+    return both & ~best
+
+
 @dataclass
 class Patch:
     name: str
@@ -206,6 +212,7 @@ class Patch:
     weight: str
     importance: dict[str, Tensor]
     top: float
+    skip: float
     retain: float
     c: np.float32
     minus: dict[str, Tensor] | None
@@ -217,8 +224,8 @@ class Patch:
         for other in self.entry.get("overrides", []):
             if any(fnmatchcase(name, glob) for glob in other["names"]):
                 merged = {**self.entry, **{key: value for key, value in other.items() if key != "names"}}
-                top, retain, c = rates(merged)
-                return replace(self, top=top, retain=retain, c=c)
+                top, skip, retain, c = rates(merged)
+                return replace(self, top=top, skip=skip, retain=retain, c=c)
         return self
 
     def touches(self, name: str) -> bool:
@@ -307,15 +314,16 @@ def load_patch(entry: Mapping[str, Any], root: Path, base: Path) -> Patch:
     return Patch(entry["name"], kind, tensors, adapter, weight, scores, *rates(entry), minus, rows, entry)
 
 
-def rates(entry: Mapping[str, Any]) -> tuple[float, float, np.float32]:
-    """Top, retain and c of a patch or of an override in it."""
+def rates(entry: Mapping[str, Any]) -> tuple[float, float, float, np.float32]:
+    """Top, skip, retain and c of a patch or of an override in it."""
     retain, scale = float(entry.get("retain", 1.0)), float(entry.get("scale", 1.0))
     c = np.float32(scale / retain) if entry.get("rescale", False) else np.float32(scale)
-    return float(entry.get("top", 1.0)), retain, c
+    return float(entry.get("top", 1.0)), float(entry.get("skip", 0.0)), retain, c
 
 
 # The merge
 
+ONE = np.float32(1)
 # Who acts where several patches hold an entry, and what becomes of their changes.
 NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "shared.weight")
 RULES = {"difference": ("alone", "sum"), "sum": ("all", "sum"), "ties": ("elected", "mean")}
@@ -380,7 +388,9 @@ def _merge(recipe_path: Path) -> Result:
     for name in targets:
         held = [chosen[p.name].T[name] for p in patches]
         cd = [p.at(name).c * chosen[p.name].d[name] for p in patches]
-        acc, acts = combine(*rule_of(recipe), to_f32(base[name]), held, cd, [p.at(name).c for p in patches])
+        factor = np.float32(recipe.get("lambda", 1.0))
+        c = [p.at(name).c for p in patches]
+        acc, acts = combine(*rule_of(recipe), to_f32(base[name]), held, cd, c, factor)
         tensors[name] = write(name, base[name], acc, np.any(acts, axis=0))
         for p, T, acting in zip(patches, held, acts, strict=True):
             counts[p.name][name] = Counts(
@@ -413,16 +423,16 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
 
     if not any(np.any(np.isfinite(x) & (x != 0)) for x in d.values()):
         raise BadInput(f"{p.name}: every delta is zero")
-    asks = bool(p.entry.get("overrides")) or (p.top > 0 and p.retain > 0 and p.c != 0)
+    asks = bool(p.entry.get("overrides")) or (p.top > 0 and p.skip < 1 and p.retain > 0 and p.c != 0)
     if asks and not any(np.any(x) for x in e.values()):
         raise BadInput(f"{p.name}: nothing is eligible")
     if recipe.get("scope", "tensor") == "tensor":
-        T = {n: top_k(s[n], e[n], k_of(p.at(n).top, len(s[n]), recipe)) for n in targets}
+        T = {n: band(p.at(n), s[n], e[n], recipe) for n in targets}
     else:
         T = {}
         if targets:
             scores, able = np.concatenate([s[n] for n in targets]), np.concatenate([e[n] for n in targets])
-            chosen = top_k(scores, able, k_of(p.top, len(scores), recipe))
+            chosen = band(p, scores, able, recipe)
             cuts = np.cumsum([len(s[n]) for n in targets])[:-1]
             T = dict(zip(targets, np.split(chosen, cuts), strict=True))
     if not retain_first:
@@ -431,7 +441,13 @@ def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Map
 
 
 def combine(
-    acts: str, join: str, w: F32Array, held: list[BoolArray], cd: list[F32Array], c: list[np.float32]
+    acts: str,
+    join: str,
+    w: F32Array,
+    held: list[BoolArray],
+    cd: list[F32Array],
+    c: list[np.float32],
+    factor: np.float32 = ONE,
 ) -> tuple[F32Array, list[BoolArray]]:
     """What each entry becomes in float32, and where each patch acts on it."""
     who = {"alone": alone, "all": lambda held, cd: held, "elected": elected, "elected_up": elected_up}
@@ -443,7 +459,7 @@ def combine(
     if join in ("mean", "weighted"):
         total = np.divide(total, np.where(number == 0, np.float32(1), number), dtype=np.float32)
     if join != "sum":
-        total = np.where(np.any(acting, axis=0), w + total, w)
+        total = np.where(np.any(acting, axis=0), w + total * factor, w)
     return total, acting
 
 

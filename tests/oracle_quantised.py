@@ -1,4 +1,4 @@
-"""Merging into FP8 codes once more, by brute force and from the contract alone: no code of the product.
+"""Merging into codes once more, by brute force and from the contract alone: no code of the product.
 
 Read beside SPEC section 7, whose words name the variables: `v`, `w`, `acc`, `s`, `y`, `a`, `b`, `u`.
 """
@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,9 +47,53 @@ def number(code: int) -> float:
 
 
 NUMBERS = np.array([number(code) for code in range(256)], np.float32)
-# One code for each number, +0 for zero.
-CODES = np.array([c for c in range(256) if math.isfinite(number(c)) and c != 0x80])
-HIGHEST = np.float32(448)
+
+
+@dataclass
+class Weight:
+    """A logical weight: a code and a scale for each entry, and how codes are put back into the stored tensor."""
+
+    codes: Any
+    scales: F32Array
+    shape: tuple[int, ...]
+    numbers: F32Array  # what each code stands for
+    stored: str
+    put: Callable[[Any], bytes]
+    companions: list[str]
+
+    @property
+    def order(self) -> Any:
+        """One code for each number, ascending; +0 for zero."""
+        finite = [c for c, x in enumerate(self.numbers) if math.isfinite(x) and not (x == 0 and np.signbit(x))]
+        return np.array(sorted(finite, key=lambda c: self.numbers[c]))
+
+    @property
+    def ends(self) -> tuple[Any, Any]:
+        return self.numbers[self.order[0]], self.numbers[self.order[-1]]
+
+    @property
+    def values(self) -> F32Array:
+        found: F32Array = self.numbers[self.codes] * self.scales
+        return found
+
+
+Unpack = Callable[[dict[str, Tensor]], dict[str, Weight]]
+
+
+def fp8(block: tuple[int, int]) -> Unpack:
+    """Every E4M3 weight with the scales beside it."""
+
+    def weights(tensors: dict[str, Tensor]) -> dict[str, Weight]:
+        found = {}
+        for name in [n for n, t in tensors.items() if t.dtype == "F8_E4M3"]:
+            companion, s = scales_of(name, tensors, block)
+            codes = np.frombuffer(tensors[name].data, np.uint8)
+            flat = s.reshape(-1).astype(np.float32)
+            shape = tensors[name].shape
+            found[name] = Weight(codes, flat, shape, NUMBERS, name, lambda new: bytes(new.tobytes()), [companion])
+        return found
+
+    return weights
 
 
 @dataclass
@@ -79,25 +124,26 @@ def scales_of(name: str, tensors: dict[str, Tensor], block: tuple[int, int]) -> 
     return found, wide[:rows, :cols]
 
 
-def nearest(y: F32Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def nearest(y: F32Array, weight: Weight) -> np.ndarray[Any, np.dtype[np.uint8]]:
     out = np.empty(len(y), np.uint8)
+    order = weight.order
     for i, value in enumerate(y.astype(np.float64)):
-        far = np.abs(NUMBERS[CODES].astype(np.float64) - value)
-        best = CODES[far == far.min()]
+        far = np.abs(weight.numbers[order].astype(np.float64) - value)
+        best = order[far == far.min()]
         out[i] = best[0] if len(best) == 1 else next(code for code in best if code % 2 == 0)
     return out
 
 
-def stochastic(y: F32Array, seed: int, name: str, at: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def stochastic(y: F32Array, weight: Weight, seed: int, name: str, at: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     message = b"safepatch-round\0" + struct.pack("<Q", seed) + b"\0" + name.encode()
     key = int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
-    order = CODES[np.argsort(NUMBERS[CODES])]
+    order, numbers = weight.order, weight.numbers
     out = np.empty(len(y), np.uint8)
     for j, (value, i) in enumerate(zip(y, at, strict=True)):
-        below = int(np.flatnonzero(NUMBERS[order] <= value)[-1])
+        below = int(np.flatnonzero(numbers[order] <= value)[-1])
         out[j] = order[below]
         if below + 1 < len(order):
-            a, b = NUMBERS[order[below]], NUMBERS[order[below + 1]]
+            a, b = numbers[order[below]], numbers[order[below + 1]]
             share = np.float32(np.float32(value - a) / np.float32(b - a))
             block = int(i) // 4
             u = oracle.philox([block % 2**32, block >> 32, 0, 0], (key % 2**32, key >> 32))[int(i) % 4]
@@ -106,13 +152,13 @@ def stochastic(y: F32Array, seed: int, name: str, at: Any) -> np.ndarray[Any, np
     return out
 
 
-def merge(recipe_path: Path, block: tuple[int, int] = (128, 128)) -> Result:
-    """All output tensors, and what is left of each patch."""
+def merge(recipe_path: Path, block: tuple[int, int] = (128, 128), unpack: Unpack | None = None) -> Result:
+    """All output tensors, and what is left of each patch; of FP8 in blocks, unless weights are unpacked otherwise."""
     with np.errstate(all="ignore"):
-        return _merge(recipe_path, block)
+        return _merge(recipe_path, unpack or fp8(block))
 
 
-def _merge(recipe_path: Path, block: tuple[int, int]) -> Result:
+def _merge(recipe_path: Path, unpack: Unpack) -> Result:
     recipe = yaml.safe_load(recipe_path.read_text())
     rule: dict[str, Any] = {"reference": "dequantised", "reference_dtype": "bfloat16", "rounding": "stochastic"}
     rule |= {"saturate": "clamp", "survival": [0.8, 1.25]} | recipe["quantized"]
@@ -122,18 +168,16 @@ def _merge(recipe_path: Path, block: tuple[int, int]) -> Result:
     if rule["rounding"] == "nearest" and not from_file:
         raise BadRecipe("nearest without a reference")
     original = oracle.load_checkpoint(root / rule["reference"]) if from_file else {}
-    logical, scales, codes = dict(stored), {}, {}
-    for name in [n for n, t in stored.items() if t.dtype == "F8_E4M3"]:
-        companion, s = scales_of(name, stored, block)
-        codes[name] = np.frombuffer(stored[name].data, np.uint8)
-        scales[name] = s.reshape(-1).astype(np.float32)
-        del logical[companion]
-        w = oracle.to_f32(original[name]) if from_file else NUMBERS[codes[name]] * scales[name]
-        logical[name] = Tensor("F32", stored[name].shape, w.astype("<f4").tobytes())
+    weights, logical = unpack(stored), dict(stored)
+    for name, weight in weights.items():
+        for companion in (weight.stored, *weight.companions):
+            logical.pop(companion, None)
+        w = oracle.to_f32(original[name]) if from_file else weight.values
+        logical[name] = Tensor("F32", weight.shape, w.astype("<f4").tobytes())
     handed = {
         n: Tensor("F32", t.shape, oracle.to_f32(as_dtype(t, ROUNDED[rule["reference_dtype"]])).tobytes())
         for n, t in logical.items()
-        if n in codes
+        if n in weights
     }
     plain = [oracle.load_patch(entry, root, root / recipe["base"]) for entry in recipe["patches"]]
     patches = [OnTwin(**{f.name: getattr(p, f.name) for f in fields(Patch)}, handed=handed) for p in plain]
@@ -147,14 +191,15 @@ def _merge(recipe_path: Path, block: tuple[int, int]) -> Result:
         held = [chosen[p.name].T[name] for p in patches]
         cd = [p.at(name).c * chosen[p.name].d[name] for p in patches]
         acc, acts = oracle.combine(*oracle.rule_of(recipe), w, held, cd, [p.at(name).c for p in patches])
-        if name not in codes:
+        if name not in weights:
             tensors[name] = oracle.write(name, stored[name], acc, np.any(acts, axis=0))
             continue
-        new = _write(name, codes[name], scales[name], w, acc, np.any(acts, axis=0), recipe.get("seed", 0), rule)
-        tensors[name] = stored[name]._replace(data=new.tobytes())
+        weight = weights[name]
+        new = _write(name, weight, w, acc, np.any(acts, axis=0), recipe.get("seed", 0), rule)
+        tensors[weight.stored] = stored[weight.stored]._replace(data=weight.put(new))
         for p, mine in zip(patches, acts, strict=True):
             alone = mine & (np.sum(acts, axis=0) == 1)
-            sums[p.name] += _sums(alone, codes[name], new, scales[name], w, acc)
+            sums[p.name] += _sums(alone, weight, new, w, acc)
     kept = {name: _kept(*of) for name, of in sums.items()}
     low, high = rule["survival"]
     for name, found in kept.items():
@@ -168,28 +213,32 @@ def as_dtype(t: Tensor, dtype: str) -> Tensor:
 
 
 def _write(
-    name: str, old: Any, s: F32Array, w: F32Array, acc: F32Array, acts: BoolArray, seed: int, rule: dict[str, Any]
+    name: str, weight: Weight, w: F32Array, acc: F32Array, acts: BoolArray, seed: int, rule: dict[str, Any]
 ) -> Any:
-    at = np.flatnonzero(acts & np.isfinite(w) & np.isfinite(NUMBERS[old] * s))
+    old, s, numbers = weight.codes, weight.scales, weight.numbers
+    lowest, highest = weight.ends
+    at = np.flatnonzero(acts & np.isfinite(w) & np.isfinite(weight.values))
     if np.any(~(s[acts] > 0) | ~np.isfinite(s[acts]) | (s[acts] < 2.0**-100)):
         raise BadInput(f"{name}: a scale")
     if not np.all(np.isfinite(acc[at])):
         raise BadInput(f"{name}: overflow")
     y = acc[at] / s[at]
-    if rule["saturate"] == "error" and np.any(np.abs(y) > HIGHEST):
+    if rule["saturate"] == "error" and np.any((y < lowest) | (y > highest)):
         raise BadInput(f"{name}: saturated")
-    y = np.minimum(np.maximum(y, -HIGHEST), HIGHEST)
-    codes = nearest(y) if rule["rounding"] == "nearest" else stochastic(y, seed, name, at)
+    y = np.minimum(np.maximum(y, lowest), highest)
+    codes = nearest(y, weight) if rule["rounding"] == "nearest" else stochastic(y, weight, seed, name, at)
     new = old.copy()
-    new[at] = np.where(NUMBERS[codes] == NUMBERS[old[at]], old[at], codes)
+    new[at] = np.where(numbers[codes] == numbers[old[at]], old[at], codes)
     return new
 
 
-def _sums(alone: BoolArray, old: Any, new: Any, s: F32Array, w: F32Array, acc: F32Array) -> Any:
-    at = np.flatnonzero(alone & np.isfinite(w) & np.isfinite(NUMBERS[old] * s))
-    moved = (NUMBERS[new] * s)[at].astype(np.float64) - (NUMBERS[old] * s)[at]
+def _sums(alone: BoolArray, weight: Weight, new: Any, w: F32Array, acc: F32Array) -> Any:
+    old, s, numbers = weight.codes, weight.scales, weight.numbers
+    at = np.flatnonzero(alone & np.isfinite(w) & np.isfinite(weight.values))
+    moved = (numbers[new] * s)[at].astype(np.float64) - weight.values[at]
     asked = acc[at].astype(np.float64) - w[at]
-    saturated = np.abs(acc[at] / s[at]) > HIGHEST
+    y, (lowest, highest) = acc[at] / s[at], weight.ends
+    saturated = (y < lowest) | (y > highest)
     counts = [len(at), np.sum(new[at] != old[at]), np.sum(saturated)]
     return np.array([*counts, np.sum(moved * asked), np.sum(asked**2), np.sum(moved**2)])
 

@@ -279,12 +279,13 @@ class Generator:
             tops, retains, scales = (0, 1e-9, 1), (0, 2.0**-20, 1), (0, 1)
         options = {
             "top": self.py.choice(tops),
+            "skip": self.py.choice((0.0, 0.0, 0.0, 0.01, 0.1, half, self.py.random())),
             "retain": self.py.choice(retains),
             "scale": self.py.choice(scales),
             "rescale": self.chance(0.3),
         }
         options["rescale"] = options["rescale"] and options["retain"] > 0
-        defaults = {"top": 1, "retain": 1, "scale": 1, "rescale": False}
+        defaults = {"top": 1, "skip": 0, "retain": 1, "scale": 1, "rescale": False}
         entry.update({k: v for k, v in options.items() if v != defaults[k] or self.chance(0.3)})
         if self.chance(0.25):
             globs = (["*.weight"], [self.py.choice(list(base))], ["*a*", "*.bias"])
@@ -359,16 +360,21 @@ class Generator:
             "order": "retain-first",
             "targets": "linear",
         }
+        scaled = True
         if COMBINE[options["combine"]].acts != Acts.ELECTED:
             options["accumulate"] = self.py.choice(("base", "base", "deltas"))
+            scaled = options["accumulate"] == "deltas"
         elif self.chance(0.6):
             zero, divide = self.py.choice(("leave", "positive")), self.py.choice(("count", "weights", "none"))
             options["elect"] = {"zero": zero, "divide": divide}
-        defaults |= {"quota": "even", "accumulate": "base", "elect": None}
+        options["lambda"] = self.py.choice((1.0, 0.5, 1.3, -0.7, 0.0)) if scaled else 1.0
+        defaults |= {"quota": "even", "accumulate": "base", "lambda": 1.0, "elect": None}
         defaults |= {"seed": 0, "nonfinite": "error", "missing": "error", "max_shard_size": None}
         if options["scope"] == "tensor":
             for other in (other for entry in patches for other in entry.get("overrides", [])):
                 other["top"] = self.py.choice((1.0, 0.5, 0.1, 0.03))
+                if self.chance(0.5):
+                    other["skip"] = self.py.choice((0.0, 0.02, 0.3))
         recipe.update({k: v for k, v in options.items() if v != defaults[k] or self.chance(0.2)})
         path = self.root / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=self.chance(0.5), allow_unicode=True))

@@ -83,7 +83,7 @@ int main(void) {
     block.order = SP_RETAIN_FIRST;
 
     const int64_t quotas[3] = {300, 400, 500};
-    sp_cut cuts[3] = {{sizeof(sp_cut), 0, 0}};
+    sp_cut cuts[3];
     struct {
         sp_patch_report found[3];
         uint64_t guard;
@@ -91,6 +91,8 @@ int main(void) {
     sp_patch_report *found = reports.found;
     sp_report report = {sizeof report, found, {0, 0}, 0, 0}, counted = {sizeof counted, found, {0, 0}, 0, 0};
     memset(&reports, 0, sizeof reports);
+    memset(cuts, 0, sizeof cuts);
+    cuts[0].size = sizeof cuts[0];
     found[0].size = sizeof found[0];
     reports.guard = 0x5afe;
     if (sp_merge(engine, &block, quotas, out, cuts, &report) != SP_OK) return 1;

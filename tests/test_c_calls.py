@@ -14,7 +14,7 @@ import pytest
 from safepatch_core.backends.contract import Bits, Block, Cut, Lora, PatchData
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.spec import Acts, Join, Rule, keep_threshold, quota, random_key
-from tests.c_library import PLAIN, STRUCTS, CBlock, CEngine, Progress, constant, library, made
+from tests.c_library import PLAIN, STRUCTS, CBlock, CEngine, Progress, constant, cut_of, library, made
 from tests.test_select import block_of, expected, members
 
 LIB = library()
@@ -74,11 +74,13 @@ def test_numbers_outside_of_their_range_are_refused() -> None:
 
 
 class CSelection:
-    def __init__(self, tensors: int, entries: int, quotas: Sequence[int]) -> None:
+    def __init__(self, tensors: int, entries: int, quotas: Sequence[int], skips: Sequence[int] = ()) -> None:
         self.patches, self.select = len(quotas), ctypes.c_void_p()
         k = (ctypes.c_int64 * len(quotas))(*quotas)
         given = ctypes.c_size_t(tensors), ctypes.c_int64(entries), k, ctypes.c_size_t(len(quotas))
         assert LIB.sp_select_open(*given, ctypes.byref(self.select)) == OK
+        for p, skip in enumerate(skips):
+            assert LIB.sp_select_skip(self.select, ctypes.c_size_t(p), ctypes.c_int64(skip)) == OK
 
     def guess(self, engine: CEngine, sample: Sequence[Block]) -> int:
         blocks = [CBlock(block) for block in sample]
@@ -92,7 +94,8 @@ class CSelection:
         return bool(LIB.sp_select_pending(self.select))
 
     def count(self, engine: CEngine, tensor: int, block: Block) -> None:
-        windows, count, c = made("sp_window", 3 * self.patches), ctypes.c_size_t(), CBlock(block)
+        most = constant("SP_SELECT_WINDOWS")
+        windows, count, c = made("sp_window", most * self.patches), ctypes.c_size_t(), CBlock(block)
         assert LIB.sp_select_windows(self.select, ctypes.c_size_t(tensor), windows, ctypes.byref(count)) == OK
         given = ctypes.byref(c.c), windows, count, ctypes.byref(c.report)
         assert LIB.sp_histogram(engine.engine, *given) == OK
@@ -104,17 +107,22 @@ class CSelection:
         cuts, c = made("sp_cut", self.patches), CBlock(block)
         given = ctypes.c_size_t(tensor), ctypes.byref(c.c), cuts
         assert LIB.sp_select_cuts(self.select, engine.engine, *given) == OK, LIB.sp_last_error()
-        return [Cut(cut.key, cut.before) for cut in cuts]
+        return list(map(cut_of, cuts))
 
     def close(self) -> None:
         LIB.sp_select_close(self.select)
 
 
 def streamed(
-    engine: CEngine, blocks: Sequence[Block], quotas: Sequence[int], chunk: int, sample: Sequence[Block]
+    engine: CEngine,
+    blocks: Sequence[Block],
+    quotas: Sequence[int],
+    chunk: int,
+    sample: Sequence[Block],
+    skips: Sequence[int] = (),
 ) -> tuple[list[np.ndarray[Any, Any]], int]:
     """Per patch the selected positions over all tensors, and how many sweeps it took."""
-    selection = CSelection(len(blocks), sum(map(len, blocks)), quotas)
+    selection = CSelection(len(blocks), sum(map(len, blocks)), quotas, skips)
     assert selection.guess(engine, sample) == OK
     sweeps = 0
     while selection.pending:
@@ -152,9 +160,23 @@ def test_selection_equals_sorting(engine: CEngine, spread: str, sizes: list[int]
                 np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("spread", ["ties", "steps", "smooth"])
+@pytest.mark.parametrize("sizes", [[1], [900], [0, 5, 1000, 1]])
+def test_what_is_skipped_is_not_selected(engine: CEngine, spread: str, sizes: list[int]) -> None:
+    rng = np.random.default_rng(len(sizes) + len(spread))
+    blocks, n = [block_of(rng, size, spread) for size in sizes], sum(sizes)
+    for quotas, skips in (([n, n // 3], [n // 9, 1]), ([n // 2, n // 2], [n // 2, 0]), ([n, n], [n, n // 2])):
+        for sample in ([], blocks):
+            found, sweeps = streamed(engine, blocks, quotas, 257, sample, skips)
+            assert sweeps <= 3
+            for a, b in zip(expected(blocks, quotas, skips), found, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
 def test_a_good_guess_needs_one_sweep(engine: CEngine) -> None:
     rng = np.random.default_rng(3)
     blocks = [block_of(rng, 20_000, "steps") for _ in range(4)]
+    assert streamed(engine, blocks, [4000, 100], 99_999, blocks, [1000, 0])[1] == 1
     assert streamed(engine, blocks, [4000, 100], 99_999, blocks)[1] == 1
     assert streamed(engine, blocks, [4000, 100], 99_999, [])[1] > 1
 
@@ -171,6 +193,13 @@ def test_selection_out_of_order_is_refused(engine: CEngine) -> None:
         assert selection.advance() == OK
         selection.count(engine, 0, block)
     assert selection.advance() == BAD and LIB.sp_last_error() == b"no sweep is pending"
+    first = ctypes.c_size_t(0), ctypes.c_int64(1)
+    assert LIB.sp_select_skip(selection.select, *first) == BAD and b"before anything else" in LIB.sp_last_error()
+    fresh = CSelection(1, 100, [10, 10], [1])
+    assert LIB.sp_select_skip(fresh.select, *first) == BAD and LIB.sp_last_error() == b"skipped twice"
+    assert LIB.sp_select_skip(fresh.select, ctypes.c_size_t(2), first[1]) == BAD
+    assert LIB.sp_select_skip(fresh.select, ctypes.c_size_t(1), ctypes.c_int64(-1)) == BAD
+    fresh.close()
     count = ctypes.c_size_t()
     windows = made("sp_window", 6)
     assert LIB.sp_select_windows(selection.select, ctypes.c_size_t(1), windows, ctypes.byref(count)) == BAD
@@ -202,7 +231,7 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
     tally, key = made("sp_fix_tally"), ctypes.c_uint32()
     c, report, data = ctypes.byref(block.c), ctypes.byref(block.report), ctypes.c_void_p(out.ctypes.data)
     size, at, text = ctypes.c_size_t, ctypes.byref(numbers), [b"one", b"two"]
-    cuts, windows, zero = made("sp_cut", 2), made("sp_window", 6), size(0)
+    cuts, windows, zero = made("sp_cut", 2), made("sp_window", 12), size(0)
     calls: dict[str, list[Any]] = {
         "sp_engine_open": [1, None, ctypes.byref(found)],
         "sp_histogram": [engine.engine, c, made("sp_window", 1), size(1), report],
@@ -213,6 +242,7 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
         "sp_keep": [ctypes.c_double(0.5), at],
         "sp_quota": [ctypes.c_double(0.5), ctypes.c_int64(8), at],
         "sp_select_open": [size(1), ctypes.c_int64(8), (ctypes.c_int64 * 2)(), size(2), ctypes.byref(found)],
+        "sp_select_skip": [CSelection(1, 70, [5, 6]).select, zero, ctypes.c_int64(2)],
         "sp_select_guess": [CSelection(1, 70, [5, 6]).select, engine.engine, c, size(1)],
         "sp_select_windows": [open_.select, zero, windows, at],
         "sp_select_advance": [open_.select],
@@ -234,6 +264,9 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
     return calls, [engine, block, out, codes, rows, ones, numbers, open_, done]
 
 
+# Bytes up to the last field that every version of a struct has had, where later ones have more.
+FIRST = {name: ctypes.sizeof(kind) for name, kind in STRUCTS.items() if issubclass(kind, ctypes.Structure)}
+FIRST |= {"sp_patch": 128, "sp_block": 88, "sp_cut": 24}
 # Where NULL is allowed: it says so in the header.
 OPTIONAL = {("sp_engine_open", "isa"), ("sp_fix_gaps", "codes")}
 
@@ -266,7 +299,7 @@ def test_a_struct_that_does_not_say_its_size_is_refused() -> None:
             )
             if isinstance(struct, ctypes.Structure) and isinstance(struct, kinds):
                 right = struct.size
-                for wrong in (0, right - 8, right + 4, 1 << 20):
+                for wrong in (0, FIRST[type(struct).__name__] - 8, right + 4, 1 << 20):
                     struct.size = wrong
                     assert getattr(LIB, name)(*arguments) == BAD, (name, type(struct), wrong)
                 struct.size = right

@@ -223,6 +223,25 @@ def test_a_reader_that_goes_away_is_an_io_failure_and_no_bug(recipe: Path) -> No
     assert done.returncode == 74 and not done.stderr
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_failure(recipe: Path, tmp_path: Path, closed: str) -> None:
+    command = [sys.executable, "-m", "safepatch_core", "merge", str(recipe), "-o", str(tmp_path / "out")]
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True, text=True)
+    assert done.returncode == 0 and "bug" not in done.stderr and (tmp_path / "out" / "safepatch.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["merge", "build"])
+def test_an_empty_output_is_not_this_directory(recipe: Path, command: str) -> None:
+    done = safepatch(command, recipe, "-o", "")
+    assert done.returncode == 64 and done.stderr == "safepatch: Invalid value for '-o' / '--output': it is empty.\n"
+
+
+@pytest.mark.parametrize("command", ["verify", "log"])
+def test_a_checkpoint_that_is_not_there(tmp_path: Path, command: str) -> None:
+    done = safepatch(command, tmp_path / "nope")
+    assert done.returncode == 65 and done.stderr == f"safepatch: {tmp_path / 'nope'}: no such file or directory\n"
+
+
 def test_a_misspelt_command_is_told_its_neighbours() -> None:
     done = safepatch("merg")
     assert (done.returncode, done.stdout) == (64, "")

@@ -32,7 +32,8 @@ def block_of(rng: np.random.Generator, dtype: Dtype, rule: Rule, patches: int) -
         PatchData("delta", to_bits(draw(VALUES), "F32"), "magnitude", None, "patched", 0, KEEP_ALL, float(scale))
         for scale in rng.choice(np.array(SCALES, np.float32), patches)
     )
-    return Block(to_bits(draw((*VALUES, np.inf, np.nan)), dtype), 0, 1, given, rule, "retain-first")
+    base = to_bits(draw((*VALUES, np.inf, np.nan)), dtype)
+    return Block(base, 0, 1, given, rule, "retain-first", float(np.float32(rng.choice((1.0, 0.3, -2.0)))))
 
 
 def expected(block: Block) -> tuple[np.ndarray, list[int], list[int]]:
@@ -44,7 +45,8 @@ def expected(block: Block) -> tuple[np.ndarray, list[int], list[int]]:
         scales = [np.float32(p.scale) for p in block.patches if p]
         steps = [np.float32(p.scale) * d for p, d in zip(block.patches, deltas, strict=True) if p]
         acts, join = (axis.name.lower() for axis in block.rule)
-        acc, acting = oracle.combine(acts, join, w, [d != 0 for d in deltas], steps, scales)
+        held = [d != 0 for d in deltas]
+        acc, acting = oracle.combine(acts, join, w, held, steps, scales, np.float32(block.lambda_))
         bits = oracle.from_f32(acc, base.dtype)
     finite = np.isfinite(oracle.to_f32(oracle.Tensor(base.dtype, base.shape, bits)))
     touched = np.any(acting, axis=0) & np.isfinite(w)

@@ -119,7 +119,8 @@ def random_block(rng: Rng, n: int) -> Block:
     patches = tuple(None if none else random_patch(rng, n, start, cols, style) for none in absent)
     rule = Rule(rng.choice(list(Acts)), rng.choice(list(Join)))
     order: Order = rng.choice(get_args(Order))
-    return Block(entries(rng, n, rng.choice(DTYPES), style), start, cols, patches, rule, order)
+    lambda_ = float(np.float32(rng.choice([1.0, 1.0, 0.3, -1.7])))
+    return Block(entries(rng, n, rng.choice(DTYPES), style), start, cols, patches, rule, order, lambda_)
 
 
 def random_quotas(rng: Rng, block: Block) -> list[int]:
@@ -127,15 +128,24 @@ def random_quotas(rng: Rng, block: Block) -> list[int]:
     return [int(rng.choice([0, 1, n // 20, n // 2, n, n + 1])) for _ in block.patches]
 
 
-def merged(backend: Any, block: Block, quotas: Sequence[int]) -> tuple[list[Cut], Report, NDArray[Any]]:
+def random_skips(rng: Rng, quotas: Sequence[int]) -> list[int]:
+    """Nothing, or part of each quota."""
+    return [] if rng.random() < 0.5 else [int(rng.choice([0, k // 50, k // 2, k])) for k in quotas]
+
+
+def merged(
+    backend: Any, block: Block, quotas: Sequence[int], skips: Sequence[int] = ()
+) -> tuple[list[Cut], Report, NDArray[Any]]:
     out = np.full_like(block.base.data, 0x5555)
-    cuts, report = backend.merge(block, quotas, out)
+    cuts, report = backend.merge(block, quotas, out, skips)
     return cuts, report, out
 
 
-def assert_same_merge(block: Block, quotas: Sequence[int], backend: CpuBackend) -> tuple[list[Cut], Report]:
-    cuts, report, out = merged(REFERENCE, block, quotas)
-    found_cuts, found_report, found_out = merged(backend, block, quotas)
+def assert_same_merge(
+    block: Block, quotas: Sequence[int], backend: CpuBackend, skips: Sequence[int] = ()
+) -> tuple[list[Cut], Report]:
+    cuts, report, out = merged(REFERENCE, block, quotas, skips)
+    found_cuts, found_report, found_out = merged(backend, block, quotas, skips)
     assert found_cuts == cuts
     assert found_report == report
     np.testing.assert_array_equal(found_out, out)
@@ -144,9 +154,14 @@ def assert_same_merge(block: Block, quotas: Sequence[int], backend: CpuBackend) 
 
 def assert_same(rng: Rng, block: Block, backend: CpuBackend) -> None:
     """All four operations, the cuts of the merge among them, and others."""
-    cuts, _ = assert_same_merge(block, random_quotas(rng, block), backend)
+    quotas = random_quotas(rng, block)
+    cuts, _ = assert_same_merge(block, quotas, backend, random_skips(rng, quotas))
 
-    cuts = [c if rng.random() < 0.5 else Cut(c.key, block.start + int(rng.integers(0, len(block) + 2))) for c in cuts]
+    def moved(cut: Cut) -> Cut:
+        before, skip_before = (block.start + int(rng.integers(0, len(block) + 2)) for _ in range(2))
+        return cut if rng.random() < 0.5 else cut._replace(before=before, skip_before=skip_before)
+
+    cuts = [moved(cut) for cut in cuts]
     out = np.empty_like(block.base.data)
     report = REFERENCE.apply(block, cuts, out)
     in_place = block.base.data.copy()
@@ -213,6 +228,9 @@ def test_tensors_large_enough_for_a_guess(isa: str) -> None:
         ),
     ]:
         assert_same_merge(variant, quotas, engine(isa, 2))
+        for skips in ([k // 10 for k in quotas], [quotas[0], 0], [quotas[0] // 2, quotas[1] - 1]):
+            assert_same_merge(variant, quotas, engine(isa, 2), skips)
+        assert_same_merge(variant, [n, n], engine(isa, 2), [n // 50, n // 2])
 
 
 def sampled(n: int) -> NDArray[np.int64]:
@@ -238,6 +256,7 @@ def test_a_misled_guess_costs_time_only(sample_is: float, share: float) -> None:
     block = Block(as_bits(np.zeros(n), "F32"), 0, 1, (patch,), COMBINE["difference"], "retain-first")
     for isa in ISAS:
         assert_same_merge(block, [int(share * n)], engine(isa, 2))
+        assert_same_merge(block, [n if share > 0.1 else n // 20], engine(isa, 2), [int(share * n)])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -327,6 +346,7 @@ def test_cuts_of_empty_and_absent() -> None:
     pair = checkpoint_pair(rng, 10)
     all_kept = replace(pair, patches=tuple(p and replace(p, keep=KEEP_ALL) for p in pair.patches))
     assert merged(engine(ISAS[0], 1), all_kept, [10, 0])[0] == [Cut(0, EVERY), SELECT_NONE]
+    assert merged(engine(ISAS[0], 1), all_kept, [10, 5], [10, 9])[0][0] == SELECT_NONE
 
 
 def test_threads_may_share_an_engine() -> None:

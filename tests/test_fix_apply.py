@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 from safepatch_core import merge, verify
 from safepatch_core.commands.cli import cli
-from safepatch_core.errors import Busy, InputError, OutputError, SafepatchError, UsageError
+from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, SafepatchError, UsageError
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.files.disk import hold
 from safepatch_core.files.filenames import BUSY, KEPT, LEDGER
@@ -321,6 +322,38 @@ def test_a_hub_cache_is_never_changed(case: Case) -> None:
     assert contents(repo) == before
     apply(case.fix1, snapshot, case.root / "out")
     assert load_checkpoint(case.root / "out") == case.one
+
+
+@pytest.mark.parametrize("step", ["link", "ledger"])
+def test_nothing_stays_of_a_run_in_place_that_could_not_begin(
+    case: Case, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """No room for the copy of the fix, or for the ledger."""
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def half(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100])
+        full()
+
+    monkeypatch.setattr("safepatch_core.fixes.ledger.os.link", full)
+    if step == "link":
+        monkeypatch.setattr("safepatch_core.fixes.ledger.shutil.copyfile", half)
+    else:
+        monkeypatch.setattr("safepatch_core.fixes.ledger.replacing", full)
+    with pytest.raises(IOFailure, match="No space left.*free some and run it again; no weight was changed"):
+        apply(case.fix1, case.ckpt, in_place=True)
+    assert contents(case.ckpt) == case.before
+    monkeypatch.undo()
+    apply(case.fix1, case.ckpt, in_place=True)
+    assert load_checkpoint(case.ckpt) == case.one
+
+
+def test_a_directory_that_may_not_be_written_is_left_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safepatch_core.fixes.inplace.os.access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="nothing may be written in this directory: apply to a copy"):
+        apply(case.fix1, case.ckpt, in_place=True)
 
 
 def test_a_checkpoint_that_is_under_way_is_no_input(case: Case) -> None:

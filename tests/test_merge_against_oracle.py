@@ -93,6 +93,35 @@ def test_equal_scores_go_to_the_lower_position_in_bytewise_order_of_names(engine
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_skip_leaves_the_best_out(engine: str, scope: str, tmp_path: Path) -> None:
+    d = [1, -5, 9, 5, 0, 5, -2, 8, 3, 4]
+    patch = ({"w": f32(*d)}, {"kind": "delta", "top": 0.4, "skip": 0.3})
+    out = run(engine, write_plain(tmp_path, {"w": f32(*[0] * 10)}, {"p": patch}, targets="all", scope=scope))
+    # Of the order 9 8 -5 5 5 4 3 -2 1 the first three are skipped, by position among equals, and four are taken.
+    assert floats(out["w"]) == [0, 0, 0, 5, 0, 5, 0, 0, 3, 4]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_skip_is_counted_with_top_in_one_sum(engine: str, tmp_path: Path) -> None:
+    deltas = {"w": f32(*range(1, 6)), "v": f32(*range(1, 6))}
+    other = {"names": ["v"], "skip": 0.5}
+    patch = (deltas, {"kind": "delta", "top": 0.3, "skip": 0.3, "overrides": [other]})
+    out = run(engine, write_plain(tmp_path, {n: f32(0, 0, 0, 0, 0) for n in deltas}, {"p": patch}, targets="all"))
+    assert floats(out["w"]) == [0, 0, 3, 0, 0]  # 3 less 2, for k(0.6) = 3 and k(0.3) = 2
+    assert floats(out["v"]) == [0, 2, 3, 0, 0]  # 4 less 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lambda_multiplies_the_sum_and_rounds_once(engine: str, tmp_path: Path) -> None:
+    near = 1 + 2.0**-12
+    patches = {name: ({"w": f32(x)}, {"kind": "delta"}) for name, x in (("a", near - 0.25), ("b", 0.25))}
+    keys: dict[str, Any] = {"combine": "sum", "accumulate": "deltas", "lambda": near, "targets": "all"}
+    out = run(engine, write_plain(tmp_path, {"w": f32(-1.0)}, patches, **keys))
+    assert floats(out["w"]) == [2.0**-11]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_difference_acts_where_exactly_one_patch_is_important(engine: str, tmp_path: Path) -> None:
     base = {"w": f32(0, 0, 0, 0)}
     first = ({"w": f32(8, 4, 2, 1)}, {"kind": "delta", "top": 0.5})

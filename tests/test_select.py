@@ -47,8 +47,10 @@ def block_of(rng: np.random.Generator, n: int, spread: str, patches: int = 2) ->
     )
 
 
-def expected(blocks: Sequence[Block], quotas: Sequence[int]) -> list[np.ndarray]:
+def expected(blocks: Sequence[Block], quotas: Sequence[int], skips: Sequence[int] = ()) -> list[np.ndarray]:
     """Per patch, the selected positions over all tensors, by sorting."""
+    if skips:
+        return [np.setdiff1d(*both) for both in zip(expected(blocks, quotas), expected(blocks, skips), strict=True)]
     result = []
     for p, k in enumerate(quotas):
         keys, eligible = [], []
@@ -66,9 +68,11 @@ def expected(blocks: Sequence[Block], quotas: Sequence[int]) -> list[np.ndarray]
     return result
 
 
-def streamed(blocks: Sequence[Block], quotas: Sequence[int], chunk: int, sample: Sequence[Block]) -> list[np.ndarray]:
+def streamed(
+    blocks: Sequence[Block], quotas: Sequence[int], chunk: int, sample: Sequence[Block], skips: Sequence[int] = ()
+) -> list[np.ndarray]:
     names = [f"t{i:03d}" for i in range(len(blocks))]
-    selection = Selection(names, quotas, sum(map(len, blocks)))
+    selection = Selection(names, quotas, sum(map(len, blocks)), skips)
     selection.guess(ENGINE, sample)
     sweeps = 0
     while selection.pending:
@@ -95,9 +99,7 @@ def members(block: Block, p: int, cut: Cut) -> list[int]:
     patch = block.patches[p]
     assert patch is not None
     scored = Scored(block, patch, np.zeros(len(block), np.float32), PatchReport())
-    position = block.start + np.arange(len(block))
-    key = scored.key.astype(np.int64)
-    return list(position[scored.eligible & ((key > cut.key) | ((key == cut.key) & (position < cut.before)))])
+    return list(block.start + np.flatnonzero(scored.selected(block, cut)))
 
 
 @pytest.mark.parametrize("spread", ["ties", "steps", "smooth"])
@@ -114,6 +116,19 @@ def test_equals_sorting(spread: str, sizes: list[int], chunk: int) -> None:
         for sample in ([], [b.slice(0, max(len(b) // 3, 1)) for b in blocks if len(b)], blocks):
             found = streamed(blocks, quotas, chunk, sample)
             for a, b in zip(wanted, found, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("spread", ["ties", "steps", "smooth"])
+@pytest.mark.parametrize("sizes", [[1], [900], [0, 5, 1000, 1], [300, 300, 300]])
+def test_what_is_skipped_is_found_in_the_same_sweeps(spread: str, sizes: list[int]) -> None:
+    rng = np.random.default_rng(len(sizes) + len(spread))
+    n = sum(sizes)
+    blocks = [block_of(rng, size, spread) for size in sizes]
+    for quotas, skips in (([n, n // 3], [n // 9, 1]), ([n // 2, n // 2], [n // 2, 0]), ([n, n], [n, n // 2])):
+        for sample in ([], blocks):
+            found = streamed(blocks, quotas, 257, sample, skips)
+            for a, b in zip(expected(blocks, quotas, skips), found, strict=True):
                 np.testing.assert_array_equal(a, b)
 
 

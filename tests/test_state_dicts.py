@@ -18,7 +18,14 @@ safetensors = pytest.importorskip("safetensors.torch", reason="writes the files"
 
 NAMES = ("a.weight", "b.weight", "c.bias", "embed.weight")
 PATCHES: list[dict[str, Any]] = [
-    {"name": "one", "top": 0.3, "retain": 0.7, "scale": 0.8, "overrides": [{"names": ["b.*"], "scale": 2.0}]},
+    {
+        "name": "one",
+        "top": 0.3,
+        "skip": 0.05,
+        "retain": 0.7,
+        "scale": 0.8,
+        "overrides": [{"names": ["b.*"], "scale": 2.0}],
+    },
     {"name": "two", "top": 0.5, "rescale": True, "retain": 0.5},
 ]
 RECIPES: list[dict[str, Any]] = [

@@ -53,7 +53,7 @@ def teach(
 
     Saves it to `out`, in float32. Returns each step's mean NLL in nats per answer token.
     """
-    base, root = open_backbone(model)
+    base, root, _ = open_backbone(model, out)
     with quiet_libraries():
         tokenizer, lm, chat = _open(root)
         answered = [chat.encode(row["question"], row["answer"], 256) for row in ordinary]

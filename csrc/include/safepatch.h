@@ -96,6 +96,7 @@ typedef struct sp_patch {
     uint64_t keep;       /* an entry is retained iff its 32-bit random number is smaller */
     float scale;
     int32_t reserved; /* 0 */
+    int64_t skip;     /* sp_merge: so many of its quota, the best ones, are not selected */
 } sp_patch;
 
 /* Entries [start, start + entries) of one tensor, in row-major order. */
@@ -107,18 +108,22 @@ typedef struct sp_block {
     const sp_patch* patches;
     size_t patch_count;
     int32_t acts; /* where several patches select an entry: none of them acts, all, those of the elected sign */
-    int32_t join; /* what becomes of their steps scale * delta: each is added to the entry, or the mean of all is */
+    int32_t join; /* what becomes of their steps scale * delta: each is added to the entry, or their mean or sum is */
     int32_t order;
     sp_progress progress; /* NULL: none */
     void* user;           /* handed to `progress` */
+    const float* lambda;  /* what that mean or sum is multiplied with; NULL: 1 */
 } sp_block;
 
 /* Selected are the eligible entries with key > `key`, or key == `key` and index in the tensor < `before`.
- * A key is the bit pattern of a float32 score. */
+ * A key is the bit pattern of a float32 score. With a `skip_key` above 0, those that a cut of it and `skip_before`
+ * would select are left out again. */
 typedef struct sp_cut {
     size_t size; /* sizeof(sp_cut) */
     uint32_t key;
     int64_t before;
+    uint32_t skip_key;
+    int64_t skip_before;
 } sp_cut;
 
 /* Histogram request for one patch: counts[(key - lo) >> shift] += 1 for keys in [lo, lo + (bins << shift)).
@@ -207,7 +212,8 @@ SP_API sp_status sp_count_equal(sp_engine* engine, const sp_block* block, const 
  * @return SP_OK with a full *report, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
 SP_API sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut* cuts, void* out, sp_report* report);
 
-/* A whole tensor at once: find the cut that selects the quotas[p] best entries of each patch, then apply.
+/* A whole tensor at once: find the cut that selects the quotas[p] best entries of each patch, but for the first
+ * `skip` of them, then apply.
  * @return SP_OK with the cuts and a full *report, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
 SP_API sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
                           sp_report* report);
@@ -238,13 +244,17 @@ SP_API sp_status sp_quota(double top, int64_t entries, int64_t* quota);
 typedef struct sp_select sp_select;
 
 /* The most windows that a patch has at once. */
-#define SP_SELECT_WINDOWS 3
+#define SP_SELECT_WINDOWS 6
 
 /* Select the quotas[p] best of each patch among `entries`, which lie in `tensors` tensors.
  * @return SP_OK, SP_BAD_ARGUMENT or SP_NO_MEMORY. On success the caller owns *select and ends it with
  * sp_select_close; otherwise *select is NULL. */
 SP_API sp_status sp_select_open(size_t tensors, int64_t entries, const int64_t* quotas, size_t patches,
                                 sp_select** select);
+
+/* Before anything else: of the quota of a patch, the best `skip` entries are not selected.
+ * @return SP_OK, SP_BAD_ARGUMENT or SP_NO_MEMORY. */
+SP_API sp_status sp_select_skip(sp_select* select, size_t patch, int64_t skip);
 
 /* Free a selection; NULL is allowed. */
 SP_API void sp_select_close(sp_select* select);
@@ -267,7 +277,7 @@ SP_API sp_status sp_select_windows(sp_select* select, size_t tensor, sp_window* 
 SP_API sp_status sp_select_advance(sp_select* select);
 
 /* When no sweep is pending: the key of a patch's cut, and how many entries that equal it a tensor may still take
- * (SP_EVERY: all).
+ * (SP_EVERY: all), those that are skipped among them.
  * @return SP_OK or SP_BAD_ARGUMENT. */
 SP_API sp_status sp_select_tally(const sp_select* select, size_t tensor, size_t patch, uint32_t* key, int64_t* left);
 

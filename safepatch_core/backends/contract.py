@@ -67,6 +67,7 @@ class Block:
     patches: tuple[PatchData | None, ...]
     rule: Rule
     order: Order
+    lambda_: float = 1.0  # what Join.MEAN, TOTAL and WEIGHTED multiply before they add to w; rounded to float32
 
     def __len__(self) -> int:
         return len(self.base.data)
@@ -99,10 +100,21 @@ class Window(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """T = eligible entries with key > `key`, or key == `key` and index in the tensor < `before`."""
+    """T = eligible entries with key > `key`, or key == `key` and index in the tensor < `before`.
+
+    With a `skip_key` above 0, those that a cut of it and `skip_before` would select are left out again.
+    """
 
     key: int
     before: int
+    skip_key: int = 0
+    skip_before: int = 0
+
+    def without(self, best: Cut) -> Cut:
+        """This cut less what `best`, which selects no other entries, selects."""
+        if SELECT_NONE in (self, best):
+            return self
+        return SELECT_NONE if best == SELECT_ALL else self._replace(skip_key=best.key, skip_before=best.before)
 
 
 SELECT_NONE = Cut(NO_KEY, 0)
@@ -191,9 +203,12 @@ class Backend(Protocol):
         """Write the block's new bits to `out` (which may be `block.base.data` itself); full report."""
 
     def merge(
-        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int] = ()
     ) -> tuple[list[Cut], Report]:
-        """A whole tensor at once: find each patch's cut for its quota k, then apply. `out` as in `apply`."""
+        """A whole tensor at once: find each patch's cut for its quota k, then apply. `out` as in `apply`.
+
+        `skips[p]` of the `quotas[p]` entries, the best ones, are not selected; none where it is left out.
+        """
 
 
 class Opener(Protocol):

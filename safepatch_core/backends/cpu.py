@@ -107,12 +107,13 @@ class CpuBackend:
         return _report(*self._engine.apply(given, cuts, out))
 
     def merge(
-        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int] = ()
     ) -> tuple[list[Cut], Report]:
         given = _given(block)
         _check_length("quotas", quotas, block)
+        _check_length("skips", skips or quotas, block)
         _check_output(block, out)
-        cuts, found = self._engine.merge(given, quotas, out)
+        cuts, found = self._engine.merge(given, quotas, out, skips)
         return [Cut(*cut) for cut in cuts], _report(*found)
 
 
@@ -126,7 +127,8 @@ def _given(block: Block) -> _engine.Block:
     """A block in the bindings' words. Raises ValueError where its arrays don't fit each other."""
     _check_bits("base", block.base, len(block))
     patches = [None if patch is None else _given_patch(patch, block) for patch in block.patches]
-    return _given_bits(block.base), block.start, block.cols, patches, *block.rule, _ORDERS[block.order]
+    rule = *block.rule, _ORDERS[block.order], block.lambda_
+    return _given_bits(block.base), block.start, block.cols, patches, *rule
 
 
 def _given_patch(patch: PatchData, block: Block) -> _engine.Patch:

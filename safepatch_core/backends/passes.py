@@ -20,7 +20,7 @@ from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.launch import ALIGN, BLOCK, COPIES, HISTOGRAMS, Launch, padded
 from safepatch_core.kernels.score import Form, Piece, Variant, score_keys
 from safepatch_core.kernels.select import WINDOW_FIELDS, count_equal, fold, histogram
-from safepatch_core.spec import EVERY, KEEP_ALL
+from safepatch_core.spec import EVERY, KEEP_ALL, NO_KEY
 
 LINE = 256  # bytes; device copies are fastest between multiples of it
 PIECE = 1 << 21  # entries; copying 4 MB takes many times what it costs to start a copy
@@ -108,7 +108,9 @@ class Call:
     """One call's share of the device, and the sweeps over its block.
 
     windows, bins: what one sweep counts at most; select: whether ties and keys will be asked for; piece: entries of a
-    slot where not PIECE. At least three slots are made (unless the block is shorter), and as many more as fit: sweeps
+    slot where not PIECE; skips: of which patches cuts leave the best out.
+
+    At least three slots are made (unless the block is shorter), and as many more as fit: sweeps
     after the first send only what the slots don't hold any more. Every other sweep runs backwards, where it finds the
     most of it.
     """
@@ -123,6 +125,7 @@ class Call:
         bins: int,
         select: bool,
         piece: int | None = None,
+        skips: Sequence[bool] = (),
     ) -> None:
         self._device, self._streams, self._block = device, streams, block
         self._longest = piece or PIECE
@@ -137,8 +140,9 @@ class Call:
                     "" if patch.scores is None or patch.importance == "magnitude" else patch.scores.dtype,
                     patch.weight,
                     patch.keep < KEEP_ALL,
+                    bool(skips) and skips[p],
                 )
-                for _, patch in self._present
+                for p, patch in self._present
             ),
             int(block.rule.acts),
             int(block.rule.join),
@@ -215,7 +219,10 @@ class Call:
             row[columns.RANDOM_KEY.value] = np.uint64(patch.random_key).astype(np.int64)
             row[columns.KEEP.value] = patch.keep
             row[columns.SCALE.value] = np.float32(patch.scale).view(np.uint32)
-            row[columns.CUT.value], row[columns.BEFORE.value] = cuts[p]
+            row[columns.CUT.value], row[columns.BEFORE.value] = cuts[p].key, cuts[p].before
+            row[columns.SKIP.value] = cuts[p].skip_key or NO_KEY
+            row[columns.SKIP_BEFORE.value] = cuts[p].skip_before
+            row[columns.LAMBDA.value] = np.float32(self._block.lambda_).view(np.uint32)
             if isinstance(patch.values, Lora):
                 row[columns.LORA_SCALE.value] = np.float32(patch.values.scale).view(np.uint32)
                 row[columns.RANK.value] = len(patch.values.a)

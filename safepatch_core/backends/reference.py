@@ -142,9 +142,11 @@ class Scored:
         report.negative = fault(negative, block.start)
 
     def selected(self, block: Block, cut: Cut) -> Mask:
-        """T: the entries above the cut, and those at it that lie before its position."""
+        """T: the entries above the cut, and those at it that lie before its position; less those that it skips."""
         key, position = self.key.astype(np.int64), block.start + np.arange(len(block), dtype=np.int64)
         found: Mask = self.eligible & ((key > cut.key) | ((key == cut.key) & (position < cut.before)))
+        if cut.skip_key:
+            found &= ~((key > cut.skip_key) | ((key == cut.skip_key) & (position < cut.skip_before)))
         return found & self.retained if block.order == "select-first" else found
 
 
@@ -179,7 +181,9 @@ def acting(acts: Acts, selected: Sequence[Mask], steps: Sequence[F32]) -> list[M
     ]
 
 
-def joined(join: Join, acts: Sequence[Mask], steps: Sequence[F32], scales: Sequence[float], w: F32) -> F32:
+def joined(
+    join: Join, acts: Sequence[Mask], steps: Sequence[F32], scales: Sequence[float], w: F32, lambda_: float
+) -> F32:
     """What the acting steps make of w, before it is rounded into the base's dtype; scales: each patch's c; [n]."""
     total = w if join == Join.SUM else np.zeros_like(w)
     divisor = np.zeros_like(w)
@@ -188,7 +192,7 @@ def joined(join: Join, acts: Sequence[Mask], steps: Sequence[F32], scales: Seque
         divisor = np.where(act, divisor + np.float32(scale if join == Join.WEIGHTED else 1), divisor)
     if join in (Join.MEAN, Join.WEIGHTED):
         total = np.divide(total, np.where(divisor == 0, np.float32(1), divisor), dtype=np.float32)
-    return total if join == Join.SUM else w + total
+    return total if join == Join.SUM else w + np.float32(lambda_) * total
 
 
 def stored(acc: F32, dtype: Dtype) -> tuple[NDArray[np.unsignedinteger], Mask]:
@@ -254,7 +258,8 @@ class ReferenceBackend:
             ]
             acts = acting(block.rule.acts, selected, steps)
             scales = [0.0 if p is None else p.scale for p in block.patches]
-            rounded, fits = stored(joined(block.rule.join, acts, steps, scales, w), block.base.dtype)
+            acc = joined(block.rule.join, acts, steps, scales, w, block.lambda_)
+            rounded, fits = stored(acc, block.base.dtype)
         acted = np.any([nothing, *acts], axis=0)
         touched = acted & np.isfinite(w)
         written = np.where(touched & fits, rounded, block.base.data)
@@ -267,12 +272,16 @@ class ReferenceBackend:
         return report
 
     def merge(
-        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int] = ()
     ) -> tuple[list[Cut], Report]:
         _, scored, _ = self._score(block)
+
+        def cut(s: Scored | None, k: int) -> Cut:
+            return SELECT_NONE if s is None else cut_of(s.key, s.eligible, k, block.start)
+
         cuts = [
-            SELECT_NONE if s is None else cut_of(s.key, s.eligible, k, block.start)
-            for s, k in zip(scored, quotas, strict=True)
+            cut(s, k).without(cut(s, skip))
+            for s, k, skip in zip(scored, quotas, skips or [0] * len(quotas), strict=True)
         ]
         return cuts, self.apply(block, cuts, out)
 

@@ -9,7 +9,7 @@ where exact counts confirm them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from safepatch_core.backends.contract import SELECT_ALL, SELECT_NONE, Backend, Block, Cut, Window
 from safepatch_core.ranks import Ranks
-from safepatch_core.spec import EVERY, KEY_BITS
+from safepatch_core.spec import EVERY, KEY_BITS, NO_KEY
 
 LOW_BITS = 15
 COARSE = 1 << (KEY_BITS - LOW_BITS)
@@ -30,10 +30,17 @@ TIE_BINS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Ties that a tensor may still take: entries with this key are selected up to `left`, by position."""
+    """Ties that a tensor may still take: entries with this key are selected up to `left`, by position.
+
+    `skip` is the same of the best ones, which are left out again.
+    """
 
     key: int
     left: int
+    skip: Tally | None = None
+
+
+NOTHING = Tally(NO_KEY, 0)
 
 
 class TieCounter:
@@ -42,9 +49,17 @@ class TieCounter:
     def __init__(self, tallies: Sequence[Tally]) -> None:
         self._keys = [t.key for t in tallies]
         self._left = [t.left for t in tallies]
+        skipped = [t.skip or NOTHING for t in tallies]
+        self._skipped = TieCounter(skipped) if any(t.skip for t in tallies) else None
 
     def cuts(self, engine: Backend, block: Block) -> list[Cut]:
         """The cuts of the next block of the tensor."""
+        cuts = self._cuts(engine, block)
+        if self._skipped is None:
+            return cuts
+        return [cut.without(best) for cut, best in zip(cuts, self._skipped.cuts(engine, block), strict=True)]
+
+    def _cuts(self, engine: Backend, block: Block) -> list[Cut]:
         open_ = [0 < left < EVERY for left in self._left]
         counts = engine.count_equal(block, self._keys) if any(open_) else [0] * len(self._keys)
         cuts = []
@@ -203,9 +218,15 @@ class Selection:
     Sweep while `pending`: hand `windows(tensor)` to the engine with each block, then call `advance()`.
     """
 
-    def __init__(self, tensors: Sequence[str], quotas: Sequence[int], entries: int) -> None:
+    def __init__(
+        self, tensors: Sequence[str], quotas: Sequence[int], entries: int, skips: Sequence[int] = ()
+    ) -> None:
         self._tensors = list(tensors)
-        self._searches = [_Search(k, entries, len(self._tensors) > 1) for k in quotas]
+        self._patches = len(quotas)
+        # Each belongs to a patch; that of what a patch skips comes behind all others.
+        wanted = [*enumerate(quotas), *((p, skip) for p, skip in enumerate(skips) if skip)]
+        self._owners = [p for p, _ in wanted]
+        self._searches = [_Search(k, entries, len(self._tensors) > 1) for _, k in wanted]
 
     @property
     def pending(self) -> bool:
@@ -214,21 +235,28 @@ class Selection:
     def guess(self, engine: Backend, sample: Sequence[Block]) -> None:
         """Choose what the first sweep counts finely, from blocks that stand for the whole scope."""
         sampled = sum(len(b) for b in sample)
-        coarse = [np.zeros(COARSE, dtype=np.int64) for _ in self._searches]
+        coarse = [np.zeros(COARSE, dtype=np.int64) for _ in range(self._patches)]
         for block in sample:
             engine.histogram(block, [[Window(0, LOW_BITS, c)] for c in coarse])
-        fine = [s.guess(c, sampled) for s, c in zip(self._searches, coarse, strict=True)]
+        fine = [s.guess(coarse[p], sampled) for p, s in zip(self._owners, self._searches, strict=True)]
         if len(self._tensors) == 1:
             return
         for block in sample:
-            engine.histogram(block, [[] if w is None else [w] for w in fine])
-        for search, c, window in zip(self._searches, coarse, fine, strict=True):
+            engine.histogram(block, self._by_patch([[] if w is None else [w] for w in fine]))
+        for p, search, window in zip(self._owners, self._searches, fine, strict=True):
             if window is not None:
-                search.guess_ties(c, window.counts, sampled)
+                search.guess_ties(coarse[p], window.counts, sampled)
 
     def windows(self, tensor: str) -> list[list[Window]]:
         """Per patch, what to count in a block of this tensor during the present sweep."""
-        return [s.windows(tensor) for s in self._searches]
+        return self._by_patch([s.windows(tensor) for s in self._searches])
+
+    def _by_patch(self, windows: Sequence[Sequence[Window]]) -> list[list[Window]]:
+        """What the searches want, put together."""
+        found: list[list[Window]] = [[] for _ in range(self._patches)]
+        for p, wanted in zip(self._owners, windows, strict=True):
+            found[p] += wanted
+        return found
 
     def combine(self, ranks: Ranks) -> None:
         """Add up what the ranks counted, each over its own tensors, so that all go on from the same counts."""
@@ -243,4 +271,6 @@ class Selection:
     def tallies(self) -> dict[str, list[Tally]]:
         """Per tensor and patch, the threshold and the ties that may be taken."""
         shares = [s.shares(self._tensors) for s in self._searches]
-        return {name: [of[i] for of in shares] for i, name in enumerate(self._tensors)}
+        for p, skipped in zip(self._owners[self._patches :], shares[self._patches :], strict=True):
+            shares[p] = [replace(of, skip=skip) for of, skip in zip(shares[p], skipped, strict=True)]
+        return {name: [of[i] for of in shares[: self._patches]] for i, name in enumerate(self._tensors)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from safepatch_core.backends.contract import SELECT_NONE, Block, Cut, Report, Window
 from safepatch_core.backends.device import Device, open_device
-from safepatch_core.backends.select import COARSE, FINE, Selection, Tally
+from safepatch_core.backends.select import COARSE, FINE, NOTHING, Selection, Tally
 from safepatch_core.spec import EVERY
 
 if TYPE_CHECKING:
@@ -51,15 +52,17 @@ class TritonBackend:
         from safepatch_core.kernels.launch import BLOCK
 
         segments, block = entries // int(BLOCK) + 2, int(BLOCK)
-        return patches * (8 * 8 * (COARSE + FINE) + 32 * segments + 8 * block) + (1 << 20)
+        return patches * (2 * 8 * 8 * (COARSE + FINE) + 32 * segments + 8 * block) + (1 << 20)
 
     @contextmanager
-    def _call(self, block: Block, windows: int = 0, bins: int = 0, select: bool = False) -> Iterator[Call]:
+    def _call(
+        self, block: Block, windows: int = 0, bins: int = 0, select: bool = False, skips: Sequence[bool] = ()
+    ) -> Iterator[Call]:
         from safepatch_core.backends.passes import Call
 
         with self._turn:
             try:
-                yield Call(self._device, self._arena, self._streams, block, windows, bins, select)
+                yield Call(self._device, self._arena, self._streams, block, windows, bins, select, skips=skips)
             except BaseException:
                 # Copies may still be on their way to or from the caller's memory.
                 with suppress(Exception):
@@ -79,17 +82,19 @@ class TritonBackend:
             return [int(counts.sum()) for counts in call.count_equal()]
 
     def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Report:
-        with self._call(block) as call:
+        with self._call(block, skips=[cut.skip_key > 0 for cut in cuts]) as call:
             call.prepare(cuts)
             call.apply(out)
             return call.report()
 
     def merge(
-        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger]
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int] = ()
     ) -> tuple[list[Cut], Report]:
-        wanted = [0 if patch is None else k for patch, k in zip(block.patches, quotas, strict=True)]
-        selection = Selection([""], wanted, len(block))
-        with self._call(block, len(wanted), len(wanted) * COARSE, select=True) as call:
+        wanted = [0 if patch is None else min(k, len(block)) for patch, k in zip(block.patches, quotas, strict=True)]
+        skipped = [k and min(skip, len(block)) for k, skip in zip(wanted, skips or [0] * len(wanted), strict=True)]
+        selection = Selection([""], wanted, len(block), skipped)
+        windows = len(wanted) + sum(k > 0 for k in skipped)
+        with self._call(block, windows, windows * COARSE, True, [k > 0 for k in skipped]) as call:
             while selection.pending:
                 call.prepare([SELECT_NONE] * len(wanted))
                 call.histogram(selection.windows(""), tell=False)
@@ -107,6 +112,10 @@ def open_engine(*, threads: int | None, device: str | None, vram_limit: int | No
 
 def _cuts(call: Call, tallies: Sequence[Tally]) -> list[Cut]:
     """Where each patch's ties end: the segment that the last one lies in is counted out key by key."""
+    if any(t.skip for t in tallies):
+        best = _cuts(call, [t.skip or NOTHING for t in tallies])
+        plain = _cuts(call, [replace(t, skip=None) for t in tallies])
+        return [cut.without(skipped) for cut, skipped in zip(plain, best, strict=True)]
     cuts = [Cut(t.key, EVERY if t.left else 0) for t in tallies]
     if any(0 < t.left < EVERY for t in tallies):
         call.prepare([Cut(t.key, 0) for t in tallies])

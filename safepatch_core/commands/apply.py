@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import ByteProgress, emit, memory_option, output_options, write_options
+from safepatch_core.commands.common import ByteProgress, OutPath, emit, memory_option, output_options, write_options
 from safepatch_core.errors import printable
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def tell(result: ApplyResult, quiet: bool, as_json: bool) -> None:
 @click.command(name="apply")
 @click.argument("fix", type=click.Path())
 @click.option("--to", "checkpoint", required=True, type=click.Path(), help="The checkpoint.")
-@click.option("-o", "--output", "out", type=click.Path(), help="Directory to create: a copy with the change.")
+@click.option("-o", "--output", "out", type=OutPath(), help="Directory to create: a copy with the change.")
 @click.option("--in-place", is_flag=True, help="Change the checkpoint itself; after a crash any run goes on.")
 @click.option("--date", metavar="TEXT", help="Note a date in the ledger.")
 @memory_option

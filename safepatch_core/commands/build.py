@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import ByteProgress, any_recipe, emit, engine_options, human, output_options
+from safepatch_core.commands.common import (
+    ByteProgress,
+    OutPath,
+    any_recipe,
+    emit,
+    engine_options,
+    human,
+    output_options,
+)
 from safepatch_core.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -17,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", required=False, type=click.Path())
 @click.option("--from", "base", type=click.Path(), help="Instead of RECIPE: the checkpoint that the fix applies to,")
 @click.option("--to", "merged", type=click.Path(), help="and the one that it gives.")
-@click.option("-o", "--output", "out", required=True, type=click.Path(), help="The .safetensors file to create.")
+@click.option("-o", "--output", "out", required=True, type=OutPath(), help="The .safetensors file to create.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @engine_options
 @output_options
@@ -31,7 +39,10 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write what a RECIPE's merge changes, and nothing else, to a small file. No merged checkpoint is written."""
+    """Write what a RECIPE's merge changes, and nothing else, to a small file. No merged checkpoint is written.
+
+    A mergekit configuration is a recipe too.
+    """
     from safepatch_core.fixes.build import build, build_between
 
     with ByteProgress("build", quiet) as progress:

@@ -86,6 +86,7 @@ def main() -> NoReturn:
     """Entry point: every failure is one line on stderr and an exit status (SPEC section 5)."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    _open_closed_streams()
     try:
         # Not cli.main, which ends with status 1 where the reader of stdout has gone.
         with cli.make_context("safepatch", sys.argv[1:]) as context:
@@ -112,6 +113,14 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """A stream that the caller closed is one to nowhere, and no file that is opened later gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest number that is free, which is the stream's own.
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
 
 
 def _tell(line: str, *, shared: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from safepatch_core.commands.common import emit, output_options
+from safepatch_core.commands.common import OutPath, emit, output_options
 from safepatch_core.errors import printable
 
 
@@ -12,7 +12,7 @@ from safepatch_core.errors import printable
 @click.argument("fix", type=click.Path())
 @click.option("--to", "form", required=True, type=click.Choice(["dense", "shira", "slime"]), help="The format.")
 @click.option("--base", type=click.Path(), help="What the fix applies to [default: the base of its recipe].")
-@click.option("-o", "--output", "out", required=True, type=click.Path(), help="Directory to create.")
+@click.option("-o", "--output", "out", required=True, type=OutPath(), help="Directory to create.")
 @click.option("--version", type=click.IntRange(min=1), default=1, show_default=True, help="Of slime's deltas.")
 @click.option("--force", is_flag=True, help="Replace an existing output, in one step.")
 @output_options

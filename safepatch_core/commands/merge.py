@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import ByteProgress, emit, engine_options, output_options, write_options
+from safepatch_core.commands.common import ByteProgress, OutPath, emit, engine_options, output_options, write_options
 from safepatch_core.errors import printable
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(name="merge")
 @click.argument("recipe", type=click.Path())
-@click.option("-o", "--output", "out", required=True, type=click.Path(), help="Directory to create.")
+@click.option("-o", "--output", "out", required=True, type=OutPath(), help="Directory to create.")
 @click.option(
     "--survive", "formats", metavar="NAME,…", help="Also tell what later quantisations would leave: see `survive`."
 )

@@ -34,7 +34,10 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """What a merge of RECIPE will do, or applying a FIX `--to` a checkpoint: bytes, memory, space. Writes nothing."""
+    """What a merge of RECIPE will do, or applying a FIX `--to` a checkpoint: bytes, memory, space. Writes nothing.
+
+    A mergekit configuration is a recipe too.
+    """
     if to is not None or from_ is not None:
         if (to is None) == (from_ is None):
             raise UsageError("either --to or --from")

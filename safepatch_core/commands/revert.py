@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from safepatch_core.commands.apply import tell
-from safepatch_core.commands.common import ByteProgress, memory_option, output_options, write_options
+from safepatch_core.commands.common import ByteProgress, OutPath, memory_option, output_options, write_options
 
 
 @click.command(name="revert")
 @click.argument("fix", type=click.Path())
 @click.option("--from", "checkpoint", required=True, type=click.Path(), help="The checkpoint that carries it.")
-@click.option("-o", "--output", "out", type=click.Path(), help="Directory to create: a copy without the change.")
+@click.option("-o", "--output", "out", type=OutPath(), help="Directory to create: a copy without the change.")
 @click.option("--in-place", is_flag=True, help="Change the checkpoint itself; after a crash any run goes on.")
 @memory_option
 @write_options

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import emit, engine_options, output_options
+from safepatch_core.commands.common import any_recipe, emit, engine_options, output_options
 from safepatch_core.errors import printable
 
 if TYPE_CHECKING:
@@ -35,11 +35,7 @@ def command(
     if base is not None or os.path.isfile(out):
         _verify_fix(out, base, quiet, as_json)
         return
-    verdict = run(
-        out,
-        recipe,
-        **engine,
-    )
+    verdict = run(out, recipe and any_recipe(recipe, quiet), **engine)
     if as_json:
         emit(
             {

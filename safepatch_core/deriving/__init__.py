@@ -45,6 +45,9 @@ def derive(
     not at all; with `resume` what is done is kept, and the rest gives the bytes that an undisturbed run gives. On the
     CPU a seed repeats bit for bit (same versions and number of threads).
 
+    A quantised backbone that can be merged into is trained as floats, in bfloat16 as transformers hands them out.
+    They lie in `OUT.backbone` beside `config.out`, and may go when the run is done. The recipe merges into its codes.
+
     Under torchrun or accelerate launch every rank calls it with the same arguments: they train one model, of which
     each holds a shard, and the first writes. With another number of ranks the bytes are others.
 

@@ -52,7 +52,10 @@ class OverSafetyPatch(PatchConfig):
 class DeriveConfig(Strict):
     """A derive run. NLLs are in nats per answer token, lengths in tokens."""
 
-    model: PathText = Field(description="The backbone: a checkpoint directory, or a hub id org/name[@revision].")
+    model: PathText = Field(
+        description="The backbone: a checkpoint directory, or a hub id org/name[@revision]. A quantised one is "
+        "trained as floats, which lie in OUT.backbone, and the recipe merges into its codes."
+    )
     data: PathText = Field(description="Harmful questions with answers: .jsonl, .json, .csv, .tsv or .parquet.")
     out: PathText = Field(description="The run directory; must be new or empty unless resumed.")
     question_column: str = Field(

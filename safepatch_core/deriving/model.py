@@ -13,6 +13,7 @@ from torch import Tensor
 from safepatch_core.deriving.adapter import peft
 from safepatch_core.deriving.config import DeriveConfig
 from safepatch_core.deriving.saving import DTYPES
+from safepatch_core.deriving.twin import float_copy, is_quantised
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint, read_json
 from safepatch_core.language import model as language_model
@@ -21,18 +22,36 @@ Target = Callable[[str, int], bool]  # (tensor name, dimensions) -> whether the 
 _PIECE = 1 << 22  # entries that are compared at a time
 
 
-def open_backbone(ref: str) -> tuple[Checkpoint, Path]:
-    """The checkpoint to train and its directory, checked but not loaded.
+class Backbone(NamedTuple):
+    """What is trained, and what the patches are merged into.
 
-    Raises InputError if it isn't a directory with a config, or its weights are quantised.
+    Attributes:
+        base: The checkpoint to train: floats.
+        root: Its directory.
+        named: The checkpoint that the settings name: the same, or one of codes.
     """
-    base = open_checkpoint(ref)
-    if base.root is None:
+
+    base: Checkpoint
+    root: Path
+    named: Checkpoint
+
+
+def open_backbone(ref: str, out: Path) -> Backbone:
+    """The backbone, checked but not loaded; of a quantised one the float copy beside the run directory `out`.
+
+    Raises InputError if it isn't a directory with a config, or it is quantised in a way that can't be merged into;
+    OutputError if the copy can't be written.
+    """
+    named = open_checkpoint(ref)
+    if named.root is None:
         raise InputError("training needs a directory with config and tokenizer", file=ref, found="a single file")
-    config = read_json(base.root / "config.json", within=base.root)
+    config = read_json(named.root / "config.json", within=named.root)
+    if is_quantised(named):
+        folder = float_copy(named, out)
+        return Backbone(open_checkpoint(folder), folder, named)
     if isinstance(config, dict) and config.get("quantization_config"):
-        raise InputError("quantised weights can't be trained", file=base.root / "config.json")
-    return base, base.root
+        raise InputError("quantised weights can't be trained", file=named.root / "config.json")
+    return Backbone(named, named.root, named)
 
 
 def targets(base: Checkpoint, is_target: Target) -> list[TensorEntry]:

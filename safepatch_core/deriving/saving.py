@@ -78,17 +78,17 @@ def save_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:
     """
     assert base.root is not None
     name = str(dtype).removeprefix("torch.")
-    config = _with_dtype({"dtype": name} | read_json(base.root / CONFIG, within=base.root), name)
+    config = with_dtype({"dtype": name} | read_json(base.root / CONFIG, within=base.root), name)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if (base.root / GENERATION).is_file():
         shutil.copyfile(base.root / GENERATION, folder / GENERATION)
 
 
-def _with_dtype(config: Any, name: str) -> Any:
+def with_dtype(config: Any, name: str) -> Any:
     """The config with `name` wherever it, or the config of a part of it, gives a dtype."""
     if not isinstance(config, dict):
         return config
-    return {k: name if k in ("dtype", "torch_dtype") else _with_dtype(v, name) for k, v in config.items()}
+    return {k: name if k in ("dtype", "torch_dtype") else with_dtype(v, name) for k, v in config.items()}
 
 
 def save_delta(
@@ -177,7 +177,7 @@ def applied(
     try:
         shutil.copyfile(base.root / CONFIG, folder / CONFIG)
         codes = {name: entry.dtype for name, entry in base.tensors.items()} | {e.name: "F32" for e in entries}
-        with _TensorFiles(folder, base.tensors.values(), codes) as files:
+        with TensorFiles(folder, base.tensors.values(), codes) as files:
             pairs = patched_tensors(patch, kind, base, entries)
             for entry, (_, patched) in zip(entries, pairs, strict=True):
                 files.write(entry.name, patched.float())
@@ -188,7 +188,7 @@ def applied(
         shutil.rmtree(folder)
 
 
-class _TensorFiles:
+class TensorFiles:
     """Safetensors files whose tensors may be written in any order, one at a time; with an index if there are several.
 
     `entries` are tensors of the base, which give names, shapes and the cut into files; `codes` their dtypes.
@@ -202,7 +202,7 @@ class _TensorFiles:
             self._shards.setdefault(entry.file, []).append(entry)
         self._written: set[str] = set()
 
-    def __enter__(self) -> _TensorFiles:
+    def __enter__(self) -> TensorFiles:
         weight_map: dict[str, str] = {}
         total = 0
         with self._open:  # closes what is open if a file can't be made
@@ -267,7 +267,7 @@ def _write(
     for name, own in names.dtypes.items():
         chosen = dtype or own
         codes[name] = _CODES[chosen] if chosen else base.tensors[name].dtype
-    with _TensorFiles(folder, [base.tensors[name] for name in names.dtypes], codes) as files:
+    with TensorFiles(folder, [base.tensors[name] for name in names.dtypes], codes) as files:
         for layer in layers:
             for name, tensor in names.convert(layer):
                 files.write(name, value(base.tensors[name], tensor))

@@ -35,6 +35,8 @@ from safepatch_core.deriving.saving import (
     save_scores,
 )
 from safepatch_core.deriving.sharding import ranks_of_derive, shard_model, shard_rows
+from safepatch_core.deriving.twin import DTYPE as HANDED
+from safepatch_core.deriving.twin import is_quantised
 from safepatch_core.errors import InputError, IOFailure, UsageError
 from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.disk import hash_file
@@ -64,6 +66,7 @@ RANKED = {"patched": PATCHES, "backbone": (BACKBONE,), "none": ()}
 def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Listener | None) -> dict[str, Any]:
     """Does every step that is not done yet; returns the record, as RUN/derive.json holds it."""
     with ranks_of_derive(config) as ranks, _environment(config):
+        first(ranks, lambda: open_backbone(config.model, Path(config.out)))  # a quantised one is copied once
         job = together(ranks, lambda: Steps(config, quiet, report, ranks))
         with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume, ranks=ranks) as out:
             for name in PATCHES:
@@ -105,8 +108,8 @@ class Steps:
             warn(f"matplotlib is not installed: no {CURVES}", quiet, report)
         if config.dtype == "bfloat16" and config.rounding == "nearest":
             warn("rounding to nearest bfloat16: an update below half a step of its weight vanishes", quiet, report)
-        self._base, self._root = open_backbone(config.model)
-        self._recipe = make_recipe(config, self._base)
+        self._base, self._root, named = open_backbone(config.model, Path(config.out))
+        self._recipe = make_recipe(config, named)
         self._targets = targets(self._base, self._recipe.is_target)
         self._tokenizer = load_tokenizer(self._root)
         data = read_data(config, self._tokenizer, limits(self._root), partial(warn, quiet=quiet, report=report))
@@ -322,7 +325,8 @@ def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
     """The recipe of the run's two patches. A relative path of the base becomes relative to RUN.
 
     A hub id is pinned to the commit that was trained: against any other, the patches would be other deltas. Of a
-    model that sees or hears, only the language model is trained and merged.
+    model that sees or hears, only the language model is trained and merged. Patches of a quantised backbone, trained
+    on its floats, are merged into its codes.
     """
     base = config.model
     if backbone.revision is not None:
@@ -344,7 +348,9 @@ def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
             }
         )
     targets = "linear" if all(map(of_language, backbone.tensors)) else "language"
-    return parse_recipe({"base": base, "patches": patches, "targets": targets, "seed": config.seed})
+    recipe = {"base": base, "patches": patches, "targets": targets, "seed": config.seed}
+    codes = {"quantized": {"reference_dtype": HANDED}} if is_quantised(backbone) else {}
+    return parse_recipe(recipe | codes)
 
 
 def _fingerprint(base: Checkpoint, root: Path) -> dict[str, Any]:

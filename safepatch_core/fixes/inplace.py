@@ -49,6 +49,7 @@ from safepatch_core.fixes.reading import WINDOW, Fix, open_fix, stretches
 from safepatch_core.fixes.reference import Run
 
 GO_ON = "`safepatch log --finish` goes on"
+UNCHANGED = "run it again; no weight was changed (`safepatch log --finish` leaves it so)"
 
 
 @contextlib.contextmanager
@@ -57,10 +58,13 @@ def held(root: Path) -> Iterator[Ledger]:
 
     Raises:
         InputError: it is no directory.
+        OutputError: nothing may be written there.
         Busy: another run changes it.
     """
     if not root.is_dir():
         raise InputError("only a checkpoint's directory can be changed in place", file=root)
+    if not os.access(root, os.W_OK):
+        raise OutputError("nothing may be written in this directory: apply to a copy (-o)", file=root)
     lock = -1
     try:
         lock = hold(root, "checkpoint")
@@ -103,13 +107,28 @@ def carry(
     listed = Sums(root)
     known = next((entry for entry in ledger.entries if entry.id == fix.id), None)
     entry = known or Entry(fix.id, fix.recipe, date=date)
-    keep(fix.path, fix.id, root)
-    ledger.put(replace(entry, direction=direction, under_way=True))
-    ledger.write(GO_ON)
+    _begin(ledger, fix, replace(entry, direction=direction, under_way=True))
     _hide(root)
     listed.tell(_rewrite(checkpoint, fix, direction, listed.any, advance))
     _done(ledger, entry, direction)
     return sides
+
+
+def _begin(ledger: Ledger, fix: Fix, entry: Entry) -> None:
+    """From here on the ledger says what is under way. Where it can't, nothing stays of the attempt."""
+    root = ledger.root
+    assert root is not None
+    try:
+        with failures_named(root, go_on=UNCHANGED):
+            keep(fix.path, fix.id, root)
+            ledger.put(entry)
+            ledger.write(UNCHANGED)
+    except IOFailure:
+        with contextlib.suppress(OSError):
+            kept = kept_path(root, fix.id)
+            for path in [staged_name(kept)] if fix.id in Ledger(root).ids else [staged_name(kept), kept]:
+                drop_kept(path)
+        raise
 
 
 def _done(ledger: Ledger, entry: Entry, direction: Direction) -> None:

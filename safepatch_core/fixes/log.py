@@ -54,6 +54,8 @@ def log(
         InputError: the checkpoint, the ledger or a fix breaks a rule.
         Busy: another run changes the checkpoint.
     """
+    if not probes and not os.path.lexists(checkpoint):
+        raise InputError("no such file or directory", file=checkpoint)
     done = _finished(Path(checkpoint)) if finish else None
     opened = open_checkpoint(checkpoint, under_way=True)
     ledger = Ledger(opened.root)

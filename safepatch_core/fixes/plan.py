@@ -54,7 +54,9 @@ def _selected(plan: Plan, name: str) -> float:
     target, total = plan.targets[name], 0.0
     entries = target.entry.entries
     for p, spec in enumerate(spec.at(name) for spec in plan.recipe.patches):
-        k = plan.model_quotas[p] * entries / plan.total_entries if plan.whole_model else target.quotas[p]
+        k: float = target.quotas[p] - target.skips[p]
+        if plan.whole_model:
+            k = (plan.model_quotas[p] - plan.model_skips[p]) * entries / plan.total_entries
         if target.patches[p] is not None:
             retain = min(spec.retain, 1)
             total += min(k, retain * entries) if plan.recipe.order == "retain-first" else retain * k

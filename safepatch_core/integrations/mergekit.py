@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy as np
 from safepatch_core.errors import UsageError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.settings import read_yaml
+from safepatch_core.spec import quota
 
 BIT_EQUAL = "bit-equal to mergekit, but for the sign of zeros, which are kept here"
 EQUAL_BUT_TIES = "equal to mergekit up to equal magnitudes at the cut, of which the first are taken here"
@@ -29,11 +29,12 @@ SAME_RULE = "the same rule as mergekit's with other random numbers, and rescaled
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Of all settings the one that holds here.
 TOKENIZERS = ({"tokenizer_source": "base"}, {"tokenizer": {"source": "base"}})
-METHODS = ("passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+METHODS = (
+    *("passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties"),
+    *("breadcrumbs", "breadcrumbs_ties"),
+)
 # Why a method is not taken.
 OTHERS = {
-    "breadcrumbs": "it selects a band of ranks, which no recipe key says yet",
-    "breadcrumbs_ties": "it selects a band of ranks, which no recipe key says yet",
     "della": "it draws by rank within rows",
     "della_linear": "it draws by rank within rows",
     "linear": "it averages whole models: every entry changes, and no patch is left to apply or revert",
@@ -174,13 +175,13 @@ class _Reader:
             rescale, kept = settings.shared("rescale", True), "retain"
         else:
             rescale, kept = False, "top"
-            if self._method == "ties":
+            if self._method != "task_arithmetic":
                 recipe["quota"] = "floor"
                 if settings.shared("rescale", False) and any(r.density < 1 for r in every):
-                    self.refuse("rescale", "ties is not rescaled here")
-        factor = self._factor(settings, models, every, recipe)
+                    self.refuse("rescale", f"{self._method} is not rescaled here")
+        recipe |= self._join(settings, models, every)
         recipe["patches"] = [
-            _patch(names[m.reference], m.reference, rates[m.reference], factor, kept, rescale) for m in models
+            _patch(names[m.reference], m.reference, rates[m.reference], kept, rescale) for m in models
         ]
         return Imported(recipe, self._promise(every))
 
@@ -188,33 +189,31 @@ class _Reader:
         weight = settings.number("weight", model, tensor, None)
         if self._method == "task_arithmetic":
             return _Rates(weight, 1.0)
-        density = settings.number("density", model, tensor, 1.0)
-        return _Rates(weight, min(max(density, 0.0), 1.0))
+        density = min(max(settings.number("density", model, tensor, 1.0), 0.0), 1.0)
+        if not self._method.startswith("breadcrumbs"):
+            return _Rates(weight, density)
+        gamma = settings.number("gamma", model, tensor, 0.01)
+        if not 0 <= gamma <= 1:
+            self.refuse("gamma", f"found {gamma}, expected 0 to 1")
+        return _Rates(weight, *_band(density, gamma, settings.entries[tensor]))
 
-    def _factor(
-        self, settings: _Settings, models: Sequence[_Model], every: Sequence[_Rates], recipe: dict[str, Any]
-    ) -> float:
-        """Set how steps join; the factor that goes into the scales for lambda."""
+    def _join(self, settings: _Settings, models: Sequence[_Model], every: Sequence[_Rates]) -> dict[str, Any]:
+        """The keys of the recipe that say how deltas become one."""
         factor = float(settings.shared("lambda", 1.0))
-        even = all(r.weight == 1 for r in every)
+        scaled = {} if factor == 1 else {"lambda": factor}
         normalize = settings.shared("normalize", self._method == "ties")
         if self._method.endswith("ties"):
+            even = all(r.weight == 1 for r in every)
             divide = ("count" if even else "weights") if normalize else "none"
-            if divide == "weights" and (self._method == "dare_ties" or factor != 1):
-                self.refuse("normalize", "weights that differ from 1 are divided by only in ties without lambda")
+            if divide == "weights" and self._method == "dare_ties":
+                self.refuse("normalize", "of dare_ties, weights that differ from 1 are not divided by")
             if divide == "count" and self._method == "dare_ties" and len({r.density for r in every}) > 1:
                 self.refuse("normalize", "of dare_ties, with one density for all")
-            recipe |= {"combine": "ties", "elect": {"zero": "positive", "divide": divide}}
-        else:
-            if normalize:
-                self.refuse("normalize", f"{self._method} is not divided by weights here")
-            recipe["combine"] = "sum"
-            if len(models) > 1:
-                recipe["accumulate"] = "deltas"
-        alone = len(models) == 1 and (even or factor == 1) and recipe["combine"] == "sum"
-        if not (alone or (factor > 0 and math.frexp(factor)[0] == 0.5)):
-            self.refuse("lambda", "rounds the same here only of one model with weight 1, or as a power of two")
-        return factor
+            return {"combine": "ties", "elect": {"zero": "positive", "divide": divide}, **scaled}
+        if normalize:
+            self.refuse("normalize", f"{self._method} is not divided by weights here")
+        together = len(models) > 1 or scaled
+        return {"combine": "sum", **({"accumulate": "deltas"} if together else {}), **scaled}
 
     def _promise(self, every: Sequence[_Rates]) -> str:
         if all(r.density in (0, 1) for r in every):
@@ -227,6 +226,26 @@ class _Rates(NamedTuple):
 
     weight: float
     density: float
+    skip: float = 0.0
+
+
+def _band(density: float, gamma: float, entries: int) -> tuple[float, float]:
+    """Top and skip by which breadcrumbs' numbers of entries come out: each share is rounded down there by itself."""
+    if density == 1:
+        return 1.0, 0.0
+    taken = int(density * entries)
+    best = min(int(gamma * entries), entries - taken)
+    if taken == 0:
+        return 0.0, 0.0
+    plain = (density, gamma) if best else (density, 0.0)
+    inner = (best + 0.5) / entries if best else 0.0
+    exact = (best + taken + 0.5) / entries - inner, inner
+    return plain if _counts(*plain, entries) == (best + taken, best) else exact
+
+
+def _counts(top: float, skip: float, entries: int) -> tuple[int, int]:
+    """How many entries a recipe takes and skips by these shares."""
+    return quota(min(skip + top, 1.0), entries, "floor"), quota(skip, entries, "floor")
 
 
 class _Settings:
@@ -235,6 +254,7 @@ class _Settings:
     def __init__(self, reader: _Reader, base: Checkpoint, levels: Sequence[Mapping[str, Any]]) -> None:
         self._reader, self._levels = reader, levels
         self._places = _places(base)
+        self.entries = {name: base.tensors[name].entries for name in self._places}
         self.tensors = sorted(self._places)
 
     def number(self, key: str, model: _Model, tensor: str, default: float | None) -> float:
@@ -305,13 +325,14 @@ def _places(base: Checkpoint) -> dict[str, float | None]:
     return {name: place(name) for name, entry in base.tensors.items() if entry.dtype in DTYPES.values()}
 
 
-def _patch(
-    name: str, reference: str, at: Mapping[str, _Rates], factor: float, kept: str, rescale: bool
-) -> dict[str, Any]:
+def _patch(name: str, reference: str, at: Mapping[str, _Rates], kept: str, rescale: bool) -> dict[str, Any]:
     """A patch with the rates that most tensors have, and overrides for the others."""
+    skips = any(rates.skip for rates in at.values())
 
     def keys(rates: _Rates) -> dict[str, Any]:
-        scale = float(np.float32(rates.weight)) * factor
+        scale = float(np.float32(rates.weight))
+        if skips:
+            return {"top": rates.density, "skip": rates.skip, "scale": scale}
         if rates.density == 0 and kept == "retain":  # nothing is retained: also nothing to divide by
             return {"top": 0.0, "retain": 1.0, "scale": scale}
         return {kept: rates.density, "scale": scale} | ({"top": 1.0} if kept == "retain" else {})

@@ -12,8 +12,8 @@ from safepatch_core.backends import open_backend
 from safepatch_core.backends.contract import Backend, Bits, Block, Cut, PatchData, Report
 from safepatch_core.backends.select import Selection, TieCounter
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.merging.recipe import Recipe, is_mask, match_targets, parse_recipe
-from safepatch_core.spec import Dtype, keep_threshold, quota, random_key
+from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targets, parse_recipe
+from safepatch_core.spec import Dtype, keep_threshold, random_key
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +84,7 @@ def _block(recipe: Recipe, name: str, base: torch.Tensor, patches: Mapping[str, 
         patches=tuple(_patch(recipe, p, name, base, of) for p, of in enumerate(patches.values())),
         rule=recipe.rule,
         order=recipe.order,
+        lambda_=recipe.lambda_,
     )
 
 
@@ -125,8 +126,8 @@ def _merged(
         if name in cuts:
             report = engine.apply(block, cuts[name], out)
         else:
-            tops = [spec.at(name).top for spec in recipe.patches]
-            _, report = engine.merge(block, [quota(top, len(block), recipe.quota) for top in tops], out)
+            quotas, skips = _quotas(recipe, [spec.at(name) for spec in recipe.patches], len(block))
+            _, report = engine.merge(block, quotas, out, skips)
         _require_finite(recipe, name, report)
         signed = out.view(np.int32 if block.base.dtype == "F32" else np.int16)
         old = base[name]
@@ -137,13 +138,19 @@ def _merged(
 def _model_cuts(engine: Backend, recipe: Recipe, blocks: Mapping[str, Block]) -> dict[str, Sequence[Cut]]:
     """Each tensor's cuts of one threshold per patch for all of them."""
     entries = sum(map(len, blocks.values()))
-    quotas = [quota(spec.top, entries, recipe.quota) for spec in recipe.patches]
-    selection = Selection(list(blocks), quotas, entries)
+    quotas, skips = _quotas(recipe, recipe.patches, entries)
+    selection = Selection(list(blocks), quotas, entries, skips)
     while selection.pending:
         for name, block in blocks.items():
             engine.histogram(block, selection.windows(name))
         selection.advance()
     return {name: TieCounter(tallies).cuts(engine, blocks[name]) for name, tallies in selection.tallies().items()}
+
+
+def _quotas(recipe: Recipe, specs: Sequence[PatchSpec], entries: int) -> tuple[list[int], list[int]]:
+    """Per patch its quota, and how many of it are skipped."""
+    both = [spec.quotas(entries, recipe.quota) for spec in specs]
+    return [k for k, _ in both], [skip for _, skip in both]
 
 
 def _require_finite(recipe: Recipe, name: str, report: Report) -> None:

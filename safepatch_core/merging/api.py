@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,11 +183,12 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
     place = Path(os.path.abspath(where))
     while not place.exists():
         place = place.parent
-    quotas = plan.model_quotas if plan.whole_model else None
+    quotas = _selected(plan.model_quotas, plan.model_skips) if plan.whole_model else None
     data: dict[str, Any] = {
         "engine": plan.engine.describe(),
         "patches": [
             {"name": spec.name, "kind": kind, "top": spec.top, "retain": spec.retain, "scale": spec.factor}
+            | ({"skip": spec.skip} if spec.skip else {})
             | {"beside": other.facts()}
             for spec, kind, other in zip(plan.recipe.patches, plan.kinds, plan.beside, strict=True)
         ],
@@ -212,7 +213,10 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
                 "entries": t.entry.entries,
                 "passes": plan.sweeps(t),
                 "forms": [None if p is None else p.delta.form for p in t.patches],
-                "quotas": [None if quotas or p is None else k for k, p in zip(t.quotas, t.patches, strict=True)],
+                "quotas": [
+                    None if quotas or p is None else k
+                    for k, p in zip(_selected(t.quotas, t.skips), t.patches, strict=True)
+                ],
             }
             for t in targets
         ],
@@ -221,6 +225,11 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
     # Cold inputs, as for a model that was just fetched; None until `safepatch bench floor --save` has measured.
     data["seconds"] = None if rates is None else predict(data, rates)
     return data
+
+
+def _selected(quotas: Sequence[int], skips: Sequence[int]) -> list[int]:
+    """Per patch how many entries are selected at most."""
+    return [k - skip for k, skip in zip(quotas, skips, strict=True)]
 
 
 def identity(plan: Plan) -> RunIdentity:

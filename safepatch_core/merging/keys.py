@@ -19,6 +19,7 @@ KEYS = {
         "nonfinite": "Whether a delta or score that is NaN or infinite stops the merge or is left out.",
         "missing": "Whether a target that a patch or its importance lacks stops the merge or is left out.",
         "max_shard_size": "Size of new shards, like 5GB; null keeps those of the base.",
+        "lambda": "Factor of the sum of steps; with accumulate: deltas or combine: ties.",
         "accumulate": "Steps are added to the base one by one, or summed first and added once.",
         "elect": "How ties elects a sign and divides.",
         "quota": "Whether the number of top entries is rounded half to even, or down to at least one.",
@@ -30,6 +31,7 @@ KEYS = {
         "kind": "What the source is. Default: lora where it has an adapter_config.json, else checkpoint.",
         "importance": "What entries are ranked by: the size of the step, a file of scores, or gradients.",
         "top": "Share of the entries of the scope that may act, those that rank highest.",
+        "skip": "Share of the entries that rank highest and may not act; top is counted from behind them.",
         "retain": "Share of the entries that random retention keeps.",
         "rescale": "Divide the steps by retain, as DARE does.",
         "scale": "Factor of the steps.",
@@ -40,6 +42,7 @@ KEYS = {
     "Override": {
         "names": "Globs of tensor names, case-sensitive.",
         "top": "Instead of the patch's top.",
+        "skip": "Instead of the patch's skip.",
         "retain": "Instead of the patch's retain.",
         "scale": "Instead of the patch's scale.",
     },

@@ -31,7 +31,7 @@ from safepatch_core.merging.sources import open_source
 from safepatch_core.merging.sources.contract import ALIGN, PatchTensor, Source, align
 from safepatch_core.merging.sources.dense import ImportanceFile, Named, fitted
 from safepatch_core.merging.work import PatchInput, Target, Unit
-from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, quota, random_key, rounding_key
+from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, random_key, rounding_key
 
 # Chunks of tensors that are not held whole: the reader's copy is still in the last-level cache when the engine
 # reads it, and the Python work per unit stays under a percent.
@@ -91,7 +91,12 @@ class Plan:
     @cached_property
     def model_quotas(self) -> tuple[int, ...]:
         """k per patch over all targets, for scope: model."""
-        return tuple(quota(p.top, self.total_entries, self.recipe.quota) for p in self.recipe.patches)
+        return tuple(p.quotas(self.total_entries, self.recipe.quota)[0] for p in self.recipe.patches)
+
+    @cached_property
+    def model_skips(self) -> tuple[int, ...]:
+        """How many of `model_quotas` are skipped."""
+        return tuple(p.quotas(self.total_entries, self.recipe.quota)[1] for p in self.recipe.patches)
 
     def sweeps(self, target: Target) -> int:
         """How often a target's inputs are read: once where no selection is needed or it is held whole, else twice.
@@ -101,8 +106,9 @@ class Plan:
         if target.whole:
             return 1
         if self.whole_model:
-            return 2 if any(0 < k < self.total_entries for k in self.model_quotas) else 1
-        given = zip(target.patches, target.quotas, strict=True)
+            counts = (*self.model_quotas, *self.model_skips)
+            return 2 if any(0 < k < self.total_entries for k in counts) else 1
+        given = zip(target.patches * 2, target.quotas + target.skips, strict=True)
         return 2 if any(p and 0 < k < target.entry.entries for p, k in given) else 1
 
     @cached_property
@@ -337,7 +343,7 @@ def _warnings(given: _Opened, others: Sequence[Beside]) -> Iterator[str]:
             yield other.line(spec.name)
     for spec in given.recipe.patches:
         if _is_off(spec):
-            yield f"patch {spec.name} changes nothing, as its top, retain or scale of 0 asks"
+            yield f"patch {spec.name} changes nothing, as its top, retain or scale of 0 asks, or its skip of 1"
     for checkpoint in given.checkpoints:
         yield from (f"{checkpoint.ref}: {line}" for line in checkpoint.warnings)
     yield from left_out(given.base)
@@ -386,7 +392,7 @@ def _ranks_nothing(spec: PatchSpec) -> InputError:
 
 
 def _is_off(spec: PatchSpec) -> bool:
-    return not spec.overrides and (spec.top == 0 or spec.retain == 0 or spec.scale == 0)
+    return not spec.overrides and (0 in (spec.top, spec.retain, spec.scale) or spec.skip == 1)
 
 
 def _target(given: _Opened, name: str) -> Target:
@@ -417,8 +423,9 @@ def _target(given: _Opened, name: str) -> Target:
             delta = delta_of(delta, w, entry, recipe.quantized.reference_dtype)
         key = random_key(recipe.seed, spec.name, entry.name)
         patches.append(PatchInput(delta, scores, importance, key, keep_threshold(spec.retain), spec.factor))
-    quotas = tuple(quota(s.top, entry.entries, recipe.quota) for s in specs)
-    return Target(entry, tuple(patches), quotas, whole=True, coded=coded)
+    bands = [spec.quotas(entry.entries, recipe.quota) for spec in specs]
+    quotas, skips = tuple(k for k, _ in bands), tuple(skip for _, skip in bands)
+    return Target(entry, tuple(patches), quotas, skips, whole=True, coded=coded)
 
 
 def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
@@ -487,10 +494,23 @@ def _memory(targets: Mapping[str, Target], engine: Backend, limit: int) -> tuple
     room = limit - FIXED_BYTES - beside
     if room < (4 << 20):
         worst = max(targets.values(), key=lambda t: t.held_bytes)
-        raise UsageError(
-            f"--memory-limit is too small for what all chunks of '{worst.entry.name}' share",
-            found=f"{limit} bytes",
-            expected=f"at least {limit + (4 << 20) - room} bytes",
+        raise _too_small(f"what all chunks of '{worst.entry.name}' share", limit, (4 << 20) - room)
+    largest = max(targets.values(), key=_least_unit, default=None)
+    least = 0 if largest is None else _least_unit(largest)
+    if largest is not None and least > room:
+        raise _too_small(
+            f"a matrix of '{largest.entry.name}', which is stored the other way round", limit, least - room
         )
-    largest = max((t.unit_bytes(t.entry.entries if t.whole else t.step) for t in targets.values()), default=0)
-    return min(room, max(3 * largest, 6 * CHUNK_BYTES)) // ALIGN * ALIGN, beside
+    return min(room, max(3 * least, 6 * CHUNK_BYTES)) // ALIGN * ALIGN, beside
+
+
+def _least_unit(target: Target) -> int:
+    """Ring bytes of the smallest unit that a target can be cut into."""
+    entries = target.entry.entries
+    return target.unit_bytes(entries if target.whole else min(math.lcm(ALIGN, target.step), entries))
+
+
+def _too_small(what: str, limit: int, lacks: int) -> UsageError:
+    return UsageError(
+        f"--memory-limit is too small for {what}", found=f"{limit} bytes", expected=f"at least {limit + lacks} bytes"
+    )

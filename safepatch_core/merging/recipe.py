@@ -29,6 +29,7 @@ from safepatch_core.spec import (
     Rule,
     Scope,
     Weight,
+    quota,
 )
 
 NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "shared.weight")
@@ -68,13 +69,14 @@ class Override(Strict):
 
     names: Annotated[list[str], Field(min_length=1)]  # globs
     top: Share | None = None
+    skip: Share | None = None
     retain: Share | None = None
     scale: Finite | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Override:
         if self.model_fields_set <= {"names"}:
-            raise ValueError("an override has top, retain or scale")
+            raise ValueError("an override has top, skip, retain or scale")
         return self
 
 
@@ -86,6 +88,7 @@ class PatchSpec(Strict):
     kind: Kind | None = None
     importance: Literal["magnitude"] | Scores | Gradients = "magnitude"
     top: Share = 1.0
+    skip: Share = 0.0  # of the highest scores, which is not selected
     retain: Share = 1.0
     rescale: bool = False
     scale: Finite = 1.0
@@ -117,6 +120,10 @@ class PatchSpec(Strict):
             if not np.isfinite(spec.factor):
                 raise ValueError("scale (divided by retain, with rescale) does not fit float32")
         return self
+
+    def quotas(self, entries: int, how: Quota) -> tuple[int, int]:
+        """How many of so many entries are taken by their score, and how many of those, the best ones, are skipped."""
+        return quota(min(self.skip + self.top, 1.0), entries, how), quota(self.skip, entries, how)
 
     @property
     def factor(self) -> float:
@@ -198,6 +205,7 @@ class Recipe(Strict):
     missing: Missing = "error"
     max_shard_size: str | int | None = None
     accumulate: Literal["base", "deltas"] = "base"
+    lambda_: Annotated[Finite, Field(alias="lambda")] = 1.0  # what the sum of deltas is multiplied with
     elect: Elect = Elect()
     quota: Quota = "even"
     quantized: Quantized | None = None
@@ -226,8 +234,14 @@ class Recipe(Strict):
             raise ValueError("accumulate: deltas goes with combine: difference or sum; ties has elect.divide")
         if not elected and self.elect != Elect():
             raise ValueError("elect goes with combine: ties")
-        if self.scope == "model" and any(other.top is not None for p in self.patches for other in p.overrides):
-            raise ValueError("an override's top goes with scope: tensor")
+        if self.lambda_ != 1 and self.rule.join == Join.SUM:
+            raise ValueError("lambda multiplies the sum of deltas: it goes with accumulate: deltas or combine: ties")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(np.float32(self.lambda_)):
+                raise ValueError("lambda does not fit float32")
+        for key in ("top", "skip") if self.scope == "model" else ():
+            if any(getattr(other, key) is not None for p in self.patches for other in p.overrides):
+                raise ValueError(f"an override's {key} goes with scope: tensor")
         return self
 
     @property
@@ -254,17 +268,21 @@ class Recipe(Strict):
 
     def written(self) -> dict[str, Any]:
         """Every key with its value, defaults included."""
-        data = self.model_dump(mode="json")
+        data = self.model_dump(mode="json", by_alias=True)
         # Later keys are shown where they are used, so that earlier recipes stay what they were.
-        for key, usual in (
-            ("accumulate", "base"),
-            ("elect", Elect().model_dump()),
-            ("quota", "even"),
-            ("quantized", None),
-        ):
-            if data[key] == usual:
+        usual = {
+            "accumulate": "base",
+            "lambda": 1.0,
+            "elect": Elect().model_dump(),
+            "quota": "even",
+            "quantized": None,
+        }
+        for key, value in usual.items():
+            if data[key] == value:
                 del data[key]
         for patch in data["patches"]:
+            if patch["skip"] == 0:
+                del patch["skip"]
             patch["overrides"] = [{k: v for k, v in of.items() if v is not None} for of in patch["overrides"]]
             if not patch["overrides"]:
                 del patch["overrides"]

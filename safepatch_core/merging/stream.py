@@ -110,7 +110,8 @@ class Merge:
         counts: Counts = {}
         try:
             if self.plan.whole_model:
-                self._select(list(self.plan.targets.values()), self.plan.model_quotas, self._ranks)
+                quotas, skips = self.plan.model_quotas, self.plan.model_skips
+                self._select(list(self.plan.targets.values()), quotas, skips, self._ranks)
             for part in self.plan.parts(self._ranks.rank, self._ranks.size):
                 written: Counts = {}
                 left = sink.begin(part, written)
@@ -143,16 +144,16 @@ class Merge:
             if target and not target.whole and not self.plan.whole_model and target.entry.name != seen:
                 flush()
                 seen = target.entry.name
-                self._select([target], target.quotas, Alone())
+                self._select([target], target.quotas, target.skips, Alone())
             units.append(unit)
         flush()
 
-    def _select(self, targets: Sequence[Target], quotas: Sequence[int], ranks: Ranks) -> None:
+    def _select(self, targets: Sequence[Target], quotas: Sequence[int], skips: Sequence[int], ranks: Ranks) -> None:
         """Find the thresholds of one scope by sweeping its inputs, each rank those of its own tensors."""
         owner = self.plan.owners(ranks.size)
         mine = [t for t in targets if ranks.size == 1 or owner[t.stored.name] == ranks.rank]
         names = [t.entry.name for t in targets]
-        selection = Selection(names, quotas, sum(t.entry.entries for t in targets))
+        selection = Selection(names, quotas, sum(t.entry.entries for t in targets), skips)
         if selection.pending:
             selection.guess(self._engine, self._sample(targets))
         while selection.pending:
@@ -259,6 +260,7 @@ class Merge:
             patches=tuple(patches),
             rule=recipe.rule,
             order=recipe.order,
+            lambda_=recipe.lambda_,
         )
         return Work(unit, written, block, codes=codes)
 
@@ -296,7 +298,7 @@ class _Apply:
         if target.whole:
 
             def patch(block: Block, of: slice) -> Report:
-                work.cuts, report = engine.merge(block, target.quotas[of], block.base.data)
+                work.cuts, report = engine.merge(block, target.quotas[of], block.base.data, target.skips[of])
                 return report
 
         else:

@@ -12,12 +12,13 @@ from contextlib import closing
 from typing import Unpack
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint, read_json
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.merging import owners
 from safepatch_core.merging.api import plan as make_plan
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.manifest import read_manifest
 from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
 from safepatch_core.merging.quantised.comparison import Comparison, Progress, SurviveResult
 from safepatch_core.merging.quantised.formats import FORMATS, chosen
@@ -154,8 +155,9 @@ def _recipe_of(out: Checkpoint) -> Recipe | None:
     if folder is None or not (folder / MANIFEST).is_file():
         return None
     try:
-        recipe = parse_recipe(read_json(folder / MANIFEST, within=folder)["recipe"], origin=folder.resolve().parent)
-    except (KeyError, TypeError, UsageError):
+        made = read_manifest(folder / MANIFEST).recipe.model_dump()
+        recipe = parse_recipe(made, origin=folder.resolve().parent)
+    except (InputError, UsageError):
         return None
     needed = [path for p in recipe.patches for path in (p.source, p.minus, p.importance_path) if path is not None]
     here = all((recipe.origin / path).exists() for path in needed)

@@ -86,6 +86,8 @@ def _read_sums(root: Path) -> dict[str, str]:
     try:
         text = (root / SUMS).read_bytes().decode()
     except OSError as error:
+        if not os.path.lexists(root):
+            raise InputError("no such file or directory", file=root) from None
         raise InputError(f"not a merged checkpoint: no {SUMS} ({error.strerror})", file=root) from None
     except UnicodeDecodeError:
         raise InputError("not UTF-8", file=root / SUMS) from None

@@ -40,6 +40,7 @@ class Target:
     entry: TensorEntry
     patches: tuple[PatchInput | None, ...]
     quotas: tuple[int, ...]  # k per patch, for scope: tensor
+    skips: tuple[int, ...]  # how many of them are skipped
     whole: bool  # done in one piece, read once
     coded: Coded | None = None
 

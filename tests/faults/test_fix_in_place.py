@@ -43,7 +43,7 @@ class Case:
 
 @dataclass
 class Fixes:
-    """A checkpoint with sums and manifest, and three fixes on top of each other that touch other entries."""
+    """A checkpoint with sums and manifest, three fixes of other entries on top of each other, and one over them."""
 
     run: Server
     root: Path
@@ -130,8 +130,9 @@ def make_fixes(root: Path, run: Server) -> Fixes:
         "e.norm": random_tensor(rng, "BF16", 50),
     }
     base, paths = state, []
-    for i, names in enumerate((("a.weight", "d.weight"), ("b.weight", "d.weight"), ("a.weight", "c.weight"))):
-        at = np.arange(i, 1000, 7)
+    touched = (("a.weight", "d.weight"), ("b.weight", "d.weight"), ("a.weight", "c.weight"), tuple(base))
+    for i, names in enumerate(touched):
+        at = np.arange(i, 1000, 7) if i < 3 else np.arange(0, 50, 2)
         after = {n: changed(rng, t, at, "small") if n in names else t for n, t in state.items()}
         paths.append(write_fix(root / f"fix{i}.safetensors", state, after))
         assert encode(state, after) == paths[-1].read_bytes()
@@ -142,13 +143,15 @@ def make_fixes(root: Path, run: Server) -> Fixes:
     for path in paths:
         assert run("apply", path, "--to", ckpt, "--in-place").status == 0
         states.append(contents(ckpt))
-    assert run("revert", paths[0], "--from", ckpt, "--in-place").status == 0
+    for path in (paths[3], paths[0]):
+        assert run("revert", path, "--from", ckpt, "--in-place").status == 0
     cases = {
         "apply the first": Case("apply", paths[0], states[0], states[1]),
         "take out the only one": Case("revert", paths[0], states[1], states[0]),
         "apply on top of two": Case("apply", paths[2], states[2], states[3]),
         "take out the top of three": Case("revert", paths[2], states[3], states[2]),
         "take out the lowest of three": Case("revert", paths[0], states[3], contents(ckpt)),
+        "apply over entries of three": Case("apply", paths[3], states[3], states[4]),
     }
     return Fixes(run, root, cases)
 
@@ -165,6 +168,7 @@ CASES = [
     "apply on top of two",
     "take out the top of three",
     "take out the lowest of three",
+    "apply over entries of three",
 ]
 
 

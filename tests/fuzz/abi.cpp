@@ -139,7 +139,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::vector<int64_t> quotas(patches.size());
     std::vector<uint32_t> keys(patches.size());
     for (size_t p = 0; p < patches.size(); ++p) {
-        cuts[p] = {sizeof(sp_cut), in.take<uint32_t>(), in.number(1 << 16)};
+        cuts[p] = {sizeof(sp_cut), in.take<uint32_t>(), in.number(1 << 16), 0, 0};
         quotas[p] = in.number(kMost);
         keys[p] = in.take<uint32_t>();
     }
@@ -152,6 +152,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         counts.emplace_back(window.bins);
         window.counts = counts.back().data();
     }
+    // Last, so that inputs from before these fields mean what they meant.
+    for (size_t p = 0; p < patches.size(); ++p) {
+        patches[p].skip = in.number(kMost);
+        cuts[p].skip_key = in.take<uint32_t>();
+        cuts[p].skip_before = in.number(1 << 16);
+    }
+    const auto lambda = in.take<float>();
+    if (in.choice(2) != 0) block.lambda = &lambda;
 
     const bool valid = block.entries >= 0 && block.entries <= kMost;
     const size_t bytes = valid ? static_cast<size_t>(block.entries) * (block.base.dtype == SP_F32 ? 4 : 2) : 0;
@@ -178,7 +186,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         } else if (what == 2) {
             o.status = sp_apply(engine, &block, cuts.data(), out.get(), &report);
         } else {
-            std::vector<sp_cut> found(patches.size(), {sizeof(sp_cut), 0, 0});
+            std::vector<sp_cut> found(patches.size(), {sizeof(sp_cut), 0, 0, 0, 0});
             o.status = sp_merge(engine, &block, quotas.data(), out.get(), found.data(), &report);
             for (size_t p = 0; o.status == SP_OK && p < found.size(); ++p) {
                 if (o.reports[p].selected > std::max<int64_t>(quotas[p], 0)) wrong("more selected than the quota");

@@ -73,7 +73,8 @@ struct Job {
 
     void merge(sp_engine* engine) {
         const int64_t quota = block.entries / 10;
-        sp_cut cut{sizeof cut, 0, 0};
+        sp_cut cut{};
+        cut.size = sizeof cut;
         require(sp_merge(engine, &block, &quota, out.data(), &cut, &report) == SP_OK, sp_last_error());
         require(found.selected <= quota, "a quota");
         std::vector<int64_t> counts(256);

@@ -64,7 +64,7 @@ static void count(job *j, const tensor *t, size_t target) {
 }
 
 static void apply(job *j, const tensor *t, size_t target) {
-    sp_cut cut = {sizeof cut, 0, 0};
+    sp_cut cut = {sizeof cut, 0, 0, 0, 0};
     check(sp_select_cuts(j->select, j->engine, target, &j->block, &cut));
     check(sp_apply(j->engine, &j->block, &cut, j->old_entries, &j->report));
     if (j->report.overflow.count > 0) fail("an entry overflows", t->name);

@@ -68,7 +68,8 @@ void merge(sp_engine* engine, std::vector<char>& base, const std::vector<char>& 
     block.progress = tell;
     block.user = &share;
 
-    sp_cut cut{sizeof cut, 0, 0};
+    sp_cut cut{};
+    cut.size = sizeof cut;
     sp_patch_report found{};
     found.size = sizeof found;
     sp_report report{};

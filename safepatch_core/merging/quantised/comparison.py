@@ -156,24 +156,28 @@ class Comparison:
         rows, cols = entry.shape[-2:]
         step = cols * self._rows(entry, min(rows, max(format.rows for format in formats.values())))
         found = {name: nothing(len(self._patches)) for name in formats}
-        seen = 0
         for at in range(0, entry.entries, rows * cols):
             ranges = [(at + lo, at + hi) for lo, hi in _ranges(rows * cols, step)]
             whole = any(format.of_the_whole for format in formats.values())
             highest = self._highest(entry, ranges) if whole else (0.0, 0.0)
             for lo, hi in ranges:
-                stripe = self._stripe(entry, lo, hi, highest)
-                count = int(np.count_nonzero(stripe.differs))
-                if len(self._patches) == 1:
-                    stripe.owners = np.zeros(count, np.uint8)
-                elif owners is not None:
-                    stripe.owners = owners[seen : seen + count]
-                seen += count
-                if count or highest[0] != highest[1]:
-                    of_each = partial(measure, stripe, len(self._patches))
-                    for total, left in zip(found.values(), self._pool.map(of_each, formats.values()), strict=True):
-                        total += left
+                owners = self._measure(self._stripe(entry, lo, hi, highest), owners, formats, found)
         return found
+
+    def _measure(
+        self, stripe: Stripe, owners: Owners | None, formats: dict[str, Format], found: dict[str, Found]
+    ) -> Owners | None:
+        """Add one stripe to what was found; the owners that are left for the next."""
+        count = int(np.count_nonzero(stripe.differs))
+        if len(self._patches) == 1:
+            stripe.owners = np.zeros(count, np.uint8)
+        elif owners is not None:
+            stripe.owners, owners = owners[:count], owners[count:]
+        if count or stripe.highest[0] != stripe.highest[1]:
+            of_each = partial(measure, stripe, len(self._patches))
+            for total, left in zip(found.values(), self._pool.map(of_each, formats.values()), strict=True):
+                total += left
+        return owners
 
     def _rows(self, entry: TensorEntry, unit: int) -> int:
         """How many rows are read together: a multiple of `unit`, where a block begins in every format."""

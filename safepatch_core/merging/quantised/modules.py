@@ -36,6 +36,7 @@ _LAYOUTS: tuple[tuple[str, frozenset[str], str], ...] = (
     (r".*", _TINY, "FP4 or FP6"),
     (r"", _PACKED, "packed integers"),  # of any name, see `_row_of`
 )
+CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")  # under which a config tells of codes
 _ADVICE = "a float base, with the merge quantised afterwards (or targets that leave quantised modules out)"
 
 
@@ -99,7 +100,7 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
         config = read_json(folder / "config.json", within=folder)
     except InputError:
         return {}
-    for key in ("quantization_config", "quantization", "compression_config"):
+    for key in CONFIG_KEYS:
         of: Any = config.get(key) if isinstance(config, dict) else None
         if isinstance(of, dict) and of:
             return of

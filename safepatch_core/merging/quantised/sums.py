@@ -144,9 +144,9 @@ def measure(stripe: Stripe, patches: int, format: Format) -> Found:
 
 
 def _sums(delta: NDArray[np.float64], left: NDArray[np.float64], moves: NDArray[np.bool_]) -> Survival:
-    return Survival(
-        len(delta), int(np.count_nonzero(moves)), float(delta @ delta), float(left @ left), float(delta @ left)
-    )
+    # Not as dot products, whose library would wake threads of its own in each of ours.
+    asked, moved, along = (float((a * b).sum()) for a, b in ((delta, delta), (left, left), (delta, left)))
+    return Survival(len(delta), int(np.count_nonzero(moves)), asked, moved, along)
 
 
 def _spread(blocks: NDArray[np.bool_], format: Format, shape: tuple[int, ...]) -> NDArray[np.bool_]:

@@ -59,9 +59,15 @@ def twin_of(recipe: Recipe, base: Checkpoint) -> Twin:
         if recipe.quantized is not None:
             raise InputError("the base is not quantised", file=base.ref, expected="a recipe without `quantized:`")
         return Twin(base, None)
-    weights, reasons = _recognised(base, held)
+    twin = recognised(base, held)
     if recipe.quantized is None:
-        return Twin(base, held, closed=held.codes, also=_KEY if weights else "")
+        return Twin(base, held, closed=held.codes, also=_KEY if twin.weights else "")
+    return twin
+
+
+def recognised(base: Checkpoint, held: Quantised) -> Twin:
+    """The base as the float model has it, as far as its layouts can be merged into."""
+    weights, reasons = _recognised(base, held)
     open_ = {module_of(weight.codes.name) for weight in weights.values()} - set(map(module_of, reasons))
     stored = {entry.name for weight in weights.values() for entry in (weight.codes, *weight.companions)}
     tensors = {name: entry for name, entry in base.tensors.items() if name not in stored}

@@ -18,8 +18,8 @@ from safepatch_core.backends.reference import from_float32, to_float32
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
-from safepatch_core.merging.quantised.grids import F32
-from safepatch_core.merging.quantised.layouts.contract import CodedWeight
+from safepatch_core.merging.quantised.grids import F32, Codes, Grid
+from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Scales
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
 from safepatch_core.merging.sources.decoding import PIECE, as_bits, product, rectangles
 from safepatch_core.spec import Dtype, Kind, Weight
@@ -39,7 +39,14 @@ class Dequantised:
     weight: CodedWeight
     form: Kind = "checkpoint"
     ring_bytes: int = 4
-    held_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Where codes can only be read in long runs, those of one are kept for all that ask for parts of it.
+
+        A byte for each code, and three while they are put into the float model's order.
+        """
+        return 4 * self.weight.step if self.weight.step > PIECE else 0
 
     @property
     def path(self) -> Path:
@@ -61,18 +68,50 @@ class Dequantised:
         step = self.weight.step
         return lo // step * step, -(-hi // step) * step
 
-    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Dequantised:
-        return self
+    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Held:
+        return KeptRun(self, memory[: self.weight.step]) if self.held_bytes else self
 
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
         first, last = self._whole_steps(lo, hi)
-        begin, end = self.weight.stored(first, last)
+        codes, scales = self.read(inputs, first, last)
+        out = memory[: 4 * (hi - lo)].view(np.float32)
+        _multiply(self.weight.grid, codes[lo - first : hi - first], scales, lo, out)
+        return as_bits(out)
+
+    def read(self, inputs: Inputs, lo: int, hi: int) -> tuple[Codes, Scales]:
+        """The codes and the scales of a run."""
+        begin, end = self.weight.stored(lo, hi)
         data = np.empty(end - begin, np.uint8)
         inputs.read(self.weight.codes, begin, data)
-        codes = self.weight.unpack(data)[lo - first : hi - first]
-        out = memory[: 4 * (hi - lo)].view(np.float32)
-        with np.errstate(all="ignore"):  # a scale that is not finite has a rule of its own
-            np.multiply(self.weight.grid.decode(codes), self.weight.scales(inputs, first, last).run(lo, hi), out=out)
+        return self.weight.unpack(data), self.weight.scales(inputs, lo, hi)
+
+
+def _multiply(grid: Grid, codes: Codes, scales: Scales, lo: int, out: F32) -> None:
+    """The values of entries from `lo` on, a piece at a time, so that little lies beside them."""
+    with np.errstate(all="ignore"):  # a scale that is not finite has a rule of its own
+        for at in range(0, len(codes), PIECE):
+            part = codes[at : at + PIECE]
+            np.multiply(grid.decode(part), scales.run(lo + at, lo + at + len(part)), out=out[at : at + len(part)])
+
+
+@dataclass(slots=True)
+class KeptRun:
+    """The last run that was read."""
+
+    of: Dequantised
+    codes: Codes
+    first: int = -1
+    scales: Scales | None = None
+
+    def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
+        step, out = self.of.weight.step, memory[: 4 * (hi - lo)].view(np.float32)
+        for at in range(lo // step * step, hi, step):
+            if at != self.first or self.scales is None:
+                self.codes[:], self.scales = self.of.read(inputs, at, at + step)
+                self.first = at
+            begin, end = max(lo, at), min(hi, at + step)
+            codes = self.codes[begin - at : end - at]
+            _multiply(self.of.weight.grid, codes, self.scales, begin, out[begin - lo : end - lo])
         return as_bits(out)
 
 

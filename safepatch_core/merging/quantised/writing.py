@@ -89,14 +89,15 @@ def rewrite(block: Block, coded: Coded, loaded: Loaded, patch: Patch) -> CodesRe
     for p, given in enumerate(block.patches):
         tiles.append(None if given is None else next(spare))
         if given is not None and (tile := tiles[p]) is not None:
-            alone = replace(block, base=Bits(tile, "F32"), patches=(replace(given, scale=1.0),), rule=ONE_PATCH)
+            alone = replace(block, base=Bits(tile, "F32"), patches=(replace(given, scale=1.0),))
+            alone = replace(alone, rule=ONE_PATCH, lambda_=1.0)
             report.patches[p] = replace(patch(alone, slice(p, p + 1)).patches[0], applied=0)
     scales = [0.0 if given is None else given.scale for given in block.patches]
     for lo in range(0, len(block), SCAN):
         held = [tile[lo : lo + SCAN] != UNTOUCHED for tile in tiles if tile is not None]
         places = lo + np.flatnonzero(np.logical_or.reduce(held)) if held else np.zeros(0, np.int64)
         for part in range(0, len(places), PIECE):
-            piece = _Piece(block.rule, scales, tiles, places[part : part + PIECE])
+            piece = _Piece(block.rule, block.lambda_, scales, tiles, places[part : part + PIECE])
             report += _rewrite_piece(piece, coded, loaded)
     return report
 
@@ -107,9 +108,11 @@ class _Piece:
     at: Places  # counted from the run's first entry
     acts: list[Mask]  # per patch
 
-    def __init__(self, rule: Rule, scales: Sequence[float], tiles: Sequence[Tile | None], held: Places) -> None:
+    def __init__(
+        self, rule: Rule, lambda_: float, scales: Sequence[float], tiles: Sequence[Tile | None], held: Places
+    ) -> None:
         """Of the entries `held` by a T, those on which somebody acts."""
-        self._rule, self._scales = rule, scales
+        self._rule, self._lambda, self._scales = rule, lambda_, scales
         none = np.full(len(held), UNTOUCHED)
         found = [none if tile is None else tile[held] for tile in tiles]
         with np.errstate(all="ignore"):
@@ -122,7 +125,7 @@ class _Piece:
     def made_of(self, w: F32) -> F32:
         """acc."""
         with np.errstate(all="ignore"):
-            return joined(self._rule.join, self.acts, self._steps, self._scales, w)
+            return joined(self._rule.join, self.acts, self._steps, self._scales, w, self._lambda)
 
 
 def _rewrite_piece(piece: _Piece, coded: Coded, loaded: Loaded) -> CodesReport:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_core.files.checkpoint import TensorEntry
-from safepatch_core.merging.quantised.layouts import fp8
+from safepatch_core.merging.quantised.layouts import fp4, fp8, integers
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Finder, Tensors, Unfit
 
-LAYOUTS: tuple[Finder, ...] = (fp8.find,)
-ACCEPTED = "FP8 E4M3 with scales per tensor, channel or block"
+LAYOUTS: tuple[Finder, ...] = (fp8.find, fp4.find, integers.find)
+ACCEPTED = "FP8 E4M3, MXFP4, NVFP4, or symmetric 8-bit and 4-bit integers of compressed-tensors"
 
 
 def recognise(codes: TensorEntry, tensors: Tensors, config: Mapping[str, Any]) -> CodedWeight | None:

@@ -12,7 +12,7 @@ from safepatch_core.backends.contract import Bits
 from safepatch_core.backends.reference import to_float32
 from safepatch_core.files.checkpoint import BITS, TensorEntry
 from safepatch_core.merging.inputs import Inputs
-from safepatch_core.merging.quantised.grids import E8M0, F32
+from safepatch_core.merging.quantised.grids import E4M3, E8M0, F32
 from safepatch_core.merging.quantised.layouts.contract import Places
 from safepatch_core.merging.sources.contract import Range
 from safepatch_core.spec import ITEMSIZE, Dtype
@@ -30,6 +30,8 @@ def read_scales(inputs: Inputs, entry: TensorEntry, lo: int, hi: int) -> F32:
     inputs.read(entry, lo * size, data)
     if entry.dtype in EXPONENTS:
         return E8M0[data]
+    if entry.dtype == "F8_E4M3":
+        return E4M3.decode(data)
     return to_float32(Bits(data.view(np.uint32 if size == 4 else np.uint16), cast(Dtype, entry.dtype)))
 
 
@@ -41,6 +43,10 @@ class Blocks:
     rows: int  # of one matrix of the weight
     cols: int
     block: tuple[int, int]  # rows and columns that share a scale
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        return (self.entry,)
 
     @property
     def table(self) -> tuple[int, int]:

@@ -49,6 +49,7 @@ pub struct sp_patch {
     pub keep: u64,
     pub scale: f32,
     pub reserved: i32,
+    pub skip: i64,
 }
 
 #[repr(C)]
@@ -65,14 +66,17 @@ pub struct sp_block {
     pub order: i32,
     pub progress: sp_progress,
     pub user: *mut c_void,
+    pub lambda: *const f32,
 }
 
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct sp_cut {
     pub size: usize,
     pub key: u32,
     pub before: i64,
+    pub skip_key: u32,
+    pub skip_before: i64,
 }
 
 #[repr(C)]

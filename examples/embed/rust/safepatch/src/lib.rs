@@ -95,6 +95,7 @@ impl Engine {
             keep,
             scale: patch.scale,
             reserved: 0,
+            skip: 0,
         };
         let out = base.as_mut_ptr();
         let block = sys::sp_block {
@@ -109,8 +110,9 @@ impl Engine {
             order: 0,
             progress: None,
             user: ptr::null_mut(),
+            lambda: ptr::null(),
         };
-        let mut cut = sys::sp_cut { size: size_of::<sys::sp_cut>(), key: 0, before: 0 };
+        let mut cut = sys::sp_cut { size: size_of::<sys::sp_cut>(), ..Default::default() };
         let mut found = sys::sp_patch_report { size: size_of::<sys::sp_patch_report>(), ..Default::default() };
         let mut report = sys::sp_report {
             size: size_of::<sys::sp_report>(),
@@ -135,9 +137,9 @@ mod tests {
         assert_eq!(unsafe { sys::sp_abi_version() }, sys::SP_ABI_VERSION);
         assert_eq!(size_of::<sys::sp_bits>(), 16);
         assert_eq!(size_of::<sys::sp_lora>(), 48);
-        assert_eq!((size_of::<sys::sp_patch>(), offset_of!(sys::sp_patch, random_key)), (128, 104));
-        assert_eq!((size_of::<sys::sp_block>(), offset_of!(sys::sp_block, progress)), (88, 72));
-        assert_eq!((size_of::<sys::sp_cut>(), offset_of!(sys::sp_cut, before)), (24, 16));
+        assert_eq!((size_of::<sys::sp_patch>(), offset_of!(sys::sp_patch, random_key)), (136, 104));
+        assert_eq!((size_of::<sys::sp_block>(), offset_of!(sys::sp_block, progress)), (96, 72));
+        assert_eq!((size_of::<sys::sp_cut>(), offset_of!(sys::sp_cut, before)), (40, 16));
         assert_eq!((size_of::<sys::sp_patch_report>(), offset_of!(sys::sp_patch_report, negative)), (80, 64));
         assert_eq!((size_of::<sys::sp_report>(), offset_of!(sys::sp_report, changed)), (48, 40));
     }
