@@ -42,6 +42,9 @@ def _open(threads: int, isa: str | None) -> _engine.Engine:
     try:
         from safepatch_core import _engine
     except ImportError as error:
+        # So the loader of shared objects says that there is no memory for one.
+        if "failed to map segment" in str(error) or "cannot allocate memory" in str(error).lower():
+            raise MemoryError from error
         raise UsageError("the cpu engine can't be loaded", found=str(error)) from error
     try:
         return _engine.Engine(threads, isa)
