@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from safepatch_core import merge
+from safepatch_core.commands.cli import cli
 from safepatch_core.errors import InputError, SafepatchError
 from safepatch_core.fixes.build import build, build_between
 from safepatch_core.fixes.reading import open_fix
@@ -170,3 +172,25 @@ def test_what_merge_refuses_build_refuses(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(str(merged.value))):
         build(recipe, tmp_path / "fix.safetensors", backend="reference")
     assert os.listdir(tmp_path) == ["r"]
+
+
+def test_a_mergekit_configuration_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for merge: what it changes, in the same bytes as from the recipe that import makes of it."""
+    rng = np.random.default_rng(3)
+    base, tuned = ({"m.0.up.weight": random_tensor(rng, "F16", 8, 9)} for _ in range(2))
+    bits = {n: Tensor("F16", t.shape, bytes(b & 0x7B for b in t.data)) for n, t in base.items()}  # all finite
+    moved = {n: Tensor("F16", t.shape, bytes(b & 0x7B for b in t.data)) for n, t in tuned.items()}
+    for name, tensors in (("base", bits), ("tuned", moved)):
+        (tmp_path / name).mkdir()
+        save_file(tmp_path / name / "model.safetensors", tensors)
+    monkeypatch.chdir(tmp_path)  # mergekit's paths start from there
+    config = Path("mergekit.yml")
+    config.write_text(
+        "{merge_method: task_arithmetic, base_model: base, dtype: float32, out_dtype: float16, "
+        "models: [{model: tuned, parameters: {weight: 0.5}}], parameters: {normalize: false}}"
+    )
+    for words in (("import", config, "-o", "r.yaml"), ("build", config, "-o", "a.safetensors")):
+        result = CliRunner().invoke(cli, list(map(str, words)))
+        assert result.exit_code == 0, result.output
+    build("r.yaml", "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
