@@ -99,6 +99,8 @@ const char* sp_strerror(sp_status status) {
             return "bad data";
         case SP_STOPPED:
             return "stopped by the caller";
+        case SP_IO_FAILED:
+            return "reading or writing failed";
     }
     return "unknown status";
 }

@@ -34,6 +34,11 @@ const Entry table[] = {
     {"avx512", nullptr, nullptr},
     {"avx2", nullptr, nullptr},
 #endif
+#if SP_NEON
+    {"neon", &neon_isa, [] { return true; }},
+#else
+    {"neon", nullptr, nullptr},
+#endif
     {"scalar", &scalar_isa, [] { return true; }},
 };
 
@@ -51,7 +56,7 @@ const Isa& choose_isa(const char* name) {
         if (runs(entry)) return *entry.isa;
         throw Unsupported(who + ": this machine has no " + wanted);
     }
-    throw std::invalid_argument(who + ": found '" + wanted + "', expected avx512, avx2 or scalar");
+    throw std::invalid_argument(who + ": found '" + wanted + "', expected avx512, avx2, neon or scalar");
 }
 
 bool usable(const char* name) {

@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "engine.h"
 #include "fix.h"
+#include "safetensors.h"
 
 namespace safepatch {
 namespace {
@@ -38,6 +39,8 @@ sp_status status_of_exception() {
         return failed(SP_NO_MEMORY, "out of memory");
     } catch (const Broken& error) {
         return failed(SP_BAD_DATA, error.what());
+    } catch (const IoFailed& error) {
+        return failed(SP_IO_FAILED, error.what());
     } catch (const Stopped&) {
         return failed(SP_STOPPED, "stopped by the caller");
     } catch (const Unsupported& error) {

@@ -14,6 +14,11 @@
 #else
 #define SP_X86 0
 #endif
+#if defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define SP_NEON 1
+#else
+#define SP_NEON 0
+#endif
 
 namespace safepatch {
 
@@ -194,6 +199,9 @@ extern const Isa scalar_isa;
 #if SP_X86
 extern const Isa avx2_isa;
 extern const Isa avx512_isa;
+#endif
+#if SP_NEON
+extern const Isa neon_isa;
 #endif
 
 }  // namespace safepatch

@@ -167,7 +167,7 @@ void check_isa(const char* isa) {
 
 sp_status sp_selftest(void) {
     return safepatch::guarded([] {
-        for (const char* isa : {"scalar", "avx2", "avx512"}) {
+        for (const char* isa : {"scalar", "neon", "avx2", "avx512"}) {
             if (sp_isa_usable(isa)) check_isa(isa);
         }
     });

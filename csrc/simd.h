@@ -1,6 +1,6 @@
 // The vector operations that passes.inl is written in. Every isa_*.cpp includes this once, inside its own
-// namespace and target region, with SP_LANES set: 16 (AVX-512), 8 (AVX2) or 1 (plain C++). Hence no include
-// guard.
+// namespace and target region, with SP_LANES set: 16 (AVX-512), 8 (AVX2), 4 (NEON) or 1 (plain C++). Hence no
+// include guard.
 //
 //   F, U   SP_LANES float32 or uint32 lanes; comparisons of U are signed, which keys (31 bits) allow
 //   M      a mask of SP_LANES lanes;  `bits` and `mask` turn it into the low bits of an integer and back
@@ -191,6 +191,103 @@ SP_OP uint64_t below(Q a, Q b, Q c, Q d, uint32_t limit) {
 
 SP_OP int count_bits(uint64_t a) { return static_cast<int>(_mm_popcnt_u64(a)); }
 SP_OP int lowest_bit(uint64_t a) { return static_cast<int>(_tzcnt_u64(a)); }
+
+#elif SP_LANES == 4
+
+using F = float32x4_t;
+using U = uint32x4_t;
+using Q = uint64x2_t;
+struct M {
+    uint32x4_t lanes;
+};
+SP_OP M operator&(M a, M b) { return {vandq_u32(a.lanes, b.lanes)}; }
+SP_OP M operator|(M a, M b) { return {vorrq_u32(a.lanes, b.lanes)}; }
+
+SP_OP F load_f(const void* p) { return vreinterpretq_f32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
+SP_OP void store_f(void* p, F a) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_f32(a)); }
+SP_OP F set_f(float a) { return vdupq_n_f32(a); }
+SP_OP F add(F a, F b) { return vaddq_f32(a, b); }
+SP_OP F sub(F a, F b) { return vsubq_f32(a, b); }
+SP_OP F mul(F a, F b) { return vmulq_f32(a, b); }
+SP_OP F div(F a, F b) { return vdivq_f32(a, b); }
+SP_OP M less(F a, F b) { return {vcltq_f32(a, b)}; }
+SP_OP F select(M m, F yes, F no) { return vbslq_f32(m.lanes, yes, no); }
+SP_OP U as_u(F a) { return vreinterpretq_u32_f32(a); }
+
+SP_OP U load_u(const void* p) { return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
+SP_OP void store_u(void* p, U a) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_u32(a)); }
+SP_OP U set_u(uint32_t a) { return vdupq_n_u32(a); }
+SP_OP U and_u(U a, U b) { return vandq_u32(a, b); }
+SP_OP U sub_u(U a, U b) { return vsubq_u32(a, b); }
+SP_OP U shift_right(U a, uint32_t by) { return vshlq_u32(a, vdupq_n_s32(-static_cast<int32_t>(by))); }
+SP_OP int32x4_t as_s(U a) { return vreinterpretq_s32_u32(a); }
+SP_OP U max_u(U a, U b) { return vreinterpretq_u32_s32(vmaxq_s32(as_s(a), as_s(b))); }
+SP_OP U min_u(U a, U b) { return vreinterpretq_u32_s32(vminq_s32(as_s(a), as_s(b))); }
+SP_OP M less(U a, U b) { return {vcltq_s32(as_s(a), as_s(b))}; }
+SP_OP M equal(U a, U b) { return {vceqq_u32(a, b)}; }
+SP_OP U select(M m, U yes, U no) { return vbslq_u32(m.lanes, yes, no); }
+SP_OP U count_up(U counts, M where) { return vsubq_u32(counts, where.lanes); }
+
+SP_OP U lane_bits() { return uint32x4_t{1, 2, 4, 8}; }
+SP_OP uint32_t bits(M m) { return vaddvq_u32(vandq_u32(m.lanes, lane_bits())); }
+SP_OP M mask(uint32_t b) { return {vtstq_u32(vdupq_n_u32(b), lane_bits())}; }
+
+SP_OP uint32_t compress(void* p, U a, uint32_t marked) {
+    uint32_t lanes[4], n = 0;
+    store_u(lanes, a);
+    // Without a branch, which would be mispredicted; what is not marked is written over by the next.
+    for (int i = 0; i < 4; ++i) {
+        __builtin_memcpy(static_cast<char*>(p) + 4 * n, lanes + i, 4);
+        n += marked >> i & 1;
+    }
+    return n;
+}
+
+SP_OP F load_part(const float* p, int n) {
+    float lanes[4] = {};
+    __builtin_memcpy(lanes, p, sizeof(float) * static_cast<size_t>(n));
+    return load_f(lanes);
+}
+SP_OP void store_part(float* p, F a, int n) {
+    float lanes[4];
+    store_f(lanes, a);
+    __builtin_memcpy(p, lanes, sizeof(float) * static_cast<size_t>(n));
+}
+
+SP_OP uint16x4_t half_of(const void* p) { return vreinterpret_u16_u8(vld1_u8(static_cast<const uint8_t*>(p))); }
+SP_OP U load_u16(const void* p) { return vmovl_u16(half_of(p)); }
+SP_OP void store_u16(void* p, U a) { vst1_u8(static_cast<uint8_t*>(p), vreinterpret_u8_u16(vmovn_u32(a))); }
+// Conversions of the hardware are IEEE's with FPCR at 0, which PlainFloat sets.
+SP_OP F from_f16(const void* p) { return vcvt_f32_f16(vreinterpret_f16_u16(half_of(p))); }
+SP_OP U to_f16(F a) { return vmovl_u16(vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+SP_OP F from_bf16(U a) { return vreinterpretq_f32_u32(vshlq_n_u32(a, 16)); }
+SP_OP U to_bf16(F a) {
+    const U u = as_u(a);
+    const U odd = and_u(vshrq_n_u32(u, 16), set_u(1));
+    return vshrq_n_u32(vaddq_u32(vaddq_u32(u, set_u(0x7fff)), odd), 16);
+}
+
+constexpr int kLanesQ = 2;
+SP_OP Q set_q(uint64_t a) { return vdupq_n_u64(a); }
+SP_OP Q add_q(Q a, Q b) { return vaddq_u64(a, b); }
+SP_OP Q mul_q(Q a, Q b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
+SP_OP Q high(Q a) { return vshrq_n_u64(a, 32); }
+SP_OP Q xor_q(Q a, Q b) { return veorq_u64(a, b); }
+SP_OP Q xor_q(Q a, Q b, Q c) { return xor_q(xor_q(a, b), c); }
+SP_OP Q counters() { return uint64x2_t{0, 1}; }
+SP_OP uint64_t below(Q a, Q b, Q c, Q d, uint32_t limit) {
+    // Low halves: a0 b0 a1 b1 and c0 d0 c1 d1, then by counter.
+    const uint32x4_t ab = vtrn1q_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b));
+    const uint32x4_t cd = vtrn1q_u32(vreinterpretq_u32_u64(c), vreinterpretq_u32_u64(d));
+    const Q low = vzip1q_u64(vreinterpretq_u64_u32(ab), vreinterpretq_u64_u32(cd));
+    const Q up = vzip2q_u64(vreinterpretq_u64_u32(ab), vreinterpretq_u64_u32(cd));
+    const uint32x4_t top = vdupq_n_u32(limit);
+    return bits({vcltq_u32(vreinterpretq_u32_u64(low), top)}) |
+           static_cast<uint64_t>(bits({vcltq_u32(vreinterpretq_u32_u64(up), top)})) << 4;
+}
+
+SP_OP int count_bits(uint64_t a) { return __builtin_popcountll(a); }
+SP_OP int lowest_bit(uint64_t a) { return a != 0 ? __builtin_ctzll(a) : 64; }
 
 #else
 

@@ -26,6 +26,8 @@ SP_FIRST_SIZE(sp_report, changed);
 SP_FIRST_SIZE(sp_fix_changes, new_entries);
 SP_FIRST_SIZE(sp_fix_run, changes);
 SP_FIRST_SIZE(sp_fix_tally, other_codes);
+SP_FIRST_SIZE(sp_io, length);
+SP_FIRST_SIZE(sp_fix_sides, new_count);
 #undef SP_FIRST_SIZE
 
 // What is longer was hardly meant: an uninitialised `size`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -94,3 +95,16 @@ class Stopped(BaseException):
 
     status = 75
     shared = True
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Memory may also lack for a mapping, a thread or a library that is loaded late."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "can't start new thread" in str(error))
+        or (
+            isinstance(error, ImportError)
+            and ("failed to map segment" in str(error) or "cannot allocate" in str(error))
+        )
+    )

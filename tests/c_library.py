@@ -27,6 +27,9 @@ NUMBERS = {
     "uint64_t": ctypes.c_uint64,
     "float": ctypes.c_float,
 }
+Read = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t)
+Sync = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+Length = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 Progress = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -47,7 +50,8 @@ def _ctype(text: str, known: dict[str, Any]) -> Any:
 
 
 def _structs() -> dict[str, Any]:
-    known: dict[str, Any] = {**NUMBERS, "sp_progress": Progress}
+    known: dict[str, Any] = {**NUMBERS, "sp_progress": Progress, "sp_read_at": Read, "sp_write_at": Read}
+    known |= {"sp_sync": Sync, "sp_length": Length}
     for name, of in fields().items():
         members = [(field, _ctype(text, known)) for field, text in of]
         known[name] = type(name, (ctypes.Structure,), {"_fields_": members})
@@ -69,6 +73,7 @@ def library() -> Any:
     lib = ctypes.CDLL(str(LIB / f"libsafepatch.so.{constant('SP_ABI_VERSION')}"))
     for name in ("sp_last_error", "sp_strerror", "sp_engine_isa", "sp_version_string"):
         getattr(lib, name).restype = ctypes.c_char_p
+    lib.sp_fix_id.restype = ctypes.c_char_p
     lib.sp_scratch.restype = ctypes.c_size_t
     return lib
 
@@ -81,6 +86,31 @@ def made(name: str, count: int = 0, **values: Any) -> Any:
         array[0].size = ctypes.sizeof(kind)
         return array
     return kind(size=ctypes.sizeof(kind), **values)
+
+
+class Memory:
+    """A file in memory as the library sees it, and how often it was synced."""
+
+    def __init__(self, data: bytes, *, fails: str = "") -> None:
+        self.data, self.synced = bytearray(data), 0
+
+        def read(user: int, offset: int, to: int, n: int) -> int:
+            part = bytes(self.data[offset : offset + min(n, 1000)])  # a caller may give less than was asked for
+            ctypes.memmove(to, part, len(part))
+            return -1 if fails == "read_at" else len(part)
+
+        def write(user: int, offset: int, data: int, n: int) -> int:
+            self.data[offset : offset + n] = ctypes.string_at(data, n)
+            return -1 if fails == "write_at" else n
+
+        def sync(user: int) -> int:
+            self.synced += 1
+            return int(fails == "sync")
+
+        def length(user: int) -> int:
+            return -1 if fails == "length" else len(self.data)
+
+        self.io = made("sp_io", read_at=Read(read), write_at=Read(write), sync=Sync(sync), length=Length(length))
 
 
 def address(array: NDArray[Any]) -> int:

@@ -7,7 +7,7 @@ ENGINE_FLAGS = -std=c++20 -O1 -ffp-contract=off -fno-omit-frame-pointer -Icsrc -
 # Python is not instrumented: the runtime is preloaded, and with it the library whose exceptions it watches.
 runtime = $(shell $(CXX) -print-file-name=lib$(1).so):$(shell $(CXX) -print-file-name=libstdc++.so)
 
-.PHONY: test-faults test-asan test-tsan fuzz fuzz-abi fuzz-fix
+.PHONY: test-faults test-asan test-tsan fuzz fuzz-abi fuzz-fix fuzz-fix-file
 
 test-faults: develop
 	SAFEPATCH_LONG=1 SAFEPATCH_SOAK=$(SAFEPATCH_SOAK) $(BIN)/pytest -q -rs tests/faults
@@ -67,11 +67,19 @@ build/fuzz-fix/replay: tests/fuzz/fix.cpp tests/fuzz/replay.cpp $(wildcard csrc/
 fuzz-fix: build/fuzz-fix/replay
 	ASAN_OPTIONS=detect_leaks=0:handle_abort=1 build/fuzz-fix/replay $(FUZZ_SECONDS) tests/corpus/fix tests/corpus/abi
 
+build/fuzz-fix-file/replay: tests/fuzz/fix_file.cpp tests/fuzz/replay.cpp $(wildcard csrc/*)
+	mkdir -p $(@D)
+	$(CXX) $(ENGINE_FLAGS) -g1 -fsanitize=address,undefined -fno-sanitize-recover=all tests/fuzz/fix_file.cpp \
+		tests/fuzz/replay.cpp $(ENGINE_SOURCES) -o $@ -pthread
+
+fuzz-fix-file: build/fuzz-fix-file/replay
+	ASAN_OPTIONS=handle_abort=1 build/fuzz-fix-file/replay $(FUZZ_SECONDS) tests/corpus/fix_file
+
 $(VENV)/.atheris: requirements/fuzz.txt | develop
 	$(PIP) --no-deps --require-hashes -r $<
 	touch $@
 
-fuzz: fuzz-abi fuzz-fix $(VENV)/.atheris
+fuzz: fuzz-abi fuzz-fix fuzz-fix-file $(VENV)/.atheris
 	for target in header index recipe adapter fix; do \
 		$(BIN)/python tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; \
 	done

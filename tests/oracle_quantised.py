@@ -190,7 +190,8 @@ def _merge(recipe_path: Path, unpack: Unpack) -> Result:
         w = oracle.to_f32(logical[name])
         held = [chosen[p.name].T[name] for p in patches]
         cd = [p.at(name).c * chosen[p.name].d[name] for p in patches]
-        acc, acts = oracle.combine(*oracle.rule_of(recipe), w, held, cd, [p.at(name).c for p in patches])
+        c, factor = [p.at(name).c for p in patches], np.float32(recipe.get("lambda", 1.0))
+        acc, acts = oracle.combine(*oracle.rule_of(recipe), w, held, cd, c, factor)
         if name not in weights:
             tensors[name] = oracle.write(name, stored[name], acc, np.any(acts, axis=0))
             continue

@@ -125,6 +125,30 @@ def test_experts_that_the_base_keeps_apart(tmp_path: Path, named: list[str], pre
         assert (ours[0][name] != base[name]) == (name in changed)
 
 
+def test_transposed_experts_that_the_base_keeps_apart(tmp_path: Path) -> None:
+    """gpt-oss with a linear layer for each expert gets the same bits as with its experts joined."""
+    write_adapter(tmp_path, gpt_oss(), LORA(r=2, target_modules=["q_proj"], target_parameters=EXPERTS), torch.float32)
+
+    def single(joined: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: t for name, t in joined.items() if ".experts." not in name}
+        for name in joined.keys() - found.keys():
+            head, _, leaf = name.rpartition(".")
+            end = "bias" if leaf.endswith("_bias") else "weight"
+            parts = ("gate_proj", "up_proj") if "gate_up" in leaf else ("down_proj",)
+            for e, expert in enumerate(to_f32(joined[name]).reshape(joined[name].shape).swapaxes(1, -1)):
+                for i, part in enumerate(parts):
+                    values = np.ascontiguousarray(expert[i :: len(parts)])
+                    found[f"{head}.{e}.{part}.{end}"] = Tensor("F32", values.shape, values.tobytes())
+        return found
+
+    merge(tmp_path / "recipe.yaml", tmp_path / "joined", backend="cpu")
+    base = load_checkpoint(tmp_path / "base")
+    save_file(tmp_path / "base" / "model.safetensors", single(base))
+    for i, options in enumerate(HOSTS):
+        merge(tmp_path / "recipe.yaml", tmp_path / f"out-{i}", **options)
+        assert load_checkpoint(tmp_path / f"out-{i}") == single(load_checkpoint(tmp_path / "joined")) != single(base)
+
+
 def test_experts_apart_have_the_sums_of_single_layers(tmp_path: Path) -> None:
     """Bit by bit what an adapter with a pair of factors for every expert gives."""
     write_adapter(tmp_path, qwen3_moe(), LORA(r=3, target_modules=[], target_parameters=EXPERTS), torch.bfloat16)

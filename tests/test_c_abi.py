@@ -231,7 +231,7 @@ def test_a_c_program_is_told_what_is_wrong(program: list[str]) -> None:
     assert program[:4] == [
         "none 0 0",
         "refused: threads: expected at least 1",
-        "refused: instruction set: found 'sse9', expected avx512, avx2 or scalar",
+        "refused: instruction set: found 'sse9', expected avx512, avx2, neon or scalar",
         f"version {__version__} 0 0, 2 threads, usable",
     ]
     assert program[10:] == [

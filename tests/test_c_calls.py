@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,17 @@ import pytest
 
 from safepatch_core.backends.contract import Bits, Block, Cut, Lora, PatchData
 from safepatch_core.backends.reference import ReferenceBackend
+from safepatch_core.fixes.build import build_between
+from safepatch_core.fixes.reading import Fix, open_fix
 from safepatch_core.spec import Acts, Join, Rule, keep_threshold, quota, random_key
-from tests.c_library import PLAIN, STRUCTS, CBlock, CEngine, Progress, constant, cut_of, library, made
+from tests.c_library import PLAIN, STRUCTS, CBlock, CEngine, Memory, Progress, constant, cut_of, library, made
+from tests.oracle import Tensor
+from tests.test_embed import save_shards
 from tests.test_select import block_of, expected, members
 
 LIB = library()
 OK, BAD, STOPPED = 0, constant("SP_BAD_ARGUMENT"), constant("SP_STOPPED")
+DATA, FAILED = constant("SP_BAD_DATA"), constant("SP_IO_FAILED")
 
 
 @pytest.fixture
@@ -209,6 +216,154 @@ def test_selection_out_of_order_is_refused(engine: CEngine) -> None:
     selection.close()
 
 
+# --- fix files over callbacks
+
+
+@contextmanager
+def fix_of(data: bytes) -> Iterator[Fix]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "fix.safetensors"
+        path.write_bytes(data)
+        with open_fix(path) as fix:
+            yield fix
+
+
+class Fixed:
+    """A checkpoint of two shards in memory, the same with its fix, and the fix, opened."""
+
+    def __init__(self, **fails: str) -> None:
+        with TemporaryDirectory() as folder:
+            root = Path(folder)
+            rng = np.random.default_rng(12)
+            shards = [[(name, self._tensor(rng, name)) for name in names] for names in (("b", "a::gap"), ("é", "F8"))]
+            save_shards(root / "base", [dict(shard) for shard in shards])
+            save_shards(root / "merged", [{name: self._changed(rng, of) for name, of in shard} for shard in shards])
+            self.base, self.merged = (
+                [path.read_bytes() for path in sorted((root / side).glob("*.safetensors"))]
+                for side in ("base", "merged")
+            )
+            build_between(root / "base", root / "merged", root / "fix.safetensors")
+            self.bytes = (root / "fix.safetensors").read_bytes()
+        self.file = Memory(self.bytes)
+        self.memories = [Memory(data, **fails) for data in self.base]
+        self.shards = made("sp_io", 2)
+        for i, memory in enumerate(self.memories):
+            self.shards[i] = memory.io
+        self.fix = ctypes.c_void_p()
+        assert LIB.sp_fix_open(ctypes.byref(self.file.io), ctypes.byref(self.fix)) == OK, LIB.sp_last_error()
+
+    @staticmethod
+    def _tensor(rng: np.random.Generator, name: str) -> Tensor:
+        dtype, width = {"b": ("BF16", 2), "a::gap": ("F32", 4), "é": ("I64", 8), "F8": ("F8_E4M3", 1)}[name]
+        n = 70_000 if name == "b" else 99
+        return Tensor(dtype, (n,), rng.integers(0, 256, n * width, np.uint8).tobytes())
+
+    @staticmethod
+    def _changed(rng: np.random.Generator, old: Tensor) -> Tensor:
+        if old.dtype == "I64":
+            return old
+        flips = rng.integers(0, 4, len(old.data)) * (rng.random(len(old.data)) < 0.1)
+        return old._replace(data=(np.frombuffer(old.data, np.uint8) ^ flips.astype(np.uint8)).tobytes())
+
+    @property
+    def data(self) -> list[bytes]:
+        return [bytes(memory.data) for memory in self.memories]
+
+    def call(self, name: str, *resume: int) -> tuple[int, int, int]:
+        """Status, and how many old and new entries were found."""
+        sides = made("sp_fix_sides")
+        given = self.fix, self.shards, ctypes.c_size_t(2), *resume, ctypes.byref(sides)
+        return int(getattr(LIB, name)(*given)), sides.old_count, sides.new_count
+
+    def close(self) -> None:
+        LIB.sp_fix_close(self.fix)
+
+
+def test_a_fix_file_is_checked_applied_and_reverted_over_callbacks() -> None:
+    fixed = Fixed()
+    _, changes, new = fixed.call("sp_fix_check")
+    assert changes > 10_000 and new == 0 and fixed.data == fixed.base
+    with fix_of(fixed.bytes) as opened:
+        assert LIB.sp_fix_id(fixed.fix).decode() == opened.id and opened.changes == changes
+    assert fixed.call("sp_fix_apply", 0) == (OK, changes, 0) and fixed.data == fixed.merged
+    assert all(memory.synced == 1 for memory in fixed.memories)
+    assert fixed.call("sp_fix_apply", 0)[0] == DATA and b"already" in LIB.sp_last_error()
+    assert fixed.call("sp_fix_apply", 1)[0] == OK and fixed.data == fixed.merged
+    assert fixed.call("sp_fix_revert", 0) == (OK, 0, changes) and fixed.data == fixed.base
+    assert fixed.call("sp_fix_revert", 0)[0] == DATA and b"nothing to take out" in LIB.sp_last_error()
+    fixed.memories[0].data[:] = fixed.merged[0]
+    assert fixed.call("sp_fix_apply", 0)[0] == DATA and b"a mixture" in LIB.sp_last_error()
+    assert fixed.call("sp_fix_revert", 1)[0] == OK and fixed.data == fixed.base
+    fixed.close()
+    assert LIB.sp_fix_id(None) == b""
+    LIB.sp_fix_close(None)
+
+
+@pytest.mark.parametrize("fails", ["read_at", "write_at", "sync", "length"])
+def test_a_callback_that_fails_ends_the_call(fails: str) -> None:
+    fixed = Fixed(fails=fails)
+    assert fixed.call("sp_fix_apply", 0)[0] == FAILED and LIB.sp_strerror(FAILED) == b"reading or writing failed"
+    assert fails in ("write_at", "sync") or fixed.data == fixed.base
+    fixed.close()
+
+
+def test_what_is_not_the_fixs_base_is_left_alone() -> None:
+    fixed = Fixed()
+    data = fixed.memories[1].data
+    for i in range(8 + int.from_bytes(data[:8], "little"), len(data)):
+        data[i] ^= 0x40
+    there = fixed.data
+    assert fixed.call("sp_fix_apply", 0)[0] == DATA and fixed.data == there
+    assert b"another base, an edit, or another fix" in LIB.sp_last_error()
+    one = made("sp_fix_sides")
+    given = fixed.fix, fixed.shards, ctypes.c_size_t(1), ctypes.byref(one)
+    assert LIB.sp_fix_check(*given) == DATA and b"another table" in LIB.sp_last_error()
+    twice = made("sp_io", 2)
+    twice[0] = twice[1] = fixed.memories[0].io
+    assert LIB.sp_fix_check(fixed.fix, twice, ctypes.c_size_t(2), given[3]) == DATA
+    assert b"in two shards" in LIB.sp_last_error()
+    read_only = made("sp_io", 2)
+    for i in range(2):
+        read_only[i] = fixed.memories[i].io
+        read_only[i].write_at = type(read_only[i].write_at)()
+    assert LIB.sp_fix_check(fixed.fix, read_only, ctypes.c_size_t(2), given[3]) in (OK, DATA)
+    assert LIB.sp_fix_apply(fixed.fix, read_only, ctypes.c_size_t(2), 0, given[3]) == BAD
+    fixed.close()
+
+
+def test_a_broken_file_is_an_answer() -> None:
+    """Bytes that are changed, lost or doubled, in a fix or in a shard: no call succeeds with a wrong result."""
+    fixed, rng = Fixed(), np.random.default_rng(13)
+    header = 8 + int.from_bytes(fixed.bytes[:8], "little")
+    seen = set()
+    for _ in range(400):
+        data = bytearray(fixed.bytes)
+        at = int(rng.integers(header + 200 if rng.random() < 0.7 else len(data)))
+        how = int(rng.integers(4))
+        if how == 0:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif how == 1:
+            del data[at : at + int(rng.integers(1, 50))]
+        elif how == 2:
+            data[at:at] = data[at : at + int(rng.integers(1, 50))]
+        else:
+            data[at : at + 8] = rng.integers(0, 256, 8, np.uint8).tobytes()
+        broken, fix = Memory(bytes(data)), ctypes.c_void_p()
+        status = LIB.sp_fix_open(ctypes.byref(broken.io), ctypes.byref(fix))
+        if status == OK:
+            whole, fixed.fix = fixed.fix, fix
+            status = fixed.call("sp_fix_apply", 1)[0]
+            assert fixed.data == (fixed.merged if status == OK else fixed.base)
+            for memory, base in zip(fixed.memories, fixed.base, strict=True):
+                memory.data[:] = base
+            fixed.close()
+            fixed.fix = whole
+        assert status in (OK, DATA, FAILED)
+        seen.add(status)
+    assert DATA in seen
+    fixed.close()
+
+
 # --- bad arguments
 
 
@@ -232,6 +387,8 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
     c, report, data = ctypes.byref(block.c), ctypes.byref(block.report), ctypes.c_void_p(out.ctypes.data)
     size, at, text = ctypes.c_size_t, ctypes.byref(numbers), [b"one", b"two"]
     cuts, windows, zero = made("sp_cut", 2), made("sp_window", 12), size(0)
+    fixed = Fixed()
+    shards, sides = (fixed.shards, size(len(fixed.shards))), ctypes.byref(made("sp_fix_sides"))
     calls: dict[str, list[Any]] = {
         "sp_engine_open": [1, None, ctypes.byref(found)],
         "sp_histogram": [engine.engine, c, made("sp_window", 1), size(1), report],
@@ -258,10 +415,14 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
             ctypes.byref(changes),
             at,
         ],
+        "sp_fix_open": [ctypes.byref(fixed.file.io), ctypes.byref(found)],
+        "sp_fix_check": [fixed.fix, *shards, sides],
+        "sp_fix_apply": [fixed.fix, *shards, 1, sides],
+        "sp_fix_revert": [fixed.fix, *shards, 1, sides],
         "sp_fix_gaps": [(ctypes.c_uint16 * 4)(), (ctypes.c_int64 * 1)(1), size(1), 1, None, at],
         "sp_fix_settle": [ctypes.byref(run), ones, 0, codes, (ctypes.c_uint8 * 70)(), ctypes.byref(tally)],
     }
-    return calls, [engine, block, out, codes, rows, ones, numbers, open_, done]
+    return calls, [engine, block, out, codes, rows, ones, numbers, open_, done, fixed]
 
 
 # Bytes up to the last field that every version of a struct has had, where later ones have more.

@@ -432,7 +432,7 @@ def test_the_environment_forces_an_instruction_set(monkeypatch: pytest.MonkeyPat
         backend = open_backend("cpu", threads=1)
         assert backend.describe() == f"cpu ({isa}, 1 thread)"
     monkeypatch.setenv("SAFEPATCH_FORCE_ISA", "sse9")
-    with pytest.raises(UsageError, match="SAFEPATCH_FORCE_ISA: found 'sse9', expected avx512, avx2 or scalar"):
+    with pytest.raises(UsageError, match="SAFEPATCH_FORCE_ISA: found 'sse9', expected avx512, avx2, neon or scalar"):
         open_backend("cpu", threads=1)
     monkeypatch.delenv("SAFEPATCH_FORCE_ISA")
     assert CpuBackend(1).isa == ISAS[-1]

@@ -164,11 +164,12 @@ def test_importance_under_other_names(tmp_path: Path, missing: str) -> None:
     assert "skip" not in str(e.value)
 
 
-@pytest.mark.parametrize("spec", [{"top": 0}, {"retain": 0}, {"scale": 0}])
+@pytest.mark.parametrize("spec", [{"top": 0}, {"retain": 0}, {"scale": 0}, {"skip": 1}])
 def test_zeros_that_the_recipe_asks_for_are_legal_and_told(tmp_path: Path, spec: dict[str, float]) -> None:
     result = merge(write(tmp_path, model(), model(1), spec), tmp_path / "out", backend="reference")
     assert load_checkpoint(tmp_path / "out") == model() and result.changed == 0
-    assert result.warnings[0] == "patch p changes nothing, as its top, retain or scale of 0 asks"
+    zero = "skip of 1" if "skip" in spec else "top, retain or scale of 0"
+    assert result.warnings[0] == f"patch p changes nothing, as its {zero} asks"
     assert result.warnings[1].startswith("the output equals the base")
 
 

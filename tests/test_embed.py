@@ -143,6 +143,60 @@ def test_c_is_clean_under_valgrind(merge_c: Path, tmp_path: Path) -> None:
     assert same_shards(tmp_path)
 
 
+@pytest.fixture
+def fixed(tmp_path: Path) -> Path:
+    """base, python (the same with the fix), and fix.safetensors."""
+    checkpoints(tmp_path, 400)
+    safepatch_core.build(tmp_path / "recipe.yaml", tmp_path / "fix.safetensors", backend="cpu")
+    shutil.copytree(tmp_path / "base", tmp_path / "c", dirs_exist_ok=True)
+    return tmp_path
+
+
+@needs("gcc", "make", "pkg-config")
+def test_c_applies_and_reverts_a_fix_in_place(merge_c: Path, fixed: Path) -> None:
+    program, fix, there = merge_c.with_name("fix"), fixed / "fix.safetensors", fixed / "c"
+    changes = int(re.findall(r"(\d+) old and 0 new", run(program, "check", fix, there))[0])
+    run(program, "apply", fix, there)
+    assert same_shards(fixed) and changes > 10_000
+    again = subprocess.run([program, "apply", fix, there], capture_output=True, text=True)
+    assert again.returncode == 1 and "bad data: carries the fix already" in again.stderr
+    assert f"0 old and {changes} new" in run(program, "revert", fix, there)
+    for path in fixed.glob("base/*.safetensors"):
+        assert (there / path.name).read_bytes() == path.read_bytes()
+
+
+@needs("gcc", "make", "pkg-config", "valgrind")
+def test_c_finishes_a_fix_that_was_cut_off(merge_c: Path, fixed: Path) -> None:
+    """Under valgrind, as it is the longest way: one shard is new, and the other old."""
+    program, fix, there = merge_c.with_name("fix"), fixed / "fix.safetensors", fixed / "c"
+    shutil.copy(fixed / "python/model-00002-of-00002.safetensors", there)
+    cut = subprocess.run([program, "apply", fix, there], capture_output=True, text=True)
+    assert cut.returncode == 1 and "a mixture of both sides" in cut.stderr
+    strict = ["valgrind", "--quiet", "--error-exitcode=99", "--leak-check=full", "--show-leak-kinds=all"]
+    run(*strict, "--errors-for-leak-kinds=all", program, "apply", fix, there, "resume")
+    assert same_shards(fixed)
+
+
+@needs("gcc", "make", "pkg-config")
+def test_c_leaves_another_base_alone(merge_c: Path, fixed: Path) -> None:
+    program, fix = merge_c.with_name("fix"), fixed / "fix.safetensors"
+    other = fixed / "patched"
+    for path in other.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        for i in range(8 + int.from_bytes(data[:8], "little"), len(data)):
+            data[i] ^= 0x10
+        path.write_bytes(data)
+    before = [path.read_bytes() for path in sorted(other.glob("*.safetensors"))]
+    for arguments, line in [
+        (["apply", fix, other], "carries something else where the fix acts"),
+        (["revert", fix, fixed / "base"], "does not carry the fix"),
+        (["check", fixed / "base/model-00001-of-00002.safetensors", fixed / "base"], "not a fix file"),
+    ]:
+        done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 1 and line in done.stderr, done.stderr
+    assert before == [path.read_bytes() for path in sorted(other.glob("*.safetensors"))]
+
+
 @needs("gcc", "make", "pkg-config")
 def test_c_says_what_is_wrong(merge_c: Path, tmp_path: Path) -> None:
     checkpoints(tmp_path, 30)

@@ -484,7 +484,7 @@ def test_every_instruction_set_gives_the_same_bytes(isa: str, chunk: int, tmp_pa
         compare(folder / "out", result, f"{isa}, {folder.name}")
 
 
-@pytest.mark.parametrize("seed", (2000, 2002, 2003))
+@pytest.mark.parametrize("seed", (2000, 2001, 2004))
 def test_large_tensors_on_the_command_line(seed: int, tmp_path: Path) -> None:
     recipe = write_random(tmp_path / "in", seed, size=1500)
     expected = expect(recipe)

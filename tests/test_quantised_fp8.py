@@ -45,6 +45,16 @@ def test_every_kind_and_importance(tmp_path: Path, engine: str, combine: str) ->
     assert merged(twin, recipe, backend=engine, chunk_entries=64) == expected.tensors
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_skip_and_lambda_reach_the_codes(tmp_path: Path, engine: str) -> None:
+    twin = Twin(tmp_path, seed=5)
+    patches = [twin.patch("a", top=0.4, skip=0.1), twin.patch("b", "lora", top=0.3, skip=0.05)]
+    recipe = twin.recipe(*patches, combine="sum", accumulate="deltas", **{"lambda": 1.7})
+    expected = oracle_quantised.merge(recipe, BLOCK)
+    assert merged(twin, recipe, backend=engine) == expected.tensors
+    assert len(differing(twin.base[Q], expected.tensors[Q])) > 50
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_a_float_original(tmp_path: Path, rounding: str, dtype: str) -> None:

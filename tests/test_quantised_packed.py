@@ -328,6 +328,20 @@ def test_a_survey_of_every_code(tmp_path: Path, name: str) -> None:
     assert set(after.numbers[after.codes][4::7]) == {ends[1]} and set(after.numbers[after.codes][5::7]) == {ends[0]}
 
 
+def test_integers_beside_other_formats(tmp_path: Path) -> None:
+    """Of a mixed config only the groups of packed integers say how wide these are."""
+    base = given(tmp_path, "int4 in groups")
+    group = base.layout.config["config_groups"]["group_0"]
+    others = {
+        "b": {"weights": {"num_bits": 8, "type": "float"}},
+        "c": {"format": "int-quantized", "weights": {"num_bits": 8, "type": "int", "symmetric": False}},
+    }
+    base.save(config=base.layout.config | {"format": "mixed-precision", "config_groups": {"a": group} | others})
+    recipe = base.recipe(base.patch("a", top=0.5))
+    merge(recipe, tmp_path / "out", backend="reference")
+    assert load_checkpoint(tmp_path / "out") == base.expected(recipe).tensors
+
+
 def changed(base: Base, **tensors: Tensor | None) -> None:
     """Other tensors beside the module's, by what follows its name."""
     for end, t in tensors.items():

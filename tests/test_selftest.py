@@ -26,7 +26,7 @@ from safepatch_core.backends.selftest import (
 )
 from safepatch_core.commands.cli import cli
 from safepatch_core.errors import UsageError
-from safepatch_core.spec import COMBINE
+from safepatch_core.spec import COMBINE, Join
 
 
 def test_the_cpu_engine_passes_and_the_report_says_on_what() -> None:
@@ -75,7 +75,8 @@ def test_an_installed_package_may_bring_an_engine(tmp_path: Path, monkeypatch: p
 
 def test_settings_cover_every_choice() -> None:
     shapes = [shape for setting in settings() for shape in setting.patches if shape]
-    assert {s.rule for s in settings()} == set(COMBINE.values())
+    assert {s.rule for s in settings() if not s.skip} == set(COMBINE.values())
+    assert {s.rule.join for s in settings()} == set(Join) and {s.skip for s in settings()} == {True, False}
     assert {s.order for s in settings()} == {"retain-first", "select-first"}
     assert {(s.dtype, s.rule) for s in settings()} >= {(d, COMBINE["difference"]) for d in DTYPES}
     assert {(s.kind, s.importance, s.weight) for s in shapes} >= {

@@ -46,7 +46,8 @@ typedef enum sp_status {
     SP_NO_MEMORY = 3,    /* or no thread can be started */
     SP_INTERNAL = 4,     /* a bug in the engine */
     SP_BAD_DATA = 5,     /* what lies in a fix breaks a rule of its encoding */
-    SP_STOPPED = 6       /* by the caller's own sp_progress */
+    SP_STOPPED = 6,      /* by the caller's own sp_progress */
+    SP_IO_FAILED = 7     /* one of the caller's own sp_io */
 } sp_status;
 
 /* Values of the int32_t fields below. */
@@ -173,7 +174,7 @@ SP_API const char* sp_strerror(sp_status status);
  */
 SP_API const char* sp_last_error(void);
 
-/* @return 1 if `isa` ("scalar", "avx2", "avx512") is built in and this machine has it, else 0. */
+/* @return 1 if `isa` ("scalar", "avx2", "avx512", "neon") is built in and this machine has it, else 0. */
 SP_API int sp_isa_usable(const char* isa);
 
 /* Open an engine with `threads` >= 1 threads, the caller's own included. `isa` may be NULL: then the
@@ -353,6 +354,58 @@ SP_API sp_status sp_fix_gaps(const uint16_t* at, const int64_t* counts, size_t b
  * SP_BAD_ARGUMENT. */
 SP_API sp_status sp_fix_settle(const sp_fix_run* run, void* entries, int32_t goal, void* old_entries,
                                void* new_entries, sp_fix_tally* tally);
+
+/* The fix file, at the level of files: a checkpoint's shards are checked, changed and changed back in place.
+ *
+ * A file of the caller's: reading and writing return how many bytes were moved, more than 0, or a negative number
+ * where they fail; syncing returns 0 once all that was written is safe; the length is in bytes, or negative. */
+typedef int64_t (*sp_read_at)(void* user, uint64_t offset, void* data, size_t bytes);
+typedef int64_t (*sp_write_at)(void* user, uint64_t offset, const void* data, size_t bytes);
+typedef int (*sp_sync)(void* user);
+typedef int64_t (*sp_length)(void* user);
+
+typedef struct sp_io {
+    size_t size; /* sizeof(sp_io) */
+    void* user;  /* handed to each of them */
+    sp_read_at read_at;
+    sp_write_at write_at; /* NULL where nothing is written */
+    sp_sync sync;         /* NULL where nothing needs to last */
+    sp_length length;
+} sp_io;
+
+typedef struct sp_fix sp_fix;
+
+/* How many of the touched entries were found on either side. */
+typedef struct sp_fix_sides {
+    size_t size; /* sizeof(sp_fix_sides) */
+    int64_t old_count;
+    int64_t new_count;
+} sp_fix_sides;
+
+/* Open a fix file. Its callbacks are used until it is closed. That an encoding is the only one which its change may
+ * have is not asked here, as `safepatch verify` does; whatever lies in a file, no call leaves its arrays.
+ * @return SP_OK, SP_BAD_ARGUMENT, SP_BAD_DATA, SP_IO_FAILED or SP_NO_MEMORY. On success the caller owns *fix and ends
+ * it with sp_fix_close; otherwise *fix is NULL. Calls on one fix are made by one thread at a time. */
+SP_API sp_status sp_fix_open(const sp_io* file, sp_fix** fix);
+
+/* Free a fix; NULL is allowed. */
+SP_API void sp_fix_close(sp_fix* fix);
+
+/* @return its id, 32 hexadecimal digits, which is good until it is closed; "" for NULL. */
+SP_API const char* sp_fix_id(const sp_fix* fix);
+
+/* Tell on which side a checkpoint is; `shards` are all of its `count` safetensors files. Nothing is written.
+ * @return SP_OK with *sides; SP_BAD_DATA for another base, a foreign edit or a broken file; SP_BAD_ARGUMENT,
+ * SP_IO_FAILED or SP_NO_MEMORY. */
+SP_API sp_status sp_fix_check(sp_fix* fix, const sp_io* shards, size_t count, sp_fix_sides* sides);
+
+/* Apply a fix to a checkpoint, or take it out. All touched entries are proved by their hashes before a byte changes;
+ * a fix that is there (or is not) already, or in part, is refused with SP_BAD_DATA. A run that was cut off leaves
+ * such a part: with `resume` not 0 it is finished, in either direction. Shards are synced in the end. What the caller
+ * keeps beside them, such as checksums, and that nobody loads them meanwhile, is the caller's affair.
+ * @return as sp_fix_check; *sides is what was found before. */
+SP_API sp_status sp_fix_apply(sp_fix* fix, const sp_io* shards, size_t count, int32_t resume, sp_fix_sides* sides);
+SP_API sp_status sp_fix_revert(sp_fix* fix, const sp_io* shards, size_t count, int32_t resume, sp_fix_sides* sides);
 
 #ifdef __cplusplus
 }

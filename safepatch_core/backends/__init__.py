@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safepatch_core.errors import UsageError
+from safepatch_core.errors import UsageError, lacks_memory
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -55,6 +55,8 @@ def open_backend(
     try:
         opener = entry.load()
     except (ImportError, AttributeError) as error:
+        if lacks_memory(error):
+            raise
         raise UsageError(f"the {name} engine can't be loaded", found=str(error)) from error
     engine: Backend = opener(threads=threads, device=device, vram_limit=vram_limit)
     return engine

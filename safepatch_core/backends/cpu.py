@@ -1,4 +1,4 @@
-"""The C++ engine (csrc/): scalar, AVX2 and AVX-512 code from one source, chosen when it is opened."""
+"""The C++ engine (csrc/): code for several instruction sets from one source, chosen when it is opened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safepatch_core.backends.contract import (
     Report,
     Window,
 )
-from safepatch_core.errors import UsageError
+from safepatch_core.errors import UsageError, lacks_memory
 from safepatch_core.spec import Dtype, Importance, Kind, Order, Weight, numbers
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def _open(threads: int, isa: str | None) -> _engine.Engine:
     try:
         from safepatch_core import _engine
     except ImportError as error:
+        if lacks_memory(error):
+            raise
         raise UsageError("the cpu engine can't be loaded", found=str(error)) from error
     try:
         return _engine.Engine(threads, isa)
@@ -54,8 +56,8 @@ def _open(threads: int, isa: str | None) -> _engine.Engine:
 class CpuBackend:
     """The engine that runs anywhere. Its methods are documented on `Backend`.
 
-    `threads` counts all threads of a call, the caller's included. `isa` is "scalar", "avx2" or "avx512"; by default
-    the environment variable SAFEPATCH_FORCE_ISA decides, or else the best that the machine has.
+    `threads` counts all threads of a call, the caller's included. `isa` is "scalar", "avx2", "avx512" or "neon"; by
+    default the environment variable SAFEPATCH_FORCE_ISA decides, or else the best that the machine has.
     Raises UsageError if that can't run here. Calls from several threads take turns; a call that is wrong in itself
     (lengths, dtypes) raises ValueError, lack of memory MemoryError.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -12,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from safepatch_core.errors import IOFailure, SafepatchError, Stopped, UsageError, printable
+from safepatch_core.errors import IOFailure, SafepatchError, Stopped, UsageError, lacks_memory, printable
 from safepatch_core.version import __version__
 
 # In the order of `safepatch --help`: where a command is, and what it says there.
@@ -133,7 +132,7 @@ def _tell(line: str, *, shared: bool) -> None:
 
 def _failed(error: Exception) -> int:
     """Say what no command foresaw; the exit status."""
-    if _lacks_memory(error):
+    if lacks_memory(error):
         click.echo("safepatch: out of memory; a smaller --memory-limit or fewer --threads need less", err=True)
         return IOFailure.status
     if isinstance(error, OSError):
@@ -145,16 +144,3 @@ def _failed(error: Exception) -> int:
     text = printable(" ".join(str(error).split()))
     click.echo(f"safepatch: a bug: {type(error).__name__}: {text} (SAFEPATCH_DEBUG=1 shows where)", err=True)
     return SafepatchError.status
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """Memory may also lack for a mapping, a thread or a library that is loaded late."""
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, RuntimeError) and "can't start new thread" in str(error))
-        or (
-            isinstance(error, ImportError)
-            and ("failed to map segment" in str(error) or "cannot allocate" in str(error))
-        )
-    )

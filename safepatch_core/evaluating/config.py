@@ -36,6 +36,11 @@ class PromptSet(Strict):
     column: str = Field(default="question", description="Column of the prompts. Default question.")
     answer_column: str | None = Field(default=None, description="As answer_column of the harmful prompts.")
     category_column: str | None = Field(default=None, description="Rates are also given per value of it.")
+    request_column: str | None = Field(
+        default=None,
+        description="Column that is the same in rows which ask for one thing in several framings: it is told how "
+        "often all of them get the same answer.",
+    )
     rows: str | None = Field(default=None, description="Slice of the rows that where leaves. Default all.")
     where: Where = Field(default={}, description="Only rows with these values. Default all.")
 
@@ -84,7 +89,8 @@ class EvalConfig(Strict):
     more_sets: list[PromptSet] = Field(
         default=[],
         description="Further sets: [{name: sst, kind: harmful or harmless, file: PATH, column: prompt, ...}], with "
-        "answer_column, category_column, rows and where as above. Default none.",
+        "answer_column, category_column, rows and where as above, and request_column, the same in rows that ask for "
+        "one thing in several framings. Default none.",
     )
 
     text: PathText | None = Field(default=None, description="Plain text, for perplexity. Default none.")

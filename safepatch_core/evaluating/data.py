@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,15 @@ class Prompts:
     def categories(self) -> list[str] | None:
         """One per row, if there are any."""
         return [row.values["category"] for row in self.rows] if "category" in self.rows[0].values else None
+
+    @property
+    def framings(self) -> list[list[int]]:
+        """Places of the rows that ask for one thing, of everything that is asked for at least twice."""
+        found = defaultdict(list)
+        for place, row in enumerate(self.rows):
+            if "request" in row.values:
+                found[row.values["request"]].append(place)
+        return [places for places in found.values() if len(places) > 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +87,15 @@ def load(config: EvalConfig, tell: Callable[[str], None] = lambda line: None) ->
 
 
 def _prompts(of: PromptSet, tell: Callable[[str], None]) -> Prompts:
-    columns = {"question": of.column, "answer": of.answer_column, "category": of.category_column}
+    columns = {
+        "question": of.column,
+        "answer": of.answer_column,
+        "category": of.category_column,
+        "request": of.request_column,
+    }
     wanted = {name: column for name, column in columns.items() if column is not None}
     path = Path(of.file)
-    options = {"question": "column", "answer": "answer_column", "category": "category_column"}
+    options = {name: "column" if name == "question" else f"{name}_column" for name in columns}
     if of.name in OF_SETS:
         options = {
             "question": f"--{of.name}-column",
@@ -88,7 +103,15 @@ def _prompts(of: PromptSet, tell: Callable[[str], None]) -> Prompts:
             "category": f"--{of.name}-category-column",
         }
     rows = read_rows(path, wanted, of.rows, of.where, options=options, tell=tell)
-    return Prompts(of.name, of.kind, path, rows, {"kind": of.kind, **_about(path), "prompts": len(rows)})
+    prompts = Prompts(of.name, of.kind, path, rows, {"kind": of.kind, **_about(path), "prompts": len(rows)})
+    if of.request_column is not None and not prompts.framings:
+        raise InputError(
+            "nothing is asked for in several framings",
+            file=path,
+            found=f"another '{of.request_column}' in each of {len(rows)} rows",
+            expected="rows that share it",
+        )
+    return prompts
 
 
 def _about(path: Path) -> dict[str, Any]:

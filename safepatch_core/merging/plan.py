@@ -343,7 +343,8 @@ def _warnings(given: _Opened, others: Sequence[Beside]) -> Iterator[str]:
             yield other.line(spec.name)
     for spec in given.recipe.patches:
         if _is_off(spec):
-            yield f"patch {spec.name} changes nothing, as its top, retain or scale of 0 asks, or its skip of 1"
+            zero = "skip of 1" if spec.skip == 1 else "top, retain or scale of 0"
+            yield f"patch {spec.name} changes nothing, as its {zero} asks"
     for checkpoint in given.checkpoints:
         yield from (f"{checkpoint.ref}: {line}" for line in checkpoint.warnings)
     yield from left_out(given.base)

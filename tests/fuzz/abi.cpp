@@ -63,7 +63,7 @@ sp_bits bits(Input& in, int64_t entries) {
 // One engine per instruction set, alone and with a helper thread.
 std::vector<sp_engine*> open_all() {
     std::vector<sp_engine*> engines;
-    for (const char* isa : {"scalar", "avx2", "avx512"}) {
+    for (const char* isa : {"scalar", "neon", "avx2", "avx512"}) {
         for (int32_t threads : {1, 2}) {
             sp_engine* engine = nullptr;
             if (sp_isa_usable(isa) && sp_engine_open(threads, isa, &engine) == SP_OK) engines.push_back(engine);

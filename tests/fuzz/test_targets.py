@@ -59,7 +59,7 @@ def test_corpus_and_mutations(target: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("target", ["abi", "fix"])
+@pytest.mark.parametrize("target", ["abi", "fix", "fix_file"])
 def test_the_c_interfaces_targets_fit_it(tmp_path: Path, target: str) -> None:
     program, here = tmp_path / "replay", Path(__file__).parent
     lib = safepatch_core.get_library_dir()

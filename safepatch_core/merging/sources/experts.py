@@ -87,6 +87,7 @@ class ExpertSlice:
     of: ExpertFactors
     expert: int
     row: int  # the first of them
+    every: int  # 1, or by how much the next one is further on
     shape: tuple[int, int]
     form: Kind = "lora"
     entry_bytes: int = 0
@@ -126,15 +127,16 @@ class ExpertSlice:
     def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> Ready:
         a, b = self._entries()
         right = read_float32(inputs, self.of.a, a.start, a.stop).reshape(self.of.rank, -1)
-        left = read_float32(inputs, self.of.b, b.start, b.stop).reshape(self.shape[0], -1)
-        right, left = placed([right, left[:, self.expert :: self.of.experts]], memory)
+        left = read_float32(inputs, self.of.b, b.start, b.stop).reshape(-1, self.of.b.shape[1])
+        right, left = placed([right, left[:: self.every, self.expert :: self.of.experts]], memory)
         return Ready(Lora(right, left, self.of.scale))
 
     def _entries(self) -> tuple[slice, slice]:
         """Which entries of A and B are read: the expert's rows of A, and of B all columns of its rows."""
         (rows, cols), wide = self.shape, self.of.b.shape[1]
         first = self.expert * self.of.rank
-        return slice(first * cols, (first + self.of.rank) * cols), slice(self.row * wide, (self.row + rows) * wide)
+        last = self.row + self.every * (rows - 1)
+        return slice(first * cols, (first + self.of.rank) * cols), slice(self.row * wide, (last + 1) * wide)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ Entries = Mapping[str, TensorEntry]
 # Models that store their joined experts as [experts, in, out]: gate before up, or their columns in turn.
 _TURNED = frozenset({"llama4", "llama4_text", "aria", "aria_text", "qwen3_vl_moe", "qwen3_vl_moe_text"})
 _IN_TURN = frozenset({"gpt_oss", "openai_privacy_filter"})
+# PEFT adapts these as if they were stored [experts, out, in]: its factors of them are no factors of single experts.
+_BACKWARDS = frozenset({"llama4", "llama4_text"})
 
 
 @dataclass(frozen=True)
@@ -174,20 +176,22 @@ def turned_shape(name: str, shape: Shape) -> Shape:
     return (shape[0], shape[2], shape[1]) if experts else shape
 
 
-def apart(name: str, shape: Shape, base: Checkpoint) -> dict[str, Shape]:
-    """The base's tensors whose rows make up one of that name and shape which it lacks, or nothing.
+def apart(name: str, shape: Shape, base: Checkpoint) -> tuple[dict[str, Shape], int]:
+    """The base's tensors whose rows make up one of that name and shape [experts, out, in] that it lacks, if any.
 
-    They are named as `name` begins, where the base may have another prefix.
+    They are named as `name` begins, where the base may have another prefix. With them comes by how much the next row
+    of a part is further on in the whole.
     """
     kind = model_type(base)
-    if kind in _TURNED | _IN_TURN:
-        return {}
+    turned = kind in _TURNED | _IN_TURN
+    if kind in _BACKWARDS:
+        return {}, 1
     for fusion, head in _wholes(name):
         for other in _heads(fusion, head, base):
-            made = _made(fusion, other, shape, base.tensors, kind)
-            if made and not made.turned:
-                return {head + part.removeprefix(other): base.tensors[part].shape for part in made.parts}
-    return {}
+            made = _made(fusion, other, shape[:1] + shape[:0:-1] if turned else shape, base.tensors, kind)
+            if made and made.turned == turned:
+                return {head + part.removeprefix(other): base.tensors[part].shape for part in made.parts}, made.every
+    return {}, 1
 
 
 def _heads(fusion: Fusion, head: str, base: Checkpoint) -> list[str]:

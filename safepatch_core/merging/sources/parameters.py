@@ -70,7 +70,7 @@ class Parameters:
         """The parameter, or what it is made of in a base that keeps its experts apart."""
         rank, _ = scaled(name)
         parts: dict[str, Sequence[Shape]] = {
-            part: [shape] for _, a, b in items for part, shape in self._apart(name, a, b, rank).items()
+            part: [shape] for _, a, b in items for part, shape in self._apart(name, a, b, rank)[0].items()
         }
         if parts:
             return parts
@@ -78,9 +78,9 @@ class Parameters:
         nominal = (a.shape[0] // rank, b.shape[0], a.shape[1])
         return {name: self._folder.shapes(nominal, lambda s: any(_fitted(s, a, b, rank, 1.0) for _, a, b in items))}
 
-    def _apart(self, name: str, a: TensorEntry, b: TensorEntry, rank: int) -> dict[str, Shape]:
+    def _apart(self, name: str, a: TensorEntry, b: TensorEntry, rank: int) -> tuple[dict[str, Shape], int]:
         if name in self._folder.base.tensors or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-            return {}
+            return {}, 1
         return apart(name, (a.shape[0] // rank, b.shape[0], a.shape[1]), self._folder.base)
 
     def _parts(self, modules: Mapping[str, list[Nested]], scaled: Scaled, there: Entries) -> dict[str, Part]:
@@ -111,7 +111,7 @@ class Parameters:
                 rank, scale = scaled(name)
                 if name in there and (part := _fitted(there[name].shape, a, b, rank, scale)):
                     found[name] = part
-                elif self._apart(name, a, b, rank):
+                elif self._apart(name, a, b, rank)[0]:
                     found[name] = ExpertFactors(a, b, a.shape[0] // rank, rank, scale, False)
             if len(found) == len(items):
                 yield found
@@ -119,8 +119,10 @@ class Parameters:
     def _slices(self, name: str, factors: ExpertFactors) -> Iterator[tuple[str, ExpertSlice]]:
         """What the base's tensors get of a parameter that they make up, in the order of its rows."""
         row, (_, height, _) = 0, factors.shape
-        for part, (rows, cols) in self._apart(name, factors.a, factors.b, factors.rank).items():
-            yield part, ExpertSlice(factors, row // height, row % height, (rows, cols))
+        parts, every = self._apart(name, factors.a, factors.b, factors.rank)
+        for part, (rows, cols) in parts.items():
+            first = row % height // rows if every > 1 else row % height
+            yield part, ExpertSlice(factors, row // height, first, every, (rows, cols))
             row += rows
 
     def _turned(self, part: Pairs, others: Iterable[Pairs]) -> Part:

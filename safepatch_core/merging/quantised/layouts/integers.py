@@ -75,7 +75,8 @@ def find(codes: TensorEntry, tensors: Tensors, config: Mapping[str, Any]) -> Cod
 
 
 def _require_symmetric(name: str, tensors: Tensors, config: Mapping[str, Any]) -> None:
-    if f"{name}_zero_point" in tensors or any(of.get("symmetric") is False for of in _weights(config)):
+    said = [of.get("symmetric") for of in _weights(config)]
+    if f"{name}_zero_point" in tensors or (said and all(of is False for of in said)):
         raise Unfit("asymmetric integers")
     if f"{name}_g_idx" in tensors:
         raise Unfit("integers in another order (act-order)")
@@ -84,16 +85,17 @@ def _require_symmetric(name: str, tensors: Tensors, config: Mapping[str, Any]) -
         raise Unfit(f"sparse integers ({format})")
 
 
-def _weights(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What the groups of a config say of weights."""
+def _weights(config: Mapping[str, Any], *formats: str) -> list[Mapping[str, Any]]:
+    """What the groups of a config say of integer weights; of these formats, where a group names its own."""
     groups = config.get("config_groups")
-    found = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    return [of for of in found if isinstance(of, dict)]
+    found = [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+    asked = [g.get("weights") for g in found if not formats or g.get("format") in (None, *formats)]
+    return [of for of in asked if isinstance(of, dict) and of.get("type") in (None, "int")]
 
 
 def _width(config: Mapping[str, Any]) -> int:
     """How many bits a packed integer has; 4 where the config doesn't say. A wrong one shows by the shape."""
-    widths = {of.get("num_bits") for of in _weights(config)} - {None} or {4}
+    widths = {of.get("num_bits") for of in _weights(config, "pack-quantized")} - {None} or {4}
     if widths not in ({4}, {8}):
         raise Unfit(f"packed integers of {', '.join(sorted(map(str, widths)))} bits")
     return 4 if widths == {4} else 8
