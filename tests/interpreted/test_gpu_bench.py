@@ -204,7 +204,7 @@ def test_nothing_is_measured_while_the_selftest_is_red(
 
 def test_the_selftest_is_first_and_steps_come_in_order() -> None:
     assert [s.name for s in gpu.STEPS] == [
-        "selftest", "memory", "links", "kernels", "engine", "merges", "trace", "peers",
+        "selftest", "memory", "links", "kernels", "engine", "merges", "trace", "fixes", "training", "peers",
     ]  # fmt: skip
     assert sum(s.needs for s in gpu.STEPS) < 8 * 60
 
