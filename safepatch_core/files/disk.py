@@ -130,6 +130,11 @@ def _sync_file_range(fd: int, at: int, nbytes: int, flags: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
+def start_writeback(fd: int, at: int, nbytes: int) -> None:
+    """Hand pages to the disk now: the kernel alone starts late, and the final fsync would wait for all."""
+    _sync_file_range(fd, at, nbytes, _SYNC_WRITE)
+
+
 def _runs_of_data(data: memoryview) -> list[tuple[int, int]]:
     """The runs [lo, hi) of steps that are not all zero."""
     flat = np.frombuffer(data, dtype=np.uint8)
@@ -257,8 +262,7 @@ class HashedFile:
             written += os.pwrite(self._fd, data[written:], at + written)
 
     def _start_writeback(self, at: int, nbytes: int) -> None:
-        """Hand the pages to the disk now: the kernel alone starts late, and the final fsync would wait for all."""
-        _sync_file_range(self._fd, at, nbytes, _SYNC_WRITE)
+        start_writeback(self._fd, at, nbytes)
         behind = at - _DROP_LAG
         if self._drop and behind > self._settled:
             _sync_file_range(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -17,8 +19,10 @@ from safepatch_core.fixes.format import BLOCK, WIDTH, table_hash
 from safepatch_core.fixes.reading import Fix, Proof, Touched, stretches
 from safepatch_core.fixes.reference import Broken, Entries, Run, Tally
 from safepatch_core.merging.inputs import Inputs
+from safepatch_core.threads import room_for_a_thread
 
 Direction = Literal["apply", "revert"]
+THREADS = 2  # that tell sides, each with a window of its own: decoding and hashing take most of a core
 GOAL = {"apply": codec.NEW, "revert": codec.OLD}
 Advance = Callable[[int], None]
 # What `codec.settle` does for entries that are known: gets a run and room for the old and the new entries.
@@ -149,12 +153,18 @@ def check(fix: Fix, checkpoint: Checkpoint, advance: Advance = lambda n: None) -
     """
     check_table(fix, checkpoint)
     total = Sides(0, 0)
-    with closing(Inputs([checkpoint])) as files:
-        for shard in checkpoint.shards:
-            for entry in shard.tensors:
-                if entry.name in fix.tensors:
-                    total += _check(teller_of(fix, entry), files, entry)
-                    advance(entry.nbytes)
+    touched = [entry for shard in checkpoint.shards for entry in shard.tensors if entry.name in fix.tensors]
+    threads = min(THREADS, len(os.sched_getaffinity(0)))
+    with closing(Inputs([checkpoint])) as files, ThreadPoolExecutor(threads) as pool:
+        # A few at a time: what is found wrong with the first is told before much else is read.
+        for first in range(0, len(touched), threads):
+            some = touched[first : first + threads]
+            for entry in some:
+                files.fd(entry)  # opened by one thread
+            room_for_a_thread()
+            for entry, sides in zip(some, pool.map(lambda e: _check(teller_of(fix, e), files, e), some), strict=True):
+                total += sides
+                advance(entry.nbytes)
         files.check_unchanged()
     fix.check_unchanged()
     return total

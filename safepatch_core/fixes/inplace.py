@@ -28,7 +28,7 @@ from safepatch_core.files.checkpoint import (
     read_exact,
     read_json,
 )
-from safepatch_core.files.disk import failures_named, hold, replacing, staged_name, sync_directory
+from safepatch_core.files.disk import failures_named, hold, replacing, staged_name, start_writeback, sync_directory
 from safepatch_core.files.filenames import BUSY, CONFIG, LEDGER, MANIFEST, SUMS
 from safepatch_core.fixes.checking import (
     GOAL,
@@ -288,6 +288,7 @@ def _settled(fd: int, entry: TensorEntry, teller: Teller, lo: int, run: Run, goa
     teller.settle(run, settling(entries, goal))
     for a, b in parts:
         _write(fd, entries[a:b].view(np.uint8).data, entry.start + (lo + a) * teller.width)
+    start_writeback(fd, entry.start + lo * teller.width, entries.nbytes)
     return entries.view(np.uint8).data
 
 
