@@ -215,7 +215,7 @@ class HashedFile:
             elif size:
                 os.posix_fallocate(self._fd, 0, size)
                 if hi - lo >= DIRECT_BYTES:
-                    with contextlib.suppress(OSError, MemoryError):  # not to be had here
+                    with contextlib.suppress(OSError, MemoryError, RuntimeError):  # not to be had here, nor threads
                         self._direct = DirectWriter(path, self._fd)
         except BaseException:
             self.close()

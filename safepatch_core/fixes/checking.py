@@ -128,22 +128,6 @@ def check_table(fix: Fix, checkpoint: Checkpoint) -> None:
         )
 
 
-def require_same_table(base: Checkpoint, merged: Checkpoint) -> None:
-    """Raises InputError unless two checkpoints have the same tensors, of the same dtypes and shapes."""
-    for name in sorted(base.tensors.keys() | merged.tensors.keys(), key=str.encode):
-        old, new = base.tensors.get(name), merged.tensors.get(name)
-        if old is None or new is None:
-            raise InputError("only one of the two has it", file=merged.ref if old is None else base.ref, tensor=name)
-        if (old.dtype, old.shape) != (new.dtype, new.shape):
-            raise InputError(
-                "the two differ in dtype or shape",
-                file=merged.ref,
-                tensor=name,
-                found=f"{new.dtype} {list(new.shape)}",
-                expected=f"{old.dtype} {list(old.shape)}",
-            )
-
-
 def check(fix: Fix, checkpoint: Checkpoint, advance: Advance = lambda n: None) -> Sides:
     """Tell the side of every touched entry. Reads the touched tensors and all of the fix; changes nothing.
 

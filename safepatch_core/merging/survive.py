@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Unpack
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint, require_same_table
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.merging import owners
 from safepatch_core.merging.api import plan as make_plan
@@ -55,7 +55,9 @@ def survive(
     """
     wanted = chosen(formats)
     old, new = open_checkpoint(base), open_checkpoint(out)
-    _require_comparable(old, new)
+    require_floats(old)
+    require_floats(new)
+    require_same_table(old, new)
     limit = require_room(engine)
     threads = min(engine.get("threads") or os.cpu_count() or 1, len(wanted))
     with closing(Inputs((old, new))) as files, ThreadPoolExecutor(threads) as pool:
@@ -96,24 +98,6 @@ def require_floats(checkpoint: Checkpoint) -> None:
             tensor=entry.name,
             expected="a merge of floats and its base",
         )
-
-
-def _require_comparable(old: Checkpoint, new: Checkpoint) -> None:
-    """Raises InputError for checkpoints of different tables, or of codes."""
-    require_floats(old)
-    require_floats(new)
-    for name in sorted(old.tensors.keys() | new.tensors.keys(), key=str.encode):
-        mine, theirs = old.tensors.get(name), new.tensors.get(name)
-        if mine is None or theirs is None:
-            raise InputError("only one of the two has it", file=new.ref if mine is None else old.ref, tensor=name)
-        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
-            raise InputError(
-                "the two differ in dtype or shape",
-                file=new.ref,
-                tensor=name,
-                found=f"{theirs.dtype} {list(theirs.shape)}",
-                expected=f"{mine.dtype} {list(mine.shape)}",
-            )
 
 
 def _per_patch(
