@@ -290,11 +290,18 @@ class Patch:
         return np.abs(product)
 
 
+def shapes_in(base: Path) -> dict[str, tuple[int, ...]]:
+    files = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
+    return {name: t.shape for file in files for name, t in load_file(file).items()}
+
+
 def load_adapter(folder: Path, base: Path, rows: str) -> Adapter:
     tensors: dict[str, Any] = {}
     for name, t in load_file(folder / "adapter_model.safetensors").items():
         tensors[name] = (np.frombuffer(t.data, "<i4") if t.dtype == "I32" else to_f32(t)).reshape(t.shape)
-    return Adapter(json.loads((folder / "adapter_config.json").read_text()), tensors, model_type(base), rows)
+    return Adapter(
+        json.loads((folder / "adapter_config.json").read_text()), tensors, model_type(base), rows, shapes_in(base)
+    )
 
 
 def load_patch(entry: Mapping[str, Any], root: Path, base: Path) -> Patch:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 F32 = npt.NDArray[np.float32]
 CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
+HEADS = ("lm_head", "score", "classifier")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
 EXPERTS_TURNED = ("gpt_oss", "aria")
 
@@ -33,8 +34,14 @@ class Adapter:
     """`tensors`: name -> float32 array (or int32 indices) of the adapter's file; `base` likewise."""
 
     def __init__(
-        self, config: Mapping[str, Any], tensors: Mapping[str, Any], model_type: str | None, rows: str
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+        model_type: str | None,
+        rows: str,
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
+        self.shapes = shapes  # of the base
         self.config, self.model_type, self.common = config, model_type, rows == "common"
         self.tensors = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
         self.kind = config["peft_type"]
@@ -124,12 +131,28 @@ class Adapter:
         return a, b, self.scale(module, rank), embedding
 
     def turned(self, name: str, shape: tuple[int, ...], given: tuple[int, int]) -> bool:
-        """Whether the base stores [in, out]: as its shape says, or its architecture, or the flag."""
+        """Whether the base stores [in, out]: as its shape says, its architecture, the other layers, or the flag."""
         if given[0] != given[1]:
             return shape == given[::-1]
         if self.model_type in CONV1D_MODELS:
             return name.split(".")[-2] in CONV1D
+        others = self.others()
+        if True in others and name.split(".")[-2] in CONV1D:
+            return True
+        if len(others) == 1:
+            return True in others and name.split(".")[-2] not in HEADS
         return bool(self.config.get("fan_in_fan_out"))
+
+    def others(self) -> set[bool]:
+        """Which ways round those linear layers of the adapter lie that fit only one way."""
+        found = set()
+        for name, stored in self.modules().items():
+            if stored.endswith(".lora_A.weight"):
+                a, b = self.tensors[stored], self.tensors[stored.replace("lora_A", "lora_B")]
+                given, shape = (b.shape[0], a.shape[-1]), self.shapes.get(name, ())
+                if given[0] != given[1] and shape in (given, given[::-1]):
+                    found.add(shape != given)
+        return found
 
     def experts(self, name: str, module: str, base: F32) -> F32:
         count, rank = len(base), self.rank(name)

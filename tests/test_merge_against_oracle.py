@@ -514,3 +514,13 @@ def test_a_tensor_larger_than_the_memory_limit(scope: str, tmp_path: Path) -> No
     result = oracle.merge(recipe)
     compare(out, result, scope)
     assert all(counts["w"].applied > 10_000 for counts in result.counts.values())
+
+
+def test_a_square_head_beside_layers_that_fit_only_the_other_way_round(tmp_path: Path) -> None:
+    """It is linear whatever the adapter's flag says; one of the random recipes has it."""
+    recipe = write_random(tmp_path / "in", 1068, size=40)
+    assert '"fan_in_fan_out": true' in (tmp_path / "in/adapter-p_3/adapter_config.json").read_text()
+    expected = expect(recipe)
+    assert isinstance(expected, Result)
+    safepatch_merge(recipe, tmp_path / "out", backend="cpu")
+    compare(tmp_path / "out", expected, "a square head")
