@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from safepatch_core.spec import (
     Rule,
     Weight,
 )
+
+if TYPE_CHECKING:
+    from safepatch_core.backends.codes import Codes
 
 
 class Bits(NamedTuple):
@@ -68,6 +71,7 @@ class Block:
     rule: Rule
     order: Order
     lambda_: float = 1.0  # what Join.MEAN, TOTAL and WEIGHTED multiply before they add to w; rounded to float32
+    codes: Codes | None = None  # how the tensor is stored, for engines that take it so; `base` only tells its length
 
     def __len__(self) -> int:
         return len(self.base.data)

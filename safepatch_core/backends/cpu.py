@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from safepatch_core.backends.codes import Codes, CodesReport, GridName, Kept, Rounding
 from safepatch_core.backends.contract import (
     Bits,
     Block,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _DTYPES, _KINDS, _IMPORTANCES = numbers(Dtype), numbers(Kind), numbers(Importance)
 _WEIGHTS, _ORDERS = numbers(Weight), numbers(Order)
+_GRIDS, _ROUNDINGS = numbers(GridName), numbers(Rounding)
 
 _UNSIGNED: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.uint32),
@@ -61,6 +63,8 @@ class CpuBackend:
     Raises UsageError if that can't run here. Calls from several threads take turns; a call that is wrong in itself
     (lengths, dtypes) raises ValueError, lack of memory MemoryError.
     """
+
+    takes_codes = True
 
     def __init__(self, threads: int, isa: str | None = None) -> None:
         if threads < 1:
@@ -127,10 +131,34 @@ def open_engine(*, threads: int | None, device: str | None, vram_limit: int | No
 
 def _given(block: Block) -> _engine.Block:
     """A block in the bindings' words. Raises ValueError where its arrays don't fit each other."""
-    _check_bits("base", block.base, len(block))
+    codes = None if block.codes is None else _given_codes(block.codes)
+    if codes is None:
+        _check_bits("base", block.base, len(block))
     patches = [None if patch is None else _given_patch(patch, block) for patch in block.patches]
     rule = *block.rule, _ORDERS[block.order], block.lambda_
-    return _given_bits(block.base), block.start, block.cols, patches, *rule
+    return _given_bits(block.base), block.start, block.cols, patches, *rule, codes
+
+
+def _given_codes(codes: Codes) -> _engine.Codes:
+    table = codes.scales
+    width = 4 if codes.grid in ("E2M1", "INT4") else 8
+    _check_array("codes", codes.data, np.dtype(np.uint8), (-(-codes.entries * width // 8),))
+    _check_array("scales", table.values, np.dtype(np.float32), (len(table.values), -(-table.cols // table.block[1])))
+    if codes.original is not None:
+        _check_bits("original", codes.original, codes.entries)
+    return (
+        _GRIDS[codes.grid],
+        codes.flip,
+        codes.data,
+        codes.first,
+        codes.entries,
+        (table.rows, table.cols, *table.block),
+        (table.values, table.first, table.turned),
+        _DTYPES[codes.handed],
+        _ROUNDINGS[codes.rounding],
+        codes.random_key,
+        None if codes.original is None else _given_bits(codes.original),
+    )
 
 
 def _given_patch(patch: PatchData, block: Block) -> _engine.Patch:
@@ -151,16 +179,18 @@ def _given_bits(bits: Bits) -> _engine.Bits:
     return bits.data, _DTYPES[bits.dtype]
 
 
-def _report(patches: list[Any], overflow: tuple[int, int], acted: int, changed: int) -> Report:
-    return Report(
-        [
-            PatchReport(eligible, selected, applied, Fault(*delta), Fault(*score), Fault(*negative))
-            for eligible, selected, applied, delta, score, negative in patches
-        ],
-        Fault(*overflow),
-        acted,
-        changed,
-    )
+def _report(
+    patches: list[Any], overflow: tuple[int, int], acted: int, changed: int, codes: _engine.Kept | None
+) -> Report:
+    told = [
+        PatchReport(eligible, selected, applied, Fault(*delta), Fault(*score), Fault(*negative))
+        for eligible, selected, applied, delta, score, negative in patches
+    ]
+    if codes is None:
+        return Report(told, Fault(*overflow), acted, changed)
+    kept, bad_scale, saturated = codes
+    sums = [Kept(*counts, *(int.from_bytes(of, "little", signed=True) for of in exact)) for *counts, exact in kept]
+    return CodesReport(told, Fault(*overflow), acted, changed, sums, Fault(*bad_scale), Fault(*saturated))
 
 
 def _check_array(what: str, array: NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> None:
@@ -197,6 +227,10 @@ def _check_patch(patch: PatchData, block: Block) -> None:
 
 
 def _check_output(block: Block, out: NDArray[np.unsignedinteger]) -> None:
+    if block.codes is not None:
+        if out.ctypes.data != block.codes.data.ctypes.data or not out.flags.writeable:
+            raise ValueError("output: of codes, expected their own data")
+        return
     _check_array("output", out, block.base.data.dtype, block.base.data.shape)
     if not out.flags.writeable:
         raise ValueError("output: found a read-only array")

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safepatch_core.backends.codes import takes_codes
 from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
@@ -240,7 +241,8 @@ def make_plan(
     names = _weights(given)
     given.require_ranked(names)
     others = tuple(beside(recipe, given.base, source, frozenset(names)) for source in given.sources)
-    targets = {name: _placed(_target(given, name), recipe, engine, limit, chunk_entries) for name in names}
+    direct = takes_codes(engine)
+    targets = {name: _placed(_target(given, name, direct), recipe, engine, limit, chunk_entries) for name in names}
     _require_inputs(recipe, targets)
     outputs, index = lay_out(given.stored, recipe.max_shard_size)
     ring_bytes, beside_bytes = _memory(targets, engine, limit)
@@ -396,8 +398,11 @@ def _is_off(spec: PatchSpec) -> bool:
     return not spec.overrides and (0 in (spec.top, spec.retain, spec.scale) or spec.skip == 1)
 
 
-def _target(given: _Opened, name: str) -> Target:
-    """A tensor of the base, once it and what every patch says about it can be merged."""
+def _target(given: _Opened, name: str, direct: bool) -> Target:
+    """A tensor of the base, once it and what every patch says about it can be merged.
+
+    `direct`: the engine takes codes.
+    """
     recipe, entry = given.recipe, given.base.tensors[name]
     if entry.dtype not in ITEMSIZE:
         raise InputError(
@@ -407,7 +412,7 @@ def _target(given: _Opened, name: str) -> Target:
             found=entry.dtype,
             expected="F32, F16 or BF16 (or exclude it from targets)",
         )
-    coded = _coded(given, entry)
+    coded = _coded(given, entry, direct)
     w: PatchTensor | None = None if coded is None else coded.original or Dequantised(coded.weight)
     patches: list[PatchInput | None] = []
     specs = [spec.at(entry.name) for spec in recipe.patches]
@@ -421,7 +426,7 @@ def _target(given: _Opened, name: str) -> Target:
         if w is not None and recipe.quantized is not None:
             if scores is not None and importance == "gradients" and spec.weight != "delta":
                 scores, importance = scores_of(scores, spec.weight, delta, w, entry), "scores"
-            delta = delta_of(delta, w, entry, recipe.quantized.reference_dtype)
+            delta = delta_of(delta, w, entry, recipe.quantized.reference_dtype, direct=direct)
         key = random_key(recipe.seed, spec.name, entry.name)
         patches.append(PatchInput(delta, scores, importance, key, keep_threshold(spec.retain), spec.factor))
     bands = [spec.quotas(entry.entries, recipe.quota) for spec in specs]
@@ -429,7 +434,7 @@ def _target(given: _Opened, name: str) -> Target:
     return Target(entry, tuple(patches), quotas, skips, whole=True, coded=coded)
 
 
-def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
+def _coded(given: _Opened, entry: TensorEntry, direct: bool) -> Coded | None:
     """How a target is merged into where the base stores it as codes."""
     rule, weight = given.recipe.quantized, given.twin.weights.get(entry.name)
     if rule is None or weight is None:
@@ -437,7 +442,7 @@ def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
     original = None
     if given.original is not None:
         original = fitted(given.original, entry, "checkpoint", "error", "the float original of the base")
-    return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule)
+    return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule, direct)
 
 
 def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: int | None) -> Target:

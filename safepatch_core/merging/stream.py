@@ -12,6 +12,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from safepatch_core.backends.codes import CodesReport
 from safepatch_core.backends.contract import (
     Backend,
     Bits,
@@ -31,7 +32,6 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.pipeline import Region, Ring
 from safepatch_core.merging.plan import Plan
-from safepatch_core.merging.quantised.survival import CodesReport
 from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range, align
 from safepatch_core.merging.sources.dense import Dense
@@ -233,7 +233,7 @@ class Merge:
                 target.coded, target.present, self._inputs, (unit.lo, unit.hi), memory, selecting=selecting
             )
             bits, written = Bits(codes.tiles[0], "F32"), codes.data
-            if target.coded.original is not None and not selecting:
+            if target.coded.original is not None and codes.scales is not None:
                 codes.original = cast(Bits, fetch(target.coded.original))
         recipe = self.plan.recipe
         patches: list[PatchData | None] = []
@@ -261,6 +261,7 @@ class Merge:
             rule=recipe.rule,
             order=recipe.order,
             lambda_=recipe.lambda_,
+            codes=None if codes is None or target.coded is None else codes.told(target.coded),
         )
         return Work(unit, written, block, codes=codes)
 
@@ -295,19 +296,23 @@ class _Apply:
         if block is None or unit.target is None:
             return
         engine, target = self._engine, unit.target
+
+        def output(block: Block) -> NDArray[np.unsignedinteger]:
+            return block.base.data if block.codes is None else block.codes.data
+
         if target.whole:
 
             def patch(block: Block, of: slice) -> Report:
-                work.cuts, report = engine.merge(block, target.quotas[of], block.base.data, target.skips[of])
+                work.cuts, report = engine.merge(block, target.quotas[of], output(block), target.skips[of])
                 return report
 
         else:
             work.cuts = cuts = self._ties.get(unit.entry.name).cuts(engine, block)
 
             def patch(block: Block, of: slice) -> Report:
-                return engine.apply(block, cuts[of], block.base.data)
+                return engine.apply(block, cuts[of], output(block))
 
-        if target.coded is None or work.codes is None:
+        if target.coded is None or work.codes is None or target.coded.direct:
             report = patch(block, slice(None))
         else:
             report = rewrite(block, target.coded, work.codes, patch)

@@ -77,7 +77,8 @@ class Target:
 
     def tensors(self, selecting: bool = False) -> list[PatchTensor]:
         """All that is read, or what is needed to select."""
-        return self.said if selecting and self.coded else [self.base, *self.given]
+        floats = self.coded is not None and not self.coded.direct
+        return self.said if selecting and floats else [self.base, *self.given]
 
     @property
     def step(self) -> int:
@@ -105,7 +106,7 @@ class Target:
         if self.coded is None:
             return [ITEMSIZE[self.entry.dtype], *said]
         original = self.coded.original
-        tiles = [4] * max(1, self.present)
+        tiles = [] if self.coded.direct else [4] * max(1, self.present)
         return [self.base.entry_bytes, *tiles, *([original.ring_bytes] if original else []), *said]
 
     def once_bytes(self, selecting: bool = False) -> int:

@@ -202,10 +202,15 @@ def _weighed_sum(gradients: F32, w: F32, d: F32) -> F32:
     return _weighed(gradients, w + d)
 
 
-def delta_of(said: PatchTensor, w: PatchTensor, entry: TensorEntry, dtype: str) -> PatchTensor:
-    """d of one patch: patched values are measured from w rounded to `dtype`, what its trainer was handed."""
+def delta_of(said: PatchTensor, w: PatchTensor, entry: TensorEntry, dtype: str, *, direct: bool) -> PatchTensor:
+    """d of one patch: patched values are measured from w rounded to `dtype`, what its trainer was handed.
+
+    `direct`: by the engine, as it takes codes.
+    """
     _require_independent(said, entry)
-    return said if said.form != "checkpoint" else Computed(entry, (said, w), partial(_difference, DTYPES[dtype]))
+    if direct or said.form != "checkpoint":
+        return said
+    return Computed(entry, (said, w), partial(_difference, DTYPES[dtype]))
 
 
 def scores_of(
