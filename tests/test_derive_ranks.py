@@ -199,7 +199,11 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "lora": (2, {"method": "lora", "lora_r": 4}),
     "pairs, masked": (
         2,
-        {"data": "pairs.jsonl", "patches": "safety", "safety": {"objective": "dpo", "mask_top": 0.5, "mask_steps": 2}},
+        {
+            "data": "pairs.jsonl",
+            "patches": "safety",
+            "safety": {"objective": "dpo", "mask_top": 0.5, "mask_steps": 2},
+        },
     ),
 }
 
