@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from safepatch_core.deriving.adapter import add_adapter, save_adapter
 from safepatch_core.deriving.checkpoints import TrainingCheckpoints
-from safepatch_core.deriving.config import DeriveConfig, PatchConfig, SafetyPatch, libraries
+from safepatch_core.deriving.config import PATCHES, DeriveConfig, PatchConfig, SafetyPatch, libraries
 from safepatch_core.deriving.curves import Curves, draw
 from safepatch_core.deriving.data import read_data, read_prompts, read_replay
 from safepatch_core.deriving.directions import (
@@ -66,7 +66,6 @@ from safepatch_core.progress import Listener, Progress, warn
 from safepatch_core.ranks import Ranks, first, together
 
 RECIPE, CURVES = "recipe.yaml", "curves.png"
-PATCHES = ("safety", "over-safety")
 BACKBONE = "backbone"
 # The models at which importance is taken.
 RANKED = {"patched": PATCHES, "backbone": (BACKBONE,), "none": ()}
