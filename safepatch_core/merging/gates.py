@@ -8,9 +8,12 @@ the lower one until one is left. All of it is float64, in which the product of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,7 @@ from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.merging.sources.decoding import PIECE, F32Array
 from safepatch_core.merging.work import Target
 from safepatch_core.spec import LANES, NonFinite
+from safepatch_core.threads import room_for_a_thread
 
 Pair = tuple[int, int]  # of patches, by their places in the recipe, the lower one first
 
@@ -79,9 +83,9 @@ def pair_of(p: int, q: int) -> Pair:
 
 
 def measure(
-    targets: Mapping[str, Target], pairs: Sequence[Pair], checkpoints: Iterable[Checkpoint], nonfinite: NonFinite
+    targets: Mapping[str, Target], pairs: Sequence[Pair], checkpoints: Sequence[Checkpoint], nonfinite: NonFinite
 ) -> Angles:
-    """The angles of so many pairs of patches.
+    """The angles of so many pairs of patches; a thread per core, each on a tensor of its own.
 
     Raises:
         InputError: a delta is NaN or infinite, and `nonfinite` is error.
@@ -89,13 +93,26 @@ def measure(
     """
     if not pairs:
         return {}
+    room_for_a_thread()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            found = {
+                pair: pool.map(partial(_angle, checkpoints, pair, nonfinite), targets.values()) for pair in pairs
+            }
+            return {pair: dict(zip(targets, of, strict=True)) for pair, of in found.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _angle(checkpoints: Sequence[Checkpoint], pair: Pair, nonfinite: NonFinite, target: Target) -> Angle:
     with closing(Inputs(checkpoints)) as inputs:
-        found = {pair: {name: _angle(inputs, of, pair, nonfinite) for name, of in targets.items()} for pair in pairs}
+        angle = _summed(inputs, pair, nonfinite, target)
         inputs.check_unchanged()
-    return found
+    return angle
 
 
-def _angle(inputs: Inputs, target: Target, pair: Pair, nonfinite: NonFinite) -> Angle:
+def _summed(inputs: Inputs, pair: Pair, nonfinite: NonFinite, target: Target) -> Angle:
     patches = [target.patches[p] for p in pair]
     deltas = [None if of is None else as_delta(of.delta, target.entry) for of in patches]
     product, squares, faults = Sum(), (Sum(), Sum()), (_Fault(), _Fault())
