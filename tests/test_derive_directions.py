@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from safepatch_core import merge
+from safepatch_core.commands.cli import cli
 from safepatch_core.deriving import DeriveConfig, DeriveResult, derive
 from safepatch_core.deriving.directions import between, layers_of, means
 from safepatch_core.errors import InputError, UsageError
@@ -145,6 +148,29 @@ def test_the_adapter_loads_in_peft_with_the_same_delta(where: Path, tmp_path: Pa
         torch.testing.assert_close(dict(model.named_parameters())[name], before[name] + b @ a)
 
 
+def test_matrices_that_are_stored_the_other_way_round(where: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=264, n_positions=256, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(where / "gpt2")
+    tiny_tokenizer().save_pretrained(where / "gpt2")
+    result = go(where, model=str(where / "gpt2"), direction_modules=["c_proj"], over_safety={"scale": 1.0})
+    merge(result.recipe, tmp_path / "out", backend="reference")
+    base, merged = (load_file(folder / "model.safetensors") for folder in (where / "gpt2", tmp_path / "out"))
+    for module in ("attn.c_proj", "mlp.c_proj"):
+        name = f"h.1.{module}.weight"
+        key = next(key for key in base if key.endswith(name))
+        sides = {patch: adapter(result.run, patch) for patch in ("safety", "over-safety")}
+        t, f = (
+            next(of[key] for key in of if key.endswith(f"h.1.{module}.lora_B.weight"))[:, 0].double()
+            for of in sides.values()
+        )
+        old = base[key].double()
+        formula = old + 0.1 * torch.outer(old @ t, t) - torch.outer(old @ f, f)
+        torch.testing.assert_close(merged[key].double(), formula, rtol=1e-5, atol=1e-6)
+
+
 def test_padding_and_batches_leave_the_means_alone(where: Path) -> None:
     model, chat = load_model(where / "base", "float32", "cpu"), Format(tiny_tokenizer())
     prompts = [chat.encode(question, "-", 256) for question in KINDS["harmful"]]
@@ -197,6 +223,19 @@ def test_the_method_needs_three_kinds_of_questions_and_no_other_takes_refused_on
     for given in wrong:
         with pytest.raises(ValueError, match="refused"):
             DeriveConfig(model="m", data="d", out="o", **given)
+
+
+def test_from_the_command_line_to_a_model(where: Path) -> None:
+    """Three files and a name: nothing else is needed."""
+    files = {"--data": "harmful", "--utility-data": "ordinary", "--refused-data": "refused"}
+    options = [part for option, kind in files.items() for part in (option, str(where / f"{kind}.jsonl"))]
+    options += ["--model", str(where / "base"), "--method", "direction", "--threads", "1", "--quiet"]
+    runner, run = CliRunner(), str(where / "run")
+    made = runner.invoke(cli, ["derive", *options, "-o", run], catch_exceptions=False)
+    assert made.exit_code == 0, made.output
+    merged = runner.invoke(cli, ["merge", f"{run}/recipe.yaml", "-o", str(where / "out")], catch_exceptions=False)
+    assert merged.exit_code == 0, merged.output
+    load_model(where / "out", "bfloat16", "cpu")
 
 
 def test_rows_are_chosen_by_column_and_answers_are_not_asked_for(where: Path) -> None:
