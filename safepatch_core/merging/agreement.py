@@ -25,26 +25,31 @@ def agreed(
     patch: PatchInput, other: PatchInput | None, rule: Agreement, weight: Weight, entry: TensorEntry
 ) -> PatchInput:
     """The patch with scores where the rule lets it be chosen: nowhere, if the other has nothing for the tensor."""
-    deltas = () if other is None else (as_delta(patch.delta, entry), as_delta(other.delta, entry))
-    fitting = partial(_fitting, rule.signs == "same")
-    return replace(
-        patch, scores=Computed(entry, (_scores(patch, weight, entry), *deltas), fitting), importance="scores"
-    )
-
-
-def _scores(patch: PatchInput, weight: Weight, entry: TensorEntry) -> PatchTensor:
-    """s of each entry, as an engine would find it."""
+    deltas = [as_delta(of.delta, entry) for of in (patch, other) if of is not None]
+    same = rule.signs == "same"
     if patch.scores is None:
-        return Computed(entry, (as_delta(patch.delta, entry),), np.abs)
+        scores = Computed(entry, (*deltas,), partial(_sizes, same))
+    else:
+        scores = Computed(entry, (_scores(patch.scores, patch, weight, entry), *deltas), partial(_fitting, same))
+    return replace(patch, scores=scores, importance="scores")
+
+
+def _scores(given: PatchTensor, patch: PatchInput, weight: Weight, entry: TensorEntry) -> PatchTensor:
+    """s of each entry, as an engine would find it of scores or gradients."""
     if patch.importance == "scores":
-        return patch.scores
-    return scores_of(patch.scores, weight, patch.delta, Dense(entry, "checkpoint"), entry)
+        return given
+    return scores_of(given, weight, patch.delta, Dense(entry, "checkpoint"), entry)
 
 
-def _fitting(same: bool, scores: F32Array, *deltas: F32Array) -> F32Array:
+def _sizes(same: bool, d: F32Array, *other: F32Array) -> F32Array:
+    """The same of importance by magnitude."""
+    return _fitting(same, np.abs(d), d, *other)
+
+
+def _fitting(same: bool, scores: F32Array, d: F32Array, *other: F32Array) -> F32Array:
     """The scores of entries whose signs fit; of the others, those that break a rule."""
     keep = ~np.isfinite(scores) | (scores < 0)
-    if deltas:
-        d, other = deltas if same else (deltas[0], -deltas[1])
-        keep |= ((d > 0) & (other > 0)) | ((d < 0) & (other < 0))
+    for theirs in other:
+        up, down = (theirs > 0, theirs < 0) if same else (theirs < 0, theirs > 0)
+        keep |= ((d > 0) & up) | ((d < 0) & down)
     return np.where(keep, scores, np.float32(0))
