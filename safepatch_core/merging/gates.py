@@ -29,6 +29,8 @@ from safepatch_core.merging.work import Target
 from safepatch_core.spec import LANES, NonFinite
 from safepatch_core.threads import room_for_a_thread
 
+THREADS = 8  # at most; each has buffers of its own, a few MiB and an adapter's factors
+
 Pair = tuple[int, int]  # of patches, by their places in the recipe, the lower one first
 
 
@@ -85,7 +87,7 @@ def pair_of(p: int, q: int) -> Pair:
 def measure(
     targets: Mapping[str, Target], pairs: Sequence[Pair], checkpoints: Sequence[Checkpoint], nonfinite: NonFinite
 ) -> Angles:
-    """The angles of so many pairs of patches; a thread per core, each on a tensor of its own.
+    """The angles of so many pairs of patches; several threads, each on a tensor of its own.
 
     Raises:
         InputError: a delta is NaN or infinite, and `nonfinite` is error.
@@ -94,7 +96,7 @@ def measure(
     if not pairs:
         return {}
     room_for_a_thread()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
         try:
             found = {
                 pair: pool.map(partial(_angle, checkpoints, pair, nonfinite), targets.values()) for pair in pairs
