@@ -174,7 +174,7 @@ def report(folder: str) -> None:
 
 
 def _size(text: str) -> int:
-    from safepatch_core.settings import parse_size
+    from safepatch_core.sizes import parse_size
 
     try:
         return parse_size(text)

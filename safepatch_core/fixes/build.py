@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -27,12 +28,13 @@ from safepatch_core.merging.effect import require_deltas, require_eligible, requ
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
+from safepatch_core.merging.pipeline import Region, Ring, align
 from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge, Work
 from safepatch_core.merging.work import Unit
 from safepatch_core.ranks import Ranks, first, ranks_of_this_run
-from safepatch_core.settings import size
+from safepatch_core.sizes import size
 
 Progress = Callable[[int, int], None]
 AGAIN = "run it again"
@@ -203,23 +205,28 @@ def _counted(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 
 class _Recorder:
-    """Sees the targets of a merge before and after; a `stream.Sink` that keeps no output."""
+    """Sees the targets of a merge before and after; a `stream.Sink` that keeps no output.
+
+    A unit's old bytes are copied before the engine patches it, and compared by the writer's thread while the next
+    unit is patched: there is room for two.
+    """
 
     def __init__(self, plan: Plan, writer: Writer) -> None:
         self.writer, self._plan = writer, plan
         sizes = [
-            t.stored_bytes(t.entry.entries if t.whole else min(plan.chunk_entries(t), t.entry.entries))
+            align(t.stored_bytes(t.entry.entries if t.whole else min(plan.chunk_entries(t), t.entry.entries)))
             for t in plan.targets.values()
         ]
-        self._old = np.empty(max(sizes, default=0), np.uint8)
+        self._room = Ring(np.empty(2 * max(sizes, default=0), np.uint8))
+        self._patched: deque[tuple[Unit, Region]] = deque()
         self._encoder: Encoder | None = None
 
     def around(self, apply: Callable[[Work], None]) -> Callable[[Work], None]:
         def work(unit: Work) -> None:
-            old = self._old[: len(unit.base)]
-            old[:] = unit.base
+            old = self._room.take(align(len(unit.base)))
+            old.memory[: len(unit.base)] = unit.base
             apply(unit)
-            self._record(unit.unit, old, unit.base)
+            self._patched.append((unit.unit, old))
 
         return work
 
@@ -239,7 +246,15 @@ class _Recorder:
         return OutputPart(part.output, targets, part.lo, part.hi)
 
     def write(self, data: memoryview, source: object = None) -> None:
-        pass
+        if not self._patched:
+            return  # the file's header
+        unit, old = self._patched.popleft()
+        try:
+            self._record(unit, old.memory[: len(data)], np.frombuffer(data, np.uint8))
+        except BaseException:
+            self._room.cancel()
+            raise
+        self._room.give(old)
 
     def end(self) -> None:
         pass
