@@ -211,9 +211,9 @@ class Engine {
         released([&] {
             sp_engine* engine = engine_.get();
             const int64_t* wanted = quotas.data();
-            return notes == nullptr ? sp_merge(engine, &block.block, wanted, to, cuts.data(), &found.report)
-                                    : sp_notes_merge(notes->get(), engine, &block.block, wanted, to, cuts.data(),
-                                                     &found.report);
+            return notes == nullptr
+                       ? sp_merge(engine, &block.block, wanted, to, cuts.data(), &found.report)
+                       : sp_notes_merge(notes->get(), engine, &block.block, wanted, to, cuts.data(), &found.report);
         });
         std::vector<Cut> places;
         for (const sp_cut& cut : cuts) places.emplace_back(cut.key, cut.before, cut.skip_key, cut.skip_before);

@@ -192,9 +192,8 @@ sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quot
     return guarded([&] {
         need(engine != nullptr, "null engine");
         const OwnBlock own(block);
-        merge_by(own, quotas, out, cuts, report, [&](sp_cut* chosen, sp_report& found) {
-            engine->engine.merge(own, quotas, out, chosen, found);
-        });
+        merge_by(own, quotas, out, cuts, report,
+                 [&](sp_cut* chosen, sp_report& found) { engine->engine.merge(own, quotas, out, chosen, found); });
     });
 }
 

@@ -218,7 +218,7 @@ def test_notes_merge_to_the_same_bits_whatever_else_changes(isa: str, threads: i
             patches = [p and replace(p, scale=c) for p, c in zip(block.patches, scales, strict=True)]
             asked = replace(block, patches=tuple(patches), rule=rule, lambda_=0.7)
             cuts, report, out = merged(REFERENCE, asked, quotas, skips)
-            bare = [p and replace(p, values=unread(p.kind, "F32")) for p in patches]
+            bare = [p and replace(p, values=unread(p.kind)) for p in patches]
             in_place = block.base.data.copy()
             left = replace(asked, base=Bits(in_place, block.base.dtype), patches=tuple(bare))
             assert backend.merge_noted(notes, left, quotas, in_place, skips) == (cuts, report)
@@ -239,7 +239,7 @@ def test_notes_are_refused_for_what_they_are_not_of() -> None:
         with pytest.raises(RuntimeError, match="another block than the notes are of|beyond the notes"):
             backend.merge_noted(notes, other, quotas, out[: len(other)])
     np.testing.assert_array_equal(out, block.base.data)
-    assert not any(backend.take_notes(block, [900, k]) for k in (n // 2, 0, n))  # a list too long, none, and everything
+    assert not any(backend.take_notes(block, [900, k]) for k in (n // 2, 0, n))  # too long a list, none, all
 
 
 def checkpoint_pair(rng: Rng, n: int, spread: float = 1.0) -> Block:

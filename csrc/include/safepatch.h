@@ -224,8 +224,8 @@ SP_API sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_
  * them are made by one thread at a time. */
 typedef struct sp_notes sp_notes;
 
-/* Look at a tensor as sp_merge does, and list what quotas up to these can choose from. Lists are of magnitudes, and at
- * most an eighth of the tensor long.
+/* Look at a tensor as sp_merge does, and list what quotas up to these can choose from. Lists are of magnitudes, and
+ * at most an eighth of the tensor long.
  * @return SP_OK, SP_BAD_ARGUMENT, SP_NO_MEMORY or SP_STOPPED. On success the caller owns *notes and ends them with
  * sp_notes_close; they are NULL where lists won't do, which sp_merge does without. */
 SP_API sp_status sp_notes_take(sp_engine* engine, const sp_block* block, const int64_t* quotas, sp_notes** notes);

@@ -43,11 +43,10 @@ class Lora(NamedTuple):
     scale: float
 
 
-def unread(kind: Kind, dtype: Dtype) -> Bits | Lora:
+def unread(kind: Kind) -> Bits | Lora:
     """Stands for the values of a patch, of that kind, which nobody will read."""
-    if kind == "lora":
-        return Lora(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), 0.0)
-    return Bits(np.empty(0, np.uint32 if dtype == "F32" else np.uint16), dtype)
+    nothing = np.empty((0, 0), np.float32)
+    return Lora(nothing, nothing, 0.0) if kind == "lora" else Bits(np.empty(0, np.uint16), "BF16")
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,6 @@ class CpuBackend:
         cuts, found = self._engine.merge(given, quotas, out, skips)
         return [Cut(*cut) for cut in cuts], _report(*found)
 
-
     def take_notes(self, block: Block, quotas: Sequence[int]) -> Notes | None:
         given = _given(block)
         _check_length("quotas", quotas, block)
