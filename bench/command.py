@@ -33,7 +33,9 @@ def command() -> None:
 
 # The evidence that the method helps is run from the repository: no wheel carries it.
 if find_spec(f"{__package__}.psa") is not None:
-    command.add_command(import_module(f"{__package__}.psa.command").command)
+    evidence = import_module(f"{__package__}.psa.command")
+    command.add_command(evidence.command)
+    command.add_command(evidence.quantised)
 
 
 def bench_options(function: F) -> F:
@@ -174,7 +176,7 @@ def report(folder: str) -> None:
 
 
 def _size(text: str) -> int:
-    from safepatch_core.settings import parse_size
+    from safepatch_core.sizes import parse_size
 
     try:
         return parse_size(text)

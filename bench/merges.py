@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.settings import parse_size
+from safepatch_core.sizes import parse_size
 from safepatch_core.spec import Kind
 
 from . import models

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from safepatch_core.backends import ENGINES, find_engine
+from safepatch_core.sizes import size
 
 # Bytes below which a line per tenth would be noise: a second's work.
 LINES_FROM = 1_000_000_000
@@ -77,8 +78,6 @@ def engine_options(function: F) -> F:
         vram_limit: str | None,
         **rest: Any,
     ) -> Any:
-        from safepatch_core.settings import size  # pydantic, which --help needs not wait for
-
         limits = {"memory_limit": size(memory_limit), "vram_limit": size(vram_limit)}
         engine = {"backend": backend, "device": device, "threads": threads, **limits}
         return function(*args, engine=engine, **rest)

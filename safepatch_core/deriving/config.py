@@ -12,6 +12,7 @@ from safepatch_core.spec import Kind
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+PATCHES = ("safety", "over-safety")
 
 
 class PatchConfig(Strict):
@@ -30,17 +31,30 @@ class PatchConfig(Strict):
         default=0.3, description="Probability that an entry survives random retention. Default 0.3."
     )
     scale: float = Field(default=1.0, allow_inf_nan=False, description="Factor of the patch in the merge. Default 1.")
+    mask_top: Share | None = Field(
+        default=None,
+        description="Only this share of each tensor's entries moves in training: those with the highest SNIP scores, "
+        "mean |w * g| over importance_samples rows. All others keep their bits. Default none (all may move).",
+    )
+    mask_steps: int = Field(
+        default=1000, ge=1, description="Optimiser steps after which mask_top chooses anew. Default 1000."
+    )
 
 
 class SafetyPatch(PatchConfig):
     """Unlearns the answers; top 0.03."""
 
-    objective: Literal["ascent", "npo"] = Field(
+    objective: Literal["ascent", "npo", "dpo"] = Field(
         default="ascent",
-        description="ascent (of the answer NLL) or npo (Negative Preference Optimization, which loses interest in an "
-        "answer as it becomes unlikely); ascent_bound ends either. Default ascent.",
+        description="ascent (of the answer NLL), npo (Negative Preference Optimization, which loses interest in an "
+        "answer as it becomes unlikely) or dpo (Direct Preference Optimization, which rejects the answer for the one "
+        "in chosen_column); ascent_bound ends any of them. Default ascent.",
     )
     npo_beta: Rate = Field(default=0.1, description="NPO's inverse temperature; towards 0 it is ascent. Default 0.1.")
+    beta: Rate = Field(default=0.1, description="DPO's inverse temperature, as TRL's beta. Default 0.1.")
+    loss_type: Literal["sigmoid", "hinge"] = Field(
+        default="sigmoid", description="Of DPO, as TRL's: sigmoid (the paper's) or hinge (SLiC). Default sigmoid."
+    )
 
 
 class OverSafetyPatch(PatchConfig):
@@ -64,6 +78,10 @@ class DeriveConfig(Strict):
     )
     answer_column: str = Field(
         default="answer", description="Column of the answer, or of a chat. Default answer, or what it is called."
+    )
+    chosen_column: str = Field(
+        default="chosen",
+        description="With safety.objective dpo, column of the answer to prefer, or of a chat. Default chosen.",
     )
     data_where: Where = Field(
         default={}, description="Only rows with these values, as {category: fraud}. Default all."
@@ -157,6 +175,9 @@ class DeriveConfig(Strict):
     ascent_window: int = Field(
         default=4, ge=1, description="Latest optimiser steps that ascent_bound averages. Default 4."
     )
+    patches: Literal["both", "safety", "over-safety"] = Field(
+        default="both", description="Which patches are trained and in the recipe. Default both."
+    )
     safety: SafetyPatch = Field(default=SafetyPatch(), description="The ascent patch.")
     over_safety: OverSafetyPatch = Field(default=OverSafetyPatch(), description="The descent patch.")
 
@@ -211,6 +232,27 @@ class DeriveConfig(Strict):
         if self.quantization != "none" and self.method != "lora":
             raise ValueError("quantization is of a frozen backbone: it needs method lora")
         return self
+
+    @model_validator(mode="after")
+    def _what_is_masked_stays(self) -> Self:
+        if all(patch.mask_top is None for patch in self.trained.values()):
+            return self
+        if (self.method, self.trainable) != ("full", "targets"):
+            raise ValueError("mask_top is of the targets' weights: it needs method full and trainable targets")
+        if self.weight_decay:
+            raise ValueError("mask_top leaves entries as they are, weight_decay moves all: it must be 0")
+        return self
+
+    @property
+    def trained(self) -> dict[str, PatchConfig]:
+        """The patches of the run by name, in the recipe's order."""
+        every = dict(zip(PATCHES, (self.safety, self.over_safety), strict=True))
+        return every if self.patches == "both" else {self.patches: every[self.patches]}
+
+    @property
+    def prefers(self) -> bool:
+        """Whether each question has two answers, of which one is chosen."""
+        return "safety" in self.trained and self.safety.objective == "dpo"
 
     @property
     def ranked_at(self) -> Literal["patched", "backbone", "none"]:

@@ -14,9 +14,16 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.disk import hash_file
 from safepatch_core.language.chat import Example, Format, encode_rows
 from safepatch_core.language.model import Limits
-from safepatch_core.language.rows import read_rows
+from safepatch_core.language.rows import Row, read_rows
 
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair(Example):
+    """A row whose answer is rejected for another."""
+
+    chosen: Example = Example((), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,7 @@ class Data:
     """The rows as token ids.
 
     Attributes:
-        examples: Trained on.
+        examples: Trained on; `Pair`s where one answer is chosen and the other rejected.
         utility: Kept likely beside them.
         probe: Of `examples`, those of importance and of the reported NLLs.
         inputs: What a resumed run must share of both files, as JSON types.
@@ -51,9 +58,13 @@ def read_data(config: DeriveConfig, tokenizer: Any, limits: Limits, tell: Tell) 
         tell("the chat template opens a thinking block: it is closed before each answer")
     length = min(config.max_length, limits.positions or config.max_length)
     columns = {"question": config.question_column, "answer": config.answer_column}
+    columns |= {"chosen": config.chosen_column} if config.prefers else {}
     options = {name: f"--{name}-column" for name in columns}
     rows = read_rows(config.data, columns, config.rows, config.data_where, options=options, tell=tell)
     examples = encode_rows(chat, config.data, rows, length)
+    if config.prefers:
+        chosen = [Row(row.line, row.values | {"answer": row.values["chosen"]}) for row in rows]
+        examples = _paired(examples, encode_rows(chat, config.data, chosen, length))
     about: dict[str, Any] = {
         "sha256": hash_file(Path(config.data)),
         "rows": len(rows),
@@ -68,6 +79,10 @@ def read_data(config: DeriveConfig, tokenizer: Any, limits: Limits, tell: Tell) 
     utility = encode_rows(chat, config.utility_data, rows, length)
     other = {"sha256": hash_file(Path(config.utility_data)), "rows": len(rows)}
     return Data(examples, utility, _sample(examples, config), {"data": about, "utility_data": other})
+
+
+def _paired(rejected: Sequence[Example], chosen: Sequence[Example]) -> list[Example]:
+    return [Pair(e.ids, e.answer, e.truncated, other) for e, other in zip(rejected, chosen, strict=True)]
 
 
 def _sample(examples: Sequence[Example], config: DeriveConfig) -> list[Example]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,17 +14,26 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
+from torch import Tensor
 
 from safepatch_core.deriving.adapter import add_adapter, save_adapter
 from safepatch_core.deriving.checkpoints import TrainingCheckpoints
 from safepatch_core.deriving.config import DeriveConfig, PatchConfig, SafetyPatch, libraries
 from safepatch_core.deriving.curves import Curves, draw
 from safepatch_core.deriving.data import read_data
-from safepatch_core.deriving.importance import take_importance
-from safepatch_core.deriving.loop import planned_steps, train
+from safepatch_core.deriving.importance import highest, take_importance
+from safepatch_core.deriving.loop import Mask, planned_steps, train
 from safepatch_core.deriving.model import Changed, changed_entries, load_frozen, load_model, open_backbone, targets
 from safepatch_core.deriving.names import BaseNames
-from safepatch_core.deriving.objective import Likelihood, NegativePreference, Objective, mean_nll, reference_nlls
+from safepatch_core.deriving.objective import (
+    Likelihood,
+    NegativePreference,
+    Objective,
+    Preference,
+    chosen,
+    mean_nll,
+    reference_nlls,
+)
 from safepatch_core.deriving.rundir import RunDirectory
 from safepatch_core.deriving.saving import (
     applied,
@@ -57,10 +66,7 @@ from safepatch_core.progress import Listener, Progress, warn
 from safepatch_core.ranks import Ranks, first, together
 
 RECIPE, CURVES = "recipe.yaml", "curves.png"
-PATCHES = ("safety", "over-safety")
 BACKBONE = "backbone"
-# The models at which importance is taken.
-RANKED = {"patched": PATCHES, "backbone": (BACKBONE,), "none": ()}
 
 
 def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Listener | None) -> dict[str, Any]:
@@ -69,15 +75,20 @@ def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Listener | N
         first(ranks, lambda: open_backbone(config.model, Path(config.out)))  # a quantised one is copied once
         job = together(ranks, lambda: Steps(config, quiet, report, ranks))
         with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume, ranks=ranks) as out:
-            for name in PATCHES:
+            for name in config.trained:
                 out.step(name, partial(job.train, out, name))
                 TrainingCheckpoints(out, name).clear()
-            for name in RANKED[config.ranked_at]:
+            for name in _ranked(config):
                 out.step(f"importance/{name}", partial(job.rank, out, name))
             if first(ranks, can_draw):
                 out.step(CURVES, partial(job.draw_curves, out))
             out.step(RECIPE, partial(job.write_recipe, out))
             return out.record
+
+
+def _ranked(config: DeriveConfig) -> tuple[str, ...]:
+    """The models at which importance is taken."""
+    return {"patched": tuple(config.trained), "backbone": (BACKBONE,), "none": ()}[config.ranked_at]
 
 
 @contextlib.contextmanager
@@ -125,7 +136,7 @@ class Steps:
     def train(self, out: RunDirectory, name: str) -> None:
         """RUN/NAME, a trained checkpoint or adapter, and RUN/trace-NAME.jsonl."""
         config, unlearned = self._config, name == "safety"
-        patch = config.safety if unlearned else config.over_safety
+        patch = config.trained[name]
         torch.manual_seed(config.seed)
         model = self._sharded(lambda device: self._trainable(load_frozen(self._root, config, device)))
         with out.scratch_folder(name) as folder:
@@ -150,6 +161,7 @@ class Steps:
                 progress=progress,
                 utility=self._utility if config.weight(patch) else (),
                 checkpoints=TrainingCheckpoints(out, name),
+                mask=self._mask(out, model, name, patch),
                 ranks=self._ranks,
             )
         with out.new_folder(name) as folder:
@@ -177,7 +189,34 @@ class Steps:
             return Likelihood(1.0)
         if patch.objective == "ascent":
             return Likelihood(-1.0)
-        return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
+        if patch.objective == "npo":
+            return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
+        answers = [*self._examples, *chosen(self._examples)]
+        return Preference(patch.beta, patch.loss_type, self._row_nlls(model, answers, f"reference {name}"))
+
+    def _mask(self, out: RunDirectory, model: Any, name: str, patch: PatchConfig) -> Mask | None:
+        """By SNIP on the answers to learn from, as Q-resafe (arXiv 2506.20251) finds what matters to them."""
+        top, samples = patch.mask_top, chosen(self._probe)
+        if top is None:
+            return None
+
+        def choose() -> Mapping[str, Tensor]:
+            with (
+                out.scratch_folder(f"mask-{name}") as folder,
+                self._progress(f"mask {name}", len(samples)) as progress,
+            ):
+                taken = take_importance(
+                    model,
+                    samples,
+                    self._recipe.is_target,
+                    progress,
+                    memory=self._config.importance_memory,
+                    folder=folder,
+                    ranks=self._ranks,
+                )
+                return highest(taken, top)
+
+        return Mask(patch.mask_steps, choose)
 
     def _prove(self, model: Any, folder: Path) -> None:
         """Tries before a step is taken, in `folder`, how the patch will be saved and read, all but its weights."""
@@ -272,7 +311,7 @@ class Steps:
         """RUN/curves.png."""
         if self._ranks.rank > 0:
             return
-        traces = {name: out.path / f"trace-{name}.jsonl" for name in PATCHES}
+        traces = {name: out.path / f"trace-{name}.jsonl" for name in self._config.trained}
         levels = {"backbone": out.record["nll"][BACKBONE], "ascent bound": self._config.ascent_bound}
         drawn = picture(draw, Curves(traces, levels))
         assert drawn is not None
@@ -282,7 +321,7 @@ class Steps:
     def write_recipe(self, out: RunDirectory) -> None:
         """RUN/recipe.yaml."""
         with out.new_file(RECIPE) as file:
-            file.write("# The two patches of this run. Merge them with: safepatch merge recipe.yaml -o OUT\n")
+            file.write("# The patches of this run. Merge them with: safepatch merge recipe.yaml -o OUT\n")
             yaml.safe_dump(self._recipe.written(), file, sort_keys=False)
 
     def _nll(self, model: Any, name: str) -> float:
@@ -322,7 +361,7 @@ class Steps:
 
 
 def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
-    """The recipe of the run's two patches. A relative path of the base becomes relative to RUN.
+    """The recipe of the run's patches. A relative path of the base becomes relative to RUN.
 
     A hub id is pinned to the commit that was trained: against any other, the patches would be other deltas. Of a
     model that sees or hears, only the language model is trained and merged. Patches of a quantised backbone, trained
@@ -334,7 +373,7 @@ def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
     elif not os.path.isabs(base):
         base = os.path.relpath(os.path.abspath(base), os.path.realpath(config.out))
     patches = []
-    for name, patch in zip(PATCHES, (config.safety, config.over_safety), strict=True):
+    for name, patch in config.trained.items():
         ranked = name if config.ranked_at == "patched" else BACKBONE
         patches.append(
             {

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
@@ -18,7 +18,9 @@ from safepatch_core.fixes.inplace import Sums, require_changeable, require_free
 from safepatch_core.fixes.ledger import Ledger
 from safepatch_core.fixes.reading import WINDOW, Fix, stretches
 from safepatch_core.merging.layout import OutputFile, lay_out
-from safepatch_core.merging.plan import Plan
+
+if TYPE_CHECKING:
+    from safepatch_core.merging.plan import Plan
 
 SMALL_FILES = 1 << 20  # room that card, manifest, sums and ledger may need beside the shards and companions
 # Bytes of XOR per change: a patch moves a bfloat16 entry a little, so that one high byte in twenty differs.
@@ -121,7 +123,7 @@ def plan_fix(
         require_free(ledger, fix, opened)
     touched = [entry for shard in opened.shards for entry in shard.tensors if entry.name in fix.tensors]
     changing = sum(_changing_bytes(fix, entry) for entry in touched)
-    cost = _in_place(fix, opened, ledger, changing) if in_place else _copied(fix, opened, changing, Path(out or "."))
+    cost = _in_place(fix, opened, ledger, changing) if in_place else _copied(fix, opened, Path(out or "."))
     return FixPlan(
         id=fix.id,
         direction=direction,
@@ -168,17 +170,21 @@ def _in_place(fix: Fix, checkpoint: Checkpoint, ledger: Ledger, changing: int) -
     if not goes_on:
         require_changeable(checkpoint, fix)
     shards = [shard for shard in checkpoint.shards if any(entry.name in fix.tensors for entry in shard.tensors)]
-    again = sum(shard.size for shard in shards) if Sums(root).any else changing
-    read, space, free = changing + again + 2 * fix.size, SMALL_FILES + _kept(fix, root), shutil.disk_usage(root).free
+    hashed = sum(shard.size for shard in shards) if Sums(root).any else 0
+    read, space, free = (
+        2 * (changing + fix.size) + hashed,
+        SMALL_FILES + _kept(fix, root),
+        shutil.disk_usage(root).free,
+    )
     return _Cost(goes_on, read, changing, len(shards), space, free)
 
 
-def _copied(fix: Fix, checkpoint: Checkpoint, changing: int, out: Path) -> _Cost:
+def _copied(fix: Fix, checkpoint: Checkpoint, out: Path) -> _Cost:
     outputs, _ = lay_out(checkpoint, None)
     place = Path(os.path.abspath(out))
     while not place.exists():
         place = place.parent
-    read = changing + sum(entry.nbytes for entry in checkpoint.tensors.values()) + 2 * fix.size
+    read = sum(entry.nbytes for entry in checkpoint.tensors.values()) + fix.size
     written = sum(output.size for output in outputs) + _kept(fix, place)
     space, free = space_needed(outputs, companions(checkpoint), fix), shutil.disk_usage(place).free
     return _Cost(False, read, written, len(outputs), space, free)

@@ -22,13 +22,14 @@ from safepatch_core.files.companions import companions, left_out
 from safepatch_core.merging.beside import Beside, beside
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
+from safepatch_core.merging.pipeline import ALIGN, align
 from safepatch_core.merging.quantised.modules import module_of, quantised, refuse_base, refuse_patch
 from safepatch_core.merging.quantised.twin import Twin, refuse_weight, twin_of
 from safepatch_core.merging.quantised.values import Dequantised, delta_of, scores_of
 from safepatch_core.merging.quantised.writing import Coded
 from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targets
 from safepatch_core.merging.sources import open_source
-from safepatch_core.merging.sources.contract import ALIGN, PatchTensor, Source, align
+from safepatch_core.merging.sources.contract import PatchTensor, Source
 from safepatch_core.merging.sources.dense import ImportanceFile, Named, fitted
 from safepatch_core.merging.work import PatchInput, Target, Unit
 from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, random_key, rounding_key

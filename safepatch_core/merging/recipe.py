@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from safepatch_core.errors import UsageError
-from safepatch_core.settings import Strict, explain, parse_size, read_yaml
+from safepatch_core.settings import Strict, explain, read_yaml
+from safepatch_core.sizes import parse_size
 from safepatch_core.spec import (
     COMBINE,
     Acts,

@@ -32,11 +32,11 @@ from safepatch_core.files.disk import Extent
 from safepatch_core.merging import pipeline
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
-from safepatch_core.merging.pipeline import Region, Ring
+from safepatch_core.merging.pipeline import Region, Ring, align
 from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.quantised.survival import CodesReport
 from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
-from safepatch_core.merging.sources.contract import Held, PatchTensor, Range, align
+from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target, Unit
 from safepatch_core.ranks import Alone, Ranks

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.merging.pipeline import align
 from safepatch_core.merging.quantised.values import Dequantised
 from safepatch_core.merging.quantised.writing import Coded
-from safepatch_core.merging.sources.contract import PatchTensor, align
+from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.spec import ITEMSIZE, Importance
 

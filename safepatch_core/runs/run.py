@@ -7,7 +7,9 @@ With `rounds`, a list, all of it is done once per round, and what a round merges
 has a `name` and its own changes to the sections; `where` says which rows, by column, both `derive` and `eval` take in
 it. The model after each round is measured on the harmful prompts of every round.
 
-Data without answers is given some by `answers`: a model that complies, asked before each `derive`.
+Data without answers is given some by `answers`: a model that complies, asked before each `derive`. With the objective
+dpo it is a model to be like, such as the float original of a quantised backbone: its answers are chosen, and the
+backbone's own rejected.
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ class OwnPrompts(Strict):
 
 
 class Answers(Strict):
-    """A model that answers the questions of `derive.data`, greedily; what it refuses or leaves empty is left out."""
+    """A model that answers the questions of `derive.data`, greedily; what it refuses or leaves empty is left out.
+
+    With dpo only what is empty is, or what the backbone says too.
+    """
 
     model: Annotated[str, Field(min_length=1)]
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
@@ -264,6 +269,20 @@ def _with(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return {**section, **changes, **patches}
 
 
+def _answered(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """A row of `derive`, from one of an evaluation's answers; None for a refusal."""
+    said = row["model"]
+    return {"question": row["prompt"], "answer": said["answer"]} if said["answer"] and not said["refused"] else None
+
+
+def _pair(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """The same with two answers; None where they are one."""
+    chosen, rejected = row["model"]["answer"], row["baseline"]["answer"]
+    if not chosen or not rejected or chosen == rejected:
+        return None
+    return {"question": row["prompt"], "chosen": chosen, "rejected": rejected}
+
+
 class _Merged(NamedTuple):
     folder: Path
     recipe: Path
@@ -304,7 +323,9 @@ class _Work:
         if settings.answers is None:
             return config
         made: dict[str, Any] = {"data": os.path.abspath(self.root / place / DATA), "data_where": {}, "rows": None}
-        return config.model_copy(update={**made, "question_column": "question", "answer_column": "answer"})
+        columns = {"answer_column": "rejected", "chosen_column": "chosen"}
+        columns = columns if config.prefers else {"answer_column": "answer"}
+        return config.model_copy(update={**made, **columns, "question_column": "question"})
 
     def answer(self, settings: RunConfig, section: Mapping[str, Any], place: str) -> None:
         """Writes the data of a derive step, if `answers` asks for it: its questions and what that model says."""
@@ -327,14 +348,15 @@ class _Work:
         }
         step = f"{place}/answers".lstrip("/")
         model = rooted(settings.answers.model_dump(), self._origin)["model"]
-        self.evaluate(step, self.measuring(asking, step, model=model))
+        beside = {"baseline": asked.model} if asked.prefers else {}
+        self.evaluate(step, self.measuring(asking, step, model=model, **beside))
         rows = [json.loads(line) for line in (self.root / step / "answers.jsonl").read_text("utf-8").split("\n")[:-1]]
-        kept = [row for row in rows if row["model"]["answer"] and not row["model"]["refused"]]
+        kept = [found for row in rows if (found := (_pair if asked.prefers else _answered)(row)) is not None]
         self.say(f"answers: {len(kept)} of {len(rows)} questions")
         if not kept:
-            raise InputError("the model of answers refuses every question", file=model)
-        lines = [json.dumps({"question": row["prompt"], "answer": row["model"]["answer"]}) for row in kept]
-        self.out.write(str(Path(place) / DATA), "\n".join(lines) + "\n")
+            what = "answers every question as the backbone does" if asked.prefers else "refuses every question"
+            raise InputError(f"the model of answers {what}", file=model)
+        self.out.write(str(Path(place) / DATA), "".join(json.dumps(row) + "\n" for row in kept))
 
     def measuring(self, section: Mapping[str, Any], place: str, **models: str) -> EvalConfig:
         """The checked settings of an eval step; its data is there and can be read."""

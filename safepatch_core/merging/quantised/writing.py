@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from safepatch_core.backends.contract import Bits, Block, Fault, PatchReport, Report
 from safepatch_core.backends.reference import acting, joined, philox, to_float32
 from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.pipeline import align
 from safepatch_core.merging.quantised.grids import F32, Codes, Grid
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Places, Scales
 from safepatch_core.merging.quantised.survival import CodesReport, Kept, exact_sum
 from safepatch_core.merging.recipe import Quantized
-from safepatch_core.merging.sources.contract import PatchTensor, align
+from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.spec import Acts, Join, Rule
 
 Mask = NDArray[np.bool_]
