@@ -95,7 +95,7 @@ def _table(rows: list[tuple[str, str]]) -> None:
 def _tell_recipe(
     recipe: str, out: str | None, tensors: bool, engine: EngineOptions, quiet: bool, as_json: bool
 ) -> None:
-    from safepatch_core.fixes.plan import expected_fix
+    from safepatch_core.fixes.expected import expected_fix
     from safepatch_core.merging.api import describe
     from safepatch_core.merging.api import plan as make
 
