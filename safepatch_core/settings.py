@@ -36,7 +36,8 @@ Threads = Annotated[int | None, Field(ge=1, description="CPU threads of torch. D
 class Strict(BaseModel):
     """Settings in which unknown keys, and values of another type, are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    # A validator is built when it is needed: those of the parts of a recipe are parts of the recipe's own.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 def checked(model: type[M], data: Any, file: str | os.PathLike[str] | None = None) -> M:

@@ -15,7 +15,19 @@ import pytest
 from click.testing import CliRunner
 
 from safepatch_core.backends.reference import ReferenceBackend
-from safepatch_core.bench import fixes, kernels, measure, merges, models, registry, report, results, shape, tracing
+from safepatch_core.bench import (
+    fixes,
+    kernels,
+    measure,
+    merges,
+    models,
+    registry,
+    report,
+    results,
+    series,
+    shape,
+    tracing,
+)
 from safepatch_core.bench.command import command
 from safepatch_core.bench.measure import Failed, Red, Skipped
 from safepatch_core.errors import InputError, UsageError
@@ -45,7 +57,7 @@ def test_every_case_has_its_own_name_and_every_group_a_short_one() -> None:
     cases = registry.cases()
     assert all(case.name == name and case.description for name, case in cases.items())
     groups = {name.partition("/")[0] for name in cases}
-    assert groups == {"kernels", "merge", "memory", "floor", "peers", "fixes", "derive", "shape", "profile"}
+    assert groups == {"kernels", "merge", "memory", "floor", "peers", "fixes", "derive", "shape", "profile", "sweep"}
     assert {case.name.partition("/")[0] for case in cases.values() if case.short} == groups
 
 
@@ -480,6 +492,22 @@ def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
     made = plan(models.recipe_path(folder), backend="reference")
     slow = seconds("checkpoint", "tensor", 0.0, **{rates.DISK_READ: 1e4, rates.DISK_WRITE: 1e9})
     assert slow == pytest.approx(1.0 + made.bytes_to_read / 1e4, rel=1e-3)
+
+
+# Candidates of a sweep
+
+
+def test_candidates_are_measured_in_one_process_and_equal_their_merges(bench: registry.Bench) -> None:
+    series.equals_merges(bench)
+    measured = series._measure("tiny", bench)
+    assert all(len(measured.series[name][q]) == bench.rounds for name in series.SUBJECTS for q in ("wall_s", "cpu_s"))
+    assert {pair[1] for pair in measured.ratios} == {"first", "merge"}
+
+
+def test_the_gate_of_candidates_sees_one_wrong_byte(monkeypatch: pytest.MonkeyPatch, bench: registry.Bench) -> None:
+    monkeypatch.setattr(series, "files_digest", lambda folder: "another")
+    with pytest.raises(Red, match="differs from its merge alone"):
+        series.equals_merges(bench)
 
 
 # Fix files

@@ -134,6 +134,12 @@ def test_layers_are_chosen_and_may_each_have_their_own_direction(where: Path) ->
         torch.testing.assert_close(b.double(), expected(where, layer)["safety"], rtol=0, atol=1e-4)
 
 
+def test_one_of_the_patches_alone(where: Path) -> None:
+    result = go(where, patches="over-safety")
+    assert [patch["name"] for patch in yaml.safe_load(result.recipe.read_text())["patches"]] == ["over-safety"]
+    assert not (result.run / "safety").exists()
+
+
 def test_the_adapter_loads_in_peft_with_the_same_delta(where: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     result = go(where, direction_layers="0:1")

@@ -16,7 +16,8 @@ from safepatch_core.commands.cli import cli
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.fixes.apply import apply, revert
 from safepatch_core.fixes.build import build
-from safepatch_core.fixes.plan import expected_fix, memory_needed, plan_fix
+from safepatch_core.fixes.expected import expected_fix
+from safepatch_core.fixes.plan import memory_needed, plan_fix
 from safepatch_core.fixes.reading import open_fix
 from safepatch_core.merging.api import plan
 from tests.fix_cases import BLOCK, changed, random_tensor, write_checkpoint, write_fix

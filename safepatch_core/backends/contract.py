@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,12 @@ class Lora(NamedTuple):
     a: NDArray[np.float32]
     b: NDArray[np.float32]
     scale: float
+
+
+def unread(kind: Kind) -> Bits | Lora:
+    """Stands for the values of a patch, of that kind, which nobody will read."""
+    nothing = np.empty((0, 0), np.float32)
+    return Lora(nothing, nothing, 0.0) if kind == "lora" else Bits(np.empty(0, np.uint16), "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +215,33 @@ class Backend(Protocol):
 
         `skips[p]` of the `quotas[p]` entries, the best ones, are not selected; none where it is left out.
         """
+
+
+class Notes(Protocol):
+    """What an engine found of a whole tensor, for further merges of it that read no patch again."""
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that they take."""
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """What an engine has beside a `Backend` where it can merge a tensor again from notes."""
+
+    def take_notes(self, block: Block, quotas: Sequence[int]) -> Notes | None:
+        """Look at a whole tensor for `merge_noted` with quotas up to these; None where `merge` alone will do."""
+
+    def merge_noted(
+        self,
+        notes: Notes,
+        block: Block,
+        quotas: Sequence[int],
+        out: NDArray[np.unsignedinteger],
+        skips: Sequence[int] = (),
+    ) -> tuple[list[Cut], Report]:
+        """As `merge`. The block is the one that the notes are of, but for scales, rule and lambda; what its patches
+        say is not read (see `unread`)."""
 
 
 class Opener(Protocol):

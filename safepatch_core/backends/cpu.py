@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from safepatch_core.backends.contract import (
     Cut,
     Fault,
     Lora,
+    Notes,
     PatchData,
     PatchReport,
     Report,
@@ -118,6 +119,26 @@ class CpuBackend:
         cuts, found = self._engine.merge(given, quotas, out, skips)
         return [Cut(*cut) for cut in cuts], _report(*found)
 
+    def take_notes(self, block: Block, quotas: Sequence[int]) -> Notes | None:
+        given = _given(block)
+        _check_length("quotas", quotas, block)
+        return self._engine.take_notes(given, quotas)
+
+    def merge_noted(
+        self,
+        notes: Notes,
+        block: Block,
+        quotas: Sequence[int],
+        out: NDArray[np.unsignedinteger],
+        skips: Sequence[int] = (),
+    ) -> tuple[list[Cut], Report]:
+        _check_bits("base", block.base, len(block))
+        _check_length("quotas", quotas, block)
+        _check_length("skips", skips or quotas, block)
+        _check_array("output", out, block.base.data.dtype, block.base.data.shape)
+        cuts, found = self._engine.merge(_in_numbers(block), quotas, out, skips, cast("_engine.Notes", notes))
+        return [Cut(*cut) for cut in cuts], _report(*found)
+
 
 def open_engine(*, threads: int | None, device: str | None, vram_limit: int | None) -> CpuBackend:
     """A `contract.Opener`: by default all cores, which ranks on one machine share."""
@@ -128,13 +149,19 @@ def open_engine(*, threads: int | None, device: str | None, vram_limit: int | No
 def _given(block: Block) -> _engine.Block:
     """A block in the bindings' words. Raises ValueError where its arrays don't fit each other."""
     _check_bits("base", block.base, len(block))
-    patches = [None if patch is None else _given_patch(patch, block) for patch in block.patches]
+    for patch in block.patches:
+        if patch is not None:
+            _check_patch(patch, block)
+    return _in_numbers(block)
+
+
+def _in_numbers(block: Block) -> _engine.Block:
+    patches = [None if patch is None else _given_patch(patch) for patch in block.patches]
     rule = *block.rule, _ORDERS[block.order], block.lambda_
     return _given_bits(block.base), block.start, block.cols, patches, *rule
 
 
-def _given_patch(patch: PatchData, block: Block) -> _engine.Patch:
-    _check_patch(patch, block)
+def _given_patch(patch: PatchData) -> _engine.Patch:
     return (
         _KINDS[patch.kind],
         _IMPORTANCES[patch.importance],

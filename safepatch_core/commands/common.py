@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -95,14 +96,15 @@ write_options = _options(
 )
 
 
-def any_recipe(path: str, quiet: bool) -> Recipe | str:
-    """A recipe's path as it is; of a mergekit configuration its recipe, and what it promises on stderr."""
+def any_recipe(path: str, quiet: bool) -> Recipe:
+    """The recipe in a file; of a mergekit configuration its recipe, and what it promises on stderr."""
     from safepatch_core.integrations.mergekit import is_mergekit, read_mergekit
     from safepatch_core.merging.recipe import parse_recipe
     from safepatch_core.settings import read_yaml
 
-    if not is_mergekit(read_yaml(path, "recipe")):
-        return path
+    given = read_yaml(path, "recipe")
+    if not is_mergekit(given):
+        return parse_recipe(given, origin=Path(path).resolve().parent, file=path)
     data, promise = read_mergekit(path)
     say_to_stderr(quiet)(f"{path}: {promise}")
     return parse_recipe(data, file=path)

@@ -105,7 +105,7 @@ def _tell_recipe(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    from safepatch_core.fixes.plan import expected_fix
+    from safepatch_core.fixes.expected import expected_fix
     from safepatch_core.merging.api import cosines as all_cosines
     from safepatch_core.merging.api import describe
     from safepatch_core.merging.api import plan as make

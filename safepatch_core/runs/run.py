@@ -27,7 +27,6 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from safepatch_core.deriving import DeriveConfig, derive
-from safepatch_core.deriving.config import PATCHES
 from safepatch_core.errors import InputError, UsageError, printable
 from safepatch_core.evaluating import EvalConfig, before_after, evaluate
 from safepatch_core.evaluating.data import load
@@ -203,11 +202,13 @@ def _once(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
 def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     """A run with rounds, as `_once`; the forgetting matrix is in rounds.json, rounds.md and rounds.png."""
     assert settings.rounds is not None
-    todo, model = [], settings.derive.get("model")
+    todo: list[tuple[str, Round, dict[str, Any], DeriveConfig]] = []
+    model = settings.derive.get("model")
     for number, of in enumerate(settings.rounds, 1):
-        where = {"data_where": of.where} if of.where else {}
-        section = _with(settings.derive, {**where, **of.derive, **_before(settings, number, work), "model": model})
         place = f"round-{number}"
+        where = {"data_where": of.where} if of.where else {}
+        before = _before(settings, [training for *_, training in todo], work.replayed(place))
+        section = _with(settings.derive, {**where, **of.derive, **before, "model": model})
         todo.append((place, of, section, work.training(settings, section, place)))
         model = os.path.abspath(work.root / place / "merged")
     common = None if settings.eval is None else _common_prompts(settings.rounds, settings.eval, work)
@@ -248,16 +249,17 @@ def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     return summary, f"{rounds.plain(summary)}\n\n{places}"
 
 
-def _before(settings: RunConfig, number: int, work: _Work) -> dict[str, Any]:
+def _before(settings: RunConfig, earlier: Sequence[DeriveConfig], replayed: str) -> dict[str, Any]:
     """What a round is told of the ones before it: their Fisher importance, and where their rows will be."""
     keys: dict[str, Any] = {}
-    if number > 1 and "ewc" in settings.remember:
-        if settings.derive.get("importance_kind") != "fisher":
-            raise UsageError("EWC needs the Fisher importance of every round", expected="importance_kind: fisher")
-        earlier = [work.root / f"round-{of}" / "derive" / "importance" for of in range(1, number)]
-        keys["ewc_fisher"] = [os.path.abspath(folder / patch) for folder in earlier for patch in PATCHES]
-    if number > 1 and "replay" in settings.remember:
-        keys["replay_data"] = work.replayed(f"round-{number}")
+    if earlier and "ewc" in settings.remember:
+        if any(of.importance_kind != "fisher" or of.ranked_at != "patched" for of in earlier):
+            expected = "importance_kind: fisher, importance: patched"
+            raise UsageError("EWC needs the Fisher importance of every round", expected=expected)
+        folders = [Path(of.out) / "importance" / patch for of in earlier for patch in of.trained]
+        keys["ewc_fisher"] = [os.path.abspath(folder) for folder in folders]
+    if earlier and "replay" in settings.remember:
+        keys["replay_data"] = replayed
     return keys
 
 
