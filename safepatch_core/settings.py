@@ -145,6 +145,9 @@ PATHS = {
     "judge",
     "lm_eval_include",
     "utility_data",
+    "refused_data",
+    "replay_data",
+    "ewc_fisher",
     "file",
 }
 # Of these, those whose value may also be a hub id, or a word.
@@ -197,7 +200,10 @@ def rooted(section: Mapping[str, Any], origin: Path) -> dict[str, Any]:
             return text
         return os.path.abspath(places[0] if places else origin / text)
 
-    result = {key: place(key, value) if key in PATHS else value for key, value in section.items()}
+    def places(key: str, value: Any) -> Any:
+        return [place(key, one) for one in value] if isinstance(value, list) else place(key, value)
+
+    result = {key: places(key, value) if key in PATHS else value for key, value in section.items()}
     if isinstance(section.get("more_models"), list):
         result["more_models"] = [place("model", name) for name in section["more_models"]]
     if isinstance(section.get("more_sets"), list):

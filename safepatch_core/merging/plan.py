@@ -1,4 +1,4 @@
-"""The plan: everything a merge will do, decided before a byte of tensor data is read.
+"""The plan: everything a merge will do, decided before a byte of tensor data is read, but for what gates ask for.
 
 What `safepatch plan` prints is what `stream.py` runs: targets with their inputs, the files of the output with
 every offset, how tensors are cut into units, and how much memory the ring of buffers takes.
@@ -19,16 +19,19 @@ from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.files.companions import companions, left_out
+from safepatch_core.merging.agreement import agreed
 from safepatch_core.merging.beside import Beside, beside
+from safepatch_core.merging.gates import Angles, gated, measure, open_gates, pair_of, pairs_of
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
 from safepatch_core.merging.pipeline import ALIGN, align
 from safepatch_core.merging.quantised.modules import module_of, quantised, refuse_base, refuse_patch
 from safepatch_core.merging.quantised.twin import Twin, refuse_weight, twin_of
-from safepatch_core.merging.quantised.values import Dequantised, delta_of, scores_of
+from safepatch_core.merging.quantised.values import Dequantised, delta_of
 from safepatch_core.merging.quantised.writing import Coded
 from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targets
 from safepatch_core.merging.sources import open_source
+from safepatch_core.merging.sources.computed import scores_of
 from safepatch_core.merging.sources.contract import PatchTensor, Source
 from safepatch_core.merging.sources.dense import ImportanceFile, Named, fitted
 from safepatch_core.merging.work import PatchInput, Target, Unit
@@ -60,6 +63,8 @@ class Plan:
     base: Checkpoint
     inputs: tuple[Checkpoint, ...]  # everything that is read: base, sources, importance
     targets: Mapping[str, Target]
+    ungated: Mapping[str, Target]  # with what the patches have for them also where their gates are shut
+    angles: Angles  # what gates were told
     outputs: tuple[OutputFile, ...]
     index: IndexFile | None
     companions: tuple[Path, ...]
@@ -72,7 +77,7 @@ class Plan:
 
     @property
     def patch_names(self) -> list[str]:
-        return [p.name for p in self.recipe.patches]
+        return self.recipe.names
 
     def resolved_recipe(self) -> dict[str, Any]:
         """The recipe with every default and every patch's kind written out."""
@@ -82,8 +87,20 @@ class Plan:
         return recipe
 
     def asks_nothing(self, p: int) -> bool:
-        """Whether the recipe switches patch p off."""
-        return _is_off(self.recipe.patches[p])
+        """Whether the recipe switches patch p off, or its gate is shut everywhere."""
+        return _is_off(self.recipe.patches[p]) or self.is_shut(p)
+
+    def is_shut(self, p: int) -> bool:
+        """Whether no target has patch p."""
+        return not any(target.patches[p] for target in self.targets.values())
+
+    def cosines(self, p: int) -> dict[str, float] | None:
+        """By target what the gate of patch p was told; None without a gate."""
+        gate = self.recipe.patches[p].gate
+        if gate is None:
+            return None
+        pair = pair_of(p, self.recipe.names.index(gate.patch))
+        return {name: angle.cosine for name, angle in self.angles[pair].items()}
 
     @property
     def whole_model(self) -> bool:
@@ -232,7 +249,7 @@ def make_plan(
 ) -> Plan:
     """Open and check every input of the recipe and decide the work.
 
-    Raises UsageError (recipe, limit) or InputError (inputs), before any tensor data is read.
+    Raises UsageError (recipe, limit) or InputError (inputs), before any tensor data is read but what gates are told.
     """
     limit = memory_limit or DEFAULT_LIMIT
     if limit < SMALLEST_LIMIT:
@@ -241,8 +258,11 @@ def make_plan(
     names = _weights(given)
     given.require_ranked(names)
     others = tuple(beside(recipe, given.base, source, frozenset(names)) for source in given.sources)
-    targets = {name: _placed(_target(given, name), recipe, engine, limit, chunk_entries) for name in names}
-    _require_inputs(recipe, targets)
+    ungated = {name: _target(given, name) for name in names}
+    _require_inputs(recipe, ungated)
+    angles = measure(ungated, pairs_of(recipe), given.checkpoints, recipe.nonfinite)
+    let = gated(recipe, ungated, angles)
+    targets = {name: _placed(target, recipe, engine, limit, chunk_entries) for name, target in let.items()}
     outputs, index = lay_out(given.stored, recipe.max_shard_size)
     ring_bytes, beside_bytes = _memory(targets, engine, limit)
     return Plan(
@@ -256,11 +276,13 @@ def make_plan(
         base=given.stored,
         inputs=given.checkpoints,
         targets=targets,
+        ungated=ungated,
+        angles=angles,
         outputs=outputs,
         index=index,
         companions=tuple(companions(given.base)),
-        warnings=(*_warnings(given, others), *_narrowed(targets.values())),
-        notes=(*_codes(targets.values()), *_notes(given, others), *_cuts(given, names)),
+        warnings=(*_warnings(given, others), *_narrowed(targets.values()), *_shut(recipe, targets)),
+        notes=(*_codes(targets.values()), *_notes(given, others), *_cuts(given, names), *_gates(recipe, targets)),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -364,6 +386,20 @@ def _narrowed(targets: Iterable[Target]) -> Iterator[str]:
         yield f"the float original is F32, and checkpoints are measured from it in {dtype}, as reference_dtype says"
 
 
+def _shut(recipe: Recipe, targets: Mapping[str, Target]) -> Iterator[str]:
+    """A line for a patch that no target is left of."""
+    for name, count in open_gates(recipe, targets).items():
+        if not count:
+            yield f"patch {name} changes nothing: its gate is shut for all {len(targets)} targets"
+
+
+def _gates(recipe: Recipe, targets: Mapping[str, Target]) -> Iterator[str]:
+    """A line for a gate that leaves its patch some targets."""
+    for name, count in open_gates(recipe, targets).items():
+        if count:
+            yield f"the gate of patch {name} is open for {count} of {len(targets)} targets"
+
+
 def _is_wide(original: PatchTensor | None) -> bool:
     return original is not None and original.ring_bytes == ITEMSIZE["F32"]
 
@@ -425,9 +461,21 @@ def _target(given: _Opened, name: str) -> Target:
             delta = delta_of(delta, w, entry, recipe.quantized.reference_dtype)
         key = random_key(recipe.seed, spec.name, entry.name)
         patches.append(PatchInput(delta, scores, importance, key, keep_threshold(spec.retain), spec.factor))
+    patches = _agreed(recipe, patches, entry)
     bands = [spec.quotas(entry.entries, recipe.quota) for spec in specs]
     quotas, skips = tuple(k for k, _ in bands), tuple(skip for _, skip in bands)
     return Target(entry, tuple(patches), quotas, skips, whole=True, coded=coded)
+
+
+def _agreed(recipe: Recipe, patches: list[PatchInput | None], entry: TensorEntry) -> list[PatchInput | None]:
+    """The patches of a target, those whose signs have to fit another's with the scores that say so."""
+    by_name = dict(zip(recipe.names, patches, strict=True))
+    return [
+        patch
+        if patch is None or spec.agreement is None
+        else agreed(patch, by_name[spec.agreement.patch], spec.agreement, spec.weight, entry)
+        for spec, patch in zip(recipe.patches, patches, strict=True)
+    ]
 
 
 def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:

@@ -5,7 +5,8 @@ what a recipe says outside its patches, which `derive` writes. Paths are relativ
 
 With `rounds`, a list, all of it is done once per round, and what a round merges is the backbone of the next. A round
 has a `name` and its own changes to the sections; `where` says which rows, by column, both `derive` and `eval` take in
-it. The model after each round is measured on the harmful prompts of every round.
+it. The model after each round is measured on the harmful prompts of every round. `remember: [ewc, replay]` gives
+every round the Fisher importance and the rows of the ones before it, to hold on to what they did.
 
 Data without answers is given some by `answers`: a model that complies, asked before each `derive`. With the objective
 dpo it is a model to be like, such as the float original of a quantised backbone: its answers are chosen, and the
@@ -20,10 +21,10 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Unpack
+from typing import Annotated, Any, Literal, NamedTuple, Unpack
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from safepatch_core.deriving import DeriveConfig, derive
 from safepatch_core.errors import InputError, UsageError, printable
@@ -46,7 +47,7 @@ from safepatch_core.spec import Combine, Missing, NonFinite, Order, Scope
 
 RECORD = "run.json"
 PROMPTS = "harmful.jsonl"
-DATA = "data.jsonl"
+DATA, REPLAY = "data.jsonl", "replay.jsonl"
 
 
 class MergeSettings(Strict):
@@ -109,6 +110,7 @@ class RunConfig(Strict):
     merge: MergeSettings = MergeSettings()
     eval: dict[str, Any] | None = None
     rounds: Annotated[list[Round], Field(min_length=1)] | None = None
+    remember: list[Literal["ewc", "replay"]] = []  # how a round holds on to the ones before it
 
     @field_validator("rounds")
     @classmethod
@@ -118,6 +120,12 @@ class RunConfig(Strict):
         if twice:
             raise ValueError(f"the name {twice[0]!r} is taken")
         return given
+
+    @model_validator(mode="after")
+    def _there_is_something_to_remember(self) -> RunConfig:
+        if self.remember and self.rounds is None:
+            raise ValueError("remember goes with rounds")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +202,13 @@ def _once(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
 def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     """A run with rounds, as `_once`; the forgetting matrix is in rounds.json, rounds.md and rounds.png."""
     assert settings.rounds is not None
-    todo, model = [], settings.derive.get("model")
+    todo: list[tuple[str, Round, dict[str, Any], DeriveConfig]] = []
+    model = settings.derive.get("model")
     for number, of in enumerate(settings.rounds, 1):
-        where = {"data_where": of.where} if of.where else {}
-        section = _with(settings.derive, {**where, **of.derive, "model": model})
         place = f"round-{number}"
+        where = {"data_where": of.where} if of.where else {}
+        before = _before(settings, [training for *_, training in todo], work.replayed(place))
+        section = _with(settings.derive, {**where, **of.derive, **before, "model": model})
         todo.append((place, of, section, work.training(settings, section, place)))
         model = os.path.abspath(work.root / place / "merged")
     common = None if settings.eval is None else _common_prompts(settings.rounds, settings.eval, work)
@@ -211,11 +221,13 @@ def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     if common is not None:
         work.say("backbone: eval")
     reports = [measure(rounds.BACKBONE, todo[0][-1].model)]
-    done = []
+    done: list[dict[str, Any]] = []
     for place, of, section, training in todo:
         title = f"{place.replace('-', ' ')} of {len(todo)}, {of.name}"
         work.say(f"{title}: derive")
         work.answer(settings, section, place)
+        if training.replay_data == work.replayed(place):
+            work.replay(place, [earlier for *_, earlier in todo[: len(done)]])
         recipe = work.derive(f"{place}/derive", training)
         work.say(f"{title}: merge")
         changes = settings.merge.model_copy(update={k: getattr(of.merge, k) for k in of.merge.model_fields_set})
@@ -235,6 +247,20 @@ def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     work.out.write("rounds.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     places = f"model:   {printable(merged.folder)}\nreport:  {printable(page)}"
     return summary, f"{rounds.plain(summary)}\n\n{places}"
+
+
+def _before(settings: RunConfig, earlier: Sequence[DeriveConfig], replayed: str) -> dict[str, Any]:
+    """What a round is told of the ones before it: their Fisher importance, and where their rows will be."""
+    keys: dict[str, Any] = {}
+    if earlier and "ewc" in settings.remember:
+        if any(of.importance_kind != "fisher" or of.ranked_at != "patched" for of in earlier):
+            expected = "importance_kind: fisher, importance: patched"
+            raise UsageError("EWC needs the Fisher importance of every round", expected=expected)
+        folders = [Path(of.out) / "importance" / patch for of in earlier for patch in of.trained]
+        keys["ewc_fisher"] = [os.path.abspath(folder) for folder in folders]
+    if earlier and "replay" in settings.remember:
+        keys["replay_data"] = replayed
+    return keys
 
 
 def _common_prompts(every: list[Round], section: Mapping[str, Any], work: _Work) -> dict[str, Any]:
@@ -357,6 +383,19 @@ class _Work:
             what = "answers every question as the backbone does" if asked.prefers else "refuses every question"
             raise InputError(f"the model of answers {what}", file=model)
         self.out.write(str(Path(place) / DATA), "".join(json.dumps(row) + "\n" for row in kept))
+
+    def replayed(self, place: str) -> str:
+        """Where the rows of earlier rounds are for the one at `place`."""
+        return os.path.abspath(self.root / place / REPLAY)
+
+    def replay(self, place: str, earlier: Sequence[DeriveConfig]) -> None:
+        """Writes the rows of earlier rounds for the one at `place`."""
+        lines = []
+        for of in earlier:
+            columns = {"question": of.question_column, "answer": of.answer_column}
+            for row in read_rows(of.data, columns, of.rows, of.data_where):
+                lines.append(json.dumps(row.values, ensure_ascii=False) + "\n")
+        self.out.write(str(Path(place) / REPLAY), "".join(lines))
 
     def measuring(self, section: Mapping[str, Any], place: str, **models: str) -> EvalConfig:
         """The checked settings of an eval step; its data is there and can be read."""
