@@ -104,6 +104,48 @@ def floor(save: bool, **options: Any) -> None:
 
 
 @command.command()
+@click.argument("shape", default="Llama-3-8B")
+@click.option("--cores", "cores", multiple=True, type=click.IntRange(min=1), help="A machine's [default: 4 to 64].")
+@click.option("--disk", "disks", multiple=True, metavar="SIZE", help="Per second [default: 3GB, 7GB, 14GB].")
+@click.option("--streams", multiple=True, type=click.IntRange(min=1), help="Shards at once [default: 1, 4].")
+@click.option("--rate", "changes", multiple=True, metavar="NAME=VALUE", help="Instead of what `floor --save` kept.")
+@click.option("--warm", is_flag=True, help="Inputs are in the page cache.")
+def simulate(
+    shape: str,
+    cores: tuple[int, ...],
+    disks: tuple[str, ...],
+    streams: tuple[int, ...],
+    changes: tuple[str, ...],
+    warm: bool,
+) -> None:
+    """How long a merge in a model's SHAPE would take on other machines, and which part of it bounds that.
+
+    Rates are those of one thread here, as `safepatch bench floor --save` has measured them, or given one by one.
+    """
+    import tempfile
+
+    from safepatch_core.merging.rates import MACHINE, load_rates
+
+    from . import simulate as machines
+    from .models import shape_named
+    from .registry import Bench
+
+    try:
+        rates = machines.given(changes, load_rates())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if missing := [name for name in MACHINE if name not in rates and not name.startswith(("disk", "cores"))]:
+        raise UsageError(f"no rate {missing[0]}", expected="`safepatch bench floor --save`, or --rate for each")
+    with tempfile.TemporaryDirectory(prefix="safepatch-bench-") as folder:
+        description = machines.described(Bench(Path(folder), threads=1), shape_named(shape))
+    speeds = [_size(disk) for disk in disks or machines.DISKS]
+    found = machines.predictions(
+        description, rates, cores or machines.CORES, speeds, streams or machines.STREAMS, 1.0 if warm else 0.0
+    )
+    click.echo("\n".join(machines.table(list(found))))
+
+
+@command.command()
 @click.option("--device", metavar="DEV", help="The GPU, like cuda:0 [default: the first].")
 @click.option("--seconds", default=450.0, show_default=True, help="Time for all of it; what doesn't fit is skipped.")
 @click.option("--workdir", type=click.Path(), help="Where models are written and kept [default: temporary].")
