@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -186,6 +187,12 @@ def test_rows_are_measured_once_and_told_beside_their_own_twin(job: Evidence) ->
     again = Behaviour(job, "quarter")
     assert {row: again.found(row) for row in rows} == found
     assert (job.out / "quantised" / "patches" / "recipe.yaml").stat() == before
+
+
+def test_the_committed_table_is_of_the_committed_rows() -> None:
+    folder = Path(__file__).parents[1] / "bench" / "results" / "quantised"
+    lines = [json.loads(line) for line in (folder / "behaviour.jsonl").read_text().splitlines()]
+    assert quantised.table(lines) in (folder / "README.md").read_text()
 
 
 def test_a_star_marks_what_the_usual_guard_stops(job: Evidence) -> None:

@@ -85,6 +85,18 @@ def test_what_finds_other_entries_looks_again(models: Path, tmp_path: Path) -> N
     assert [made(series, of, tmp_path)[0].found for of in again] == [4, 4, 0]
 
 
+def test_what_another_patch_or_a_weight_decides_is_looked_at_again(models: Path, tmp_path: Path) -> None:
+    gradients = [{"importance": {"gradients": "scores", "weight": weight}} for weight in ("base", "delta", "patched")]
+    signs = [{"agreement": {"patch": "two", "signs": signs}} for signs in ("same", "opposite")]
+    gates = [{"gate": {"patch": "two", **gate}} for gate in ({"below": 0.0}, {"least": 0.0})]
+    ones: list[dict[str, Any]] = [{}, *gradients, *signs, *gates]
+    recipes = [recipe(models, one, combine="sum") for one in ones]
+    assert len({listing(of) for of in recipes}) == len(recipes)
+    series = Series(recipes, backend="cpu", threads=1)
+    # Both gates together have every tensor, so one of them may have all of them.
+    assert len({made(series, of, tmp_path)[1] for of in recipes}) >= len(recipes) - 1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_recipes(models: Path, tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)

@@ -121,9 +121,7 @@ def train(
         for rows, beside in islice(_steps(examples, utility, config, patch), so_far.steps, None):
             step, tokens = so_far.steps + 1, sum(e.answer_tokens for e in rows)
             if mask is not None and so_far.steps % mask.steps == 0:
-                with optimizer.aside():
-                    optimizer.hold(mask.choose())
-                model.train()
+                _choose(mask, model, optimizer)
             loss, nats, utility_nats = _passes(model, objective, rows, beside, weight, config.batch_size, ranks)
             _check_finite(step, rate, "NLL", nats / tokens)
             record: dict[str, Any] = {"step": step, "nll": nats / tokens, "tokens": tokens}
@@ -147,6 +145,13 @@ def train(
             if checkpoints is not None and config.save_steps and step % config.save_steps == 0 and step < total_steps:
                 checkpoints.save(step, *_snapshot(so_far, parameters, optimizer))
     return so_far.outcome(where, bounded=False)
+
+
+def _choose(mask: Mask, model: Any, optimizer: AdamW) -> None:
+    """Lets those entries move that matter now; the model is left in training mode."""
+    with optimizer.aside():
+        optimizer.hold(mask.choose())
+    model.train()
 
 
 def _optimizer(
