@@ -147,7 +147,7 @@ class FolderSink:
     def begin(self, part: OutputPart, counts: Counts) -> OutputPart:
         self._path, self._counts = self._folder / part.output.name, counts
         self._at, self._sparse = 0, part.output.sparse
-        with failures_named(self._path, go_on=""):
+        with failures_named(self._path):
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             os.ftruncate(self._fd, part.output.size)
         return part
@@ -157,7 +157,7 @@ class FolderSink:
         if self._sparse and not np.frombuffer(left, np.uint8).any():  # stays a hole
             self._at += len(left)
             return
-        with failures_named(self._path, go_on=""):
+        with failures_named(self._path):
             while left:
                 written = os.pwrite(self._fd, left, self._at)
                 left, self._at = left[written:], self._at + written
@@ -206,7 +206,7 @@ class Series:
         require_deltas(plan)
         if self._notebook is not None:
             self._notebook.begin(plan)
-        with failures_named(out, go_on=""):
+        with failures_named(out):
             out.mkdir()
         with closing(FolderSink(out)) as sink:
             job = Merge(plan, plan.engine, notebook=self._notebook)
@@ -214,7 +214,7 @@ class Series:
         require_eligible(plan, sink.counts)
         require_survival(plan, sink.counts)
         for name, data in _small_files(plan):
-            with failures_named(out / name, go_on=""):
+            with failures_named(out / name):
                 (out / name).write_bytes(data)
         found = 0 if self._notebook is None else self._notebook.found
         return Made(totals(plan, sink.counts), len(plan.targets), found, job.bytes_read)
