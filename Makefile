@@ -10,8 +10,8 @@ ARGS ?=
 
 .PHONY: demo test lint format docs bench develop pins wheel clean
 
-# All by hash, torch apart (see there); nothing is resolved, so that what is listed is what is installed.
-PIP = $(BIN)/python -m pip install --quiet
+# All by hash, torch apart (see there); nothing is resolved, so that what is listed is what is installed. Of pip, errors alone.
+PIP = $(BIN)/python -m pip install -qq
 $(VENV)/.packages: requirements/dev.txt requirements/torch.txt
 	@echo "setting up $(VENV): about 2 min, once" >&2
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,7 @@ $(VENV)/.packages: requirements/dev.txt requirements/torch.txt
 
 $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml \
 		$(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.map csrc/*.in csrc/cmake/* csrc/include/*.h)
+	@echo "compiling the engine: about half a minute, once" >&2
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 

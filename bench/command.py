@@ -33,7 +33,9 @@ def command() -> None:
 
 # The evidence that the method helps is run from the repository: no wheel carries it.
 if find_spec(f"{__package__}.psa") is not None:
-    command.add_command(import_module(f"{__package__}.psa.command").command)
+    evidence = import_module(f"{__package__}.psa.command")
+    command.add_command(evidence.command)
+    command.add_command(evidence.quantised)
 
 
 def bench_options(function: F) -> F:
@@ -99,6 +101,48 @@ def floor(save: bool, **options: Any) -> None:
         click.echo(f"{name:36} {value:.6g}")
     if save:
         click.echo(f"saved: {save_rates(rates)}", err=True)
+
+
+@command.command()
+@click.argument("shape", default="Llama-3-8B")
+@click.option("--cores", "cores", multiple=True, type=click.IntRange(min=1), help="A machine's [default: 4 to 64].")
+@click.option("--disk", "disks", multiple=True, metavar="SIZE", help="Per second [default: 3GB, 7GB, 14GB].")
+@click.option("--streams", multiple=True, type=click.IntRange(min=1), help="Shards at once [default: 1, 4].")
+@click.option("--rate", "changes", multiple=True, metavar="NAME=VALUE", help="Instead of what `floor --save` kept.")
+@click.option("--warm", is_flag=True, help="Inputs are in the page cache.")
+def simulate(
+    shape: str,
+    cores: tuple[int, ...],
+    disks: tuple[str, ...],
+    streams: tuple[int, ...],
+    changes: tuple[str, ...],
+    warm: bool,
+) -> None:
+    """How long a merge in a model's SHAPE would take on other machines, and which part of it bounds that.
+
+    Rates are those of one thread here, as `safepatch bench floor --save` has measured them, or given one by one.
+    """
+    import tempfile
+
+    from safepatch_core.merging.rates import MACHINE, load_rates
+
+    from . import simulate as machines
+    from .models import shape_named
+    from .registry import Bench
+
+    try:
+        rates = machines.given(changes, load_rates())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if missing := [name for name in MACHINE if name not in rates and not name.startswith(("disk", "cores"))]:
+        raise UsageError(f"no rate {missing[0]}", expected="`safepatch bench floor --save`, or --rate for each")
+    with tempfile.TemporaryDirectory(prefix="safepatch-bench-") as folder:
+        description = machines.described(Bench(Path(folder), threads=1), shape_named(shape))
+    speeds = [_size(disk) for disk in disks or machines.DISKS]
+    found = machines.predictions(
+        description, rates, cores or machines.CORES, speeds, streams or machines.STREAMS, 1.0 if warm else 0.0
+    )
+    click.echo("\n".join(machines.table(list(found))))
 
 
 @command.command()
@@ -174,7 +218,7 @@ def report(folder: str) -> None:
 
 
 def _size(text: str) -> int:
-    from safepatch_core.settings import parse_size
+    from safepatch_core.sizes import parse_size
 
     try:
         return parse_size(text)

@@ -39,7 +39,7 @@ from safepatch_core.kernels.launch import BLOCK, HISTOGRAMS, INTERPRETED, VECTOR
 from safepatch_core.kernels.score import Piece, score_keys
 from safepatch_core.kernels.select import count_equal, fold, histogram
 from safepatch_core.merging.api import merge
-from safepatch_core.settings import parse_size
+from safepatch_core.sizes import parse_size
 from safepatch_core.spec import COMBINE, EVERY, Combine, Dtype
 
 from . import derive, gpu_fix, models, peers, results

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.settings import parse_size
+from safepatch_core.sizes import parse_size
 from safepatch_core.spec import Kind
 
 from . import models
@@ -128,7 +128,8 @@ def predicted(bench: Bench, recipe: Path, cache: Cache) -> float | None:
     if rates is None:
         return None
     made = plan(recipe, backend=bench.backend, threads=bench.threads, memory_limit=bench.memory_limit)
-    return predict(describe(made), rates, cached=1.0 if cache == "warm" else 0.0)
+    described = describe(made) | {"threads": bench.threads}
+    return predict(described, rates, cached=1.0 if cache == "warm" else 0.0)
 
 
 def _measure(size: str, jobs: Sequence[MergeCase], cache: Cache, bench: Bench) -> Measured:

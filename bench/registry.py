@@ -26,7 +26,7 @@ from . import models
 from .measure import Failed, Red, Series, Skipped, remove
 from .models import ModelShape
 
-MODULES = ("kernels", "merges", "floor", "peers", "fixes", "derive", "shape", "tracing")
+MODULES = ("kernels", "merges", "series", "floor", "peers", "fixes", "derive", "shape", "simulate", "tracing")
 
 
 @dataclass

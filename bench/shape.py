@@ -13,7 +13,7 @@ from typing import Any
 from safepatch_core.files.checkpoint import TensorEntry, open_checkpoint
 from safepatch_core.files.header import make_header
 from safepatch_core.merging.api import merge
-from safepatch_core.settings import parse_size
+from safepatch_core.sizes import parse_size
 
 from . import models
 from .fixes import always, applies, shards

@@ -188,6 +188,21 @@ void released(const Call& call) {
     raise(status);
 }
 
+struct Close {
+    void operator()(sp_engine* engine) const { sp_engine_close(engine); }
+    void operator()(sp_notes* notes) const { sp_notes_close(notes); }
+};
+
+class Notes {
+  public:
+    explicit Notes(sp_notes* notes) : notes_(notes) {}
+    size_t nbytes() const { return sp_notes_bytes(notes_.get()); }
+    sp_notes* get() const { return notes_.get(); }
+
+  private:
+    std::unique_ptr<sp_notes, Close> notes_;
+};
+
 using Window = std::tuple<size_t, uint32_t, uint32_t, py::array>;
 using Cut = std::tuple<uint32_t, int64_t, uint32_t, int64_t>;  // as sp_cut
 
@@ -237,8 +252,10 @@ class Engine {
         return report(found);
     }
 
+    // From notes, if there are any: then nothing of the patches is read.
     std::pair<std::vector<Cut>, py::tuple> merge(const Given& given, const std::vector<int64_t>& quotas,
-                                                 py::array& out, const std::vector<int64_t>& skips) {
+                                                 py::array& out, const std::vector<int64_t>& skips,
+                                                 const Notes* notes) {
         Block block(given);
         same_length(block, quotas.size());
         if (!skips.empty()) same_length(block, skips.size());
@@ -246,17 +263,27 @@ class Engine {
         Found found(block);
         std::vector<sp_cut> cuts(quotas.size(), {sizeof(sp_cut), 0, 0, 0, 0});
         void* to = out.mutable_data();
-        released(
-            [&] { return sp_merge(engine_.get(), &block.block, quotas.data(), to, cuts.data(), &found.report); });
+        released([&] {
+            sp_engine* engine = engine_.get();
+            const int64_t* wanted = quotas.data();
+            return notes == nullptr
+                       ? sp_merge(engine, &block.block, wanted, to, cuts.data(), &found.report)
+                       : sp_notes_merge(notes->get(), engine, &block.block, wanted, to, cuts.data(), &found.report);
+        });
         std::vector<Cut> places;
         for (const sp_cut& cut : cuts) places.emplace_back(cut.key, cut.before, cut.skip_key, cut.skip_before);
         return {places, report(found)};
     }
 
+    std::unique_ptr<Notes> take_notes(const Given& given, const std::vector<int64_t>& quotas) {
+        const Block block(given);
+        same_length(block, quotas.size());
+        sp_notes* notes = nullptr;
+        released([&] { return sp_notes_take(engine_.get(), &block.block, quotas.data(), &notes); });
+        return notes == nullptr ? nullptr : std::make_unique<Notes>(notes);
+    }
+
   private:
-    struct Close {
-        void operator()(sp_engine* engine) const { sp_engine_close(engine); }
-    };
     static void same_length(const Block& block, size_t n) {
         if (n != block.patches.size()) throw py::value_error("expected one number per patch");
     }
@@ -334,6 +361,7 @@ PYBIND11_MODULE(_engine, m) {
     m.def("abi_version", &sp_abi_version);
     m.def("spec_version", &sp_spec_version);
     m.def("isa_usable", [](const std::string& isa) { return sp_isa_usable(isa.c_str()) != 0; }, py::arg("isa"));
+    py::class_<Notes>(m, "Notes").def_property_readonly("nbytes", &Notes::nbytes);
     py::class_<Engine>(m, "Engine")
         .def(py::init<int32_t, const std::optional<std::string>&>(), py::arg("threads"), py::arg("isa") = py::none())
         .def_property_readonly("isa", &Engine::isa)
@@ -342,5 +370,7 @@ PYBIND11_MODULE(_engine, m) {
         .def("histogram", &Engine::histogram, py::arg("block"), py::arg("windows"))
         .def("count_equal", &Engine::count_equal, py::arg("block"), py::arg("keys"))
         .def("apply", &Engine::apply, py::arg("block"), py::arg("cuts"), py::arg("out"))
-        .def("merge", &Engine::merge, py::arg("block"), py::arg("quotas"), py::arg("out"), py::arg("skips"));
+        .def("merge", &Engine::merge, py::arg("block"), py::arg("quotas"), py::arg("out"), py::arg("skips"),
+             py::arg("notes") = nullptr)
+        .def("take_notes", &Engine::take_notes, py::arg("block"), py::arg("quotas"));
 }

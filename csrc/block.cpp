@@ -24,7 +24,7 @@ void check(const sp_lora& lora, const sp_block& block) {
          "LoRA factors: the block ends beyond their product");
 }
 
-void check(const sp_patch& patch, const sp_block& block) {
+void check(const sp_patch& patch, const sp_block& block, bool inputs) {
     if (!patch.present) return;
     const bool any = block.entries > 0;
     need(patch.kind >= SP_CHECKPOINT && patch.kind <= SP_LORA, "patch kind");
@@ -32,6 +32,7 @@ void check(const sp_patch& patch, const sp_block& block) {
     need(patch.weight >= SP_WEIGHT_PATCHED && patch.weight <= SP_WEIGHT_DELTA, "patch weight");
     need(patch.reserved == 0, "patch reserved");
     need(patch.skip >= 0, "patch skip");
+    if (!inputs) return;
     if (patch.importance != SP_MAGNITUDE) check(patch.scores, any, "patch scores");
     need(block.codes == nullptr || patch.importance != SP_GRADIENTS || patch.weight == SP_WEIGHT_DELTA,
          "patch weight: of codes, gradients are multiplied with deltas");
@@ -56,7 +57,7 @@ void check(const sp_codes& codes, const sp_block& block) {
     need(codes.entries >= 0 && codes.first <= INT64_MAX - codes.entries, "codes entries");
     need(codes.first <= block.start && block.start + block.entries <= codes.first + codes.entries,
          "codes: the block ends beyond them");
-    need(codes.rows > 0 && codes.cols > 0 && codes.rows <= INT64_MAX / codes.cols, "codes shape");
+    need(codes.rows > 0 && codes.cols > 0 && codes.rows <= INT64_MAX / 2 / codes.cols, "codes shape");
     need(codes.block_rows > 0 && codes.block_cols > 0 && codes.block_cols <= INT64_MAX / 2, "codes blocks");
     need(codes.turned == 0 || codes.turned == 1, "codes turned");
     const int64_t matrix = codes.rows * codes.cols;
@@ -88,7 +89,7 @@ OwnBlock::OwnBlock(const sp_block& block, std::vector<sp_patch> own, std::vector
     if (codes != nullptr) codes = stored.data();
 }
 
-OwnBlock::OwnBlock(const sp_block* from) : sp_block(adopted(from, "block")) {
+OwnBlock::OwnBlock(const sp_block* from, bool inputs) : sp_block(adopted(from, "block")) {
     need(entries >= 0 && start >= 0 && start <= INT64_MAX - entries, "block range");
     need(patch_count == 0 || patches != nullptr, "block patches");
     need(acts >= SP_ALONE && acts <= SP_ELECTED_UP, "block acts");
@@ -103,7 +104,7 @@ OwnBlock::OwnBlock(const sp_block* from) : sp_block(adopted(from, "block")) {
     check(base, entries > 0 && codes == nullptr, "block base");
     held = adopted(patches, patch_count, "patch");
     patches = held.data();
-    for (const sp_patch& patch : held) check(patch, *this);
+    for (const sp_patch& patch : held) check(patch, *this, inputs);
 }
 
 OwnBlock OwnBlock::part(int64_t lo, int64_t hi) const {

@@ -11,8 +11,8 @@ struct OwnBlock : sp_block {
     std::vector<sp_patch> held;    // what `patches` points to
     std::vector<sp_codes> stored;  // and `codes`: one or none
 
-    // Throws std::invalid_argument.
-    explicit OwnBlock(const sp_block* from);
+    // Without `inputs`, what patches say isn't read and may be missing. Throws std::invalid_argument.
+    explicit OwnBlock(const sp_block* from, bool inputs = true);
     OwnBlock(const OwnBlock&) = delete;
     OwnBlock(OwnBlock&&) = default;
 

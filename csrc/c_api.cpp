@@ -53,6 +53,26 @@ void check_output(const sp_block& block, const void* out) {
     need(block.entries == 0 || (out != nullptr && aligned(out, block.base.dtype == SP_F32 ? 4 : 2)), "output");
 }
 
+void check_quotas(const OwnBlock& block, const int64_t* quotas) {
+    need(block.patch_count == 0 || quotas != nullptr, "null array");
+    for (size_t p = 0; p < block.patch_count; ++p) need(quotas[p] >= 0, "negative quota");
+}
+
+// What all ways to merge a whole tensor have in common.
+template <class Call>
+void merge_by(const OwnBlock& block, const int64_t* quotas, const void* out, sp_cut* cuts, sp_report* report,
+              const Call& call) {
+    Findings found(report, block);
+    check_quotas(block, quotas);
+    need(block.patch_count == 0 || cuts != nullptr, "null array");
+    check_output(block, out);
+    if (block.patch_count > 0) safepatch::stride_of(cuts, "cut");
+    std::vector<sp_cut> chosen(block.patch_count);
+    call(chosen.data(), found.report());
+    give(cuts, chosen);
+    found.hand_over();
+}
+
 void check_width(int32_t width) { need(width == 1 || width == 2 || width == 4, "entry width"); }
 
 void check(const sp_fix_changes& out, int32_t width, int64_t start, int64_t entries) {
@@ -184,15 +204,35 @@ sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quot
     return guarded([&] {
         need(engine != nullptr, "null engine");
         const OwnBlock own(block);
-        Findings found(report, own);
-        need(own.patch_count == 0 || (quotas != nullptr && cuts != nullptr), "null array");
-        check_output(own, out);
-        if (own.patch_count > 0) safepatch::stride_of(cuts, "cut");
-        for (size_t p = 0; p < own.patch_count; ++p) need(quotas[p] >= 0, "negative quota");
-        std::vector<sp_cut> chosen(own.patch_count);
-        engine->engine.merge(own, quotas, out, chosen.data(), found.report());
-        give(cuts, chosen);
-        found.hand_over();
+        merge_by(own, quotas, out, cuts, report,
+                 [&](sp_cut* chosen, sp_report& found) { engine->engine.merge(own, quotas, out, chosen, found); });
+    });
+}
+
+sp_status sp_notes_take(sp_engine* engine, const sp_block* block, const int64_t* quotas, sp_notes** notes) {
+    if (notes != nullptr) *notes = nullptr;
+    return guarded([&] {
+        need(engine != nullptr && notes != nullptr, "null engine or notes");
+        const OwnBlock own(block);
+        check_quotas(own, quotas);
+        if (auto kept = engine->engine.keep(own, quotas)) *notes = new sp_notes{std::move(kept)};
+    });
+}
+
+void sp_notes_close(sp_notes* notes) { delete notes; }
+
+size_t sp_notes_bytes(const sp_notes* notes) { return notes == nullptr ? 0 : notes->kept->bytes(); }
+
+sp_status sp_notes_merge(sp_notes* notes, sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out,
+                         sp_cut* cuts, sp_report* report) {
+    return guarded([&] {
+        need(engine != nullptr && notes != nullptr, "null engine or notes");
+        const OwnBlock own(block, false);
+        need(notes->kept->fits(own), "another block than the notes are of");
+        merge_by(own, quotas, out, cuts, report, [&](sp_cut* chosen, sp_report& found) {
+            need(notes->kept->reach(quotas), "a quota beyond the notes'");
+            engine->engine.merge(own, quotas, *notes->kept, out, chosen, found);
+        });
     });
 }
 

@@ -127,8 +127,8 @@ SP_OP void find_row(const sp_codes& codes, int64_t place, ScaleRow& row) {
     const int64_t index = place / codes.cols;
     row.begin = index * codes.cols;
     row.end = row.begin + codes.cols;
-    const int64_t down = (codes.rows + codes.block_rows - 1) / codes.block_rows;
-    const int64_t across = (codes.cols + codes.block_cols - 1) / codes.block_cols;
+    const int64_t down = (codes.rows - 1) / codes.block_rows + 1;
+    const int64_t across = (codes.cols - 1) / codes.block_cols + 1;
     const int64_t in_table = index / codes.rows * down + index % codes.rows / codes.block_rows;
     row.scales = codes.scales + (in_table - codes.scale_first) * across;
 }
@@ -442,7 +442,7 @@ static void tell_batch(const std::vector<Lane>& lanes, int64_t index, const Batc
         written.changed += changed;
         if (saturated) written.saturated.add(1, index + batch.place[i]);
         if (batch.actors[i] != 1 || !batch.written[i]) continue;
-        Kept& kept = written.kept[batch.owner[i]];
+        Remains& kept = written.kept[batch.owner[i]];
         const double asked = static_cast<double>(batch.acc[i]) - static_cast<double>(batch.w[i]);
         kept.acted += 1;
         kept.changed += changed;

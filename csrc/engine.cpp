@@ -60,7 +60,7 @@ void add(uint64_t (&to)[12], const ExactSum& more) {
     }
 }
 
-void add(sp_kept& to, const Kept& more) {
+void add(sp_kept& to, const Remains& more) {
     to.acted += more.acted;
     to.changed += more.changed;
     to.saturated += more.saturated;
@@ -102,6 +102,37 @@ Range Chunks::at(int64_t slot) const {
     if (lead_ > 0 && slot == 0) return {0, lead_, 0, word};
     const int64_t begin = lead_ + (slot - (lead_ > 0 ? 1 : 0)) * size_;
     return {begin, std::min(size_, entries_ - begin), slot, word};
+}
+
+Kept::Kept(const sp_block& block) : entries(block.entries), start(block.start), order(block.order) {
+    for (size_t p = 0; p < block.patch_count; ++p) patches.emplace_back().of = block.patches[p];
+}
+
+bool Kept::fits(const sp_block& block) const {
+    if (block.entries != entries || block.start != start || block.order != order) return false;
+    if (block.patch_count != patches.size()) return false;
+    return std::equal(patches.begin(), patches.end(), block.patches, [](const Patch& mine, const sp_patch& other) {
+        const sp_patch& of = mine.of;
+        if (!of.present || !other.present) return of.present == other.present;
+        return of.kind == other.kind && of.importance == other.importance && of.lora.cols == other.lora.cols &&
+               of.random_key == other.random_key && of.keep == other.keep;
+    });
+}
+
+bool Kept::reach(const int64_t* quotas) const {
+    return std::all_of(patches.begin(), patches.end(), [&quotas](const Patch& patch) {
+        const int64_t quota = *quotas++;
+        return !patch.of.present || quota <= patch.quota;
+    });
+}
+
+size_t Kept::bytes() const {
+    size_t sum = sizeof *this;
+    for (const Patch& patch : patches) {
+        const Notes& notes = patch.notes;
+        sum += sizeof patch + notes.keys.bytes() + notes.places.bytes() + notes.spans.bytes() + notes.ties.bytes();
+    }
+    return sum;
 }
 
 Engine::Engine(int threads, const Isa& isa) : isa_(isa), pool_(threads) {

@@ -1,6 +1,7 @@
 // The four operations over a block: cut it into chunks, hand them to the threads, put the findings together.
 #pragma once
 
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -25,6 +26,12 @@ class Buffer {
     T* get() const {
         return static_cast<T*>(data_.get());
     }
+    // The first `n` entries of another buffer, and no more room than for them and `slack`.
+    template <class T>
+    void copy(const Buffer& from, size_t n, size_t slack = 0) {
+        std::memcpy(room<T>(n + slack), from.get<T>(), n * sizeof(T));
+    }
+    size_t bytes() const { return size_; }
 
   private:
     struct Free {
@@ -62,6 +69,33 @@ struct Request {
     int64_t* above = nullptr;  // keys beyond the last bin, added to; may be null
 };
 
+// Merge's findings for one patch between its passes.
+struct Notes {
+    Buffer keys;                 // the list's, or in the same place the marks
+    Buffer places, spans, ties;  // `ties` of one search at a time
+};
+
+// Notes of a whole tensor, for more than one merge of it.
+struct Kept {
+    struct Patch {
+        sp_patch of{};
+        int64_t quota = 0;  // the largest that the list has the entries of
+        int64_t used = 0;   // length of the list
+        uint32_t floor = 1;
+        Sink found{};
+        Notes notes{};
+    };
+    int64_t entries, start;
+    int32_t order;
+    std::deque<Patch> patches;  // one per patch of the block
+
+    explicit Kept(const sp_block& block);
+    // Whether a block is the one that the notes are of, as far as patches and their lists go.
+    bool fits(const sp_block& block) const;
+    bool reach(const int64_t* quotas) const;
+    size_t bytes() const;
+};
+
 // The caller's sp_progress wants the call to end.
 struct Stopped {};
 
@@ -78,6 +112,10 @@ class Engine {
     void count_equal(const sp_block& block, const uint32_t* keys, int64_t* counts);
     void apply(const sp_block& block, const sp_cut* cuts, void* out, sp_report& report);
     void merge(const sp_block& block, const int64_t* quotas, void* out, sp_cut* cuts, sp_report& report);
+    // Null where lists don't hold all that such quotas and lower ones can ask for.
+    std::unique_ptr<Kept> keep(const sp_block& block, const int64_t* quotas);
+    // Of the patches nothing is read: their lists stand for them.
+    void merge(const sp_block& block, const int64_t* quotas, Kept& kept, void* out, sp_cut* cuts, sp_report& report);
 
   private:
     struct Thread {
@@ -87,11 +125,6 @@ class Engine {
         std::vector<Buffer> lora, lists, places;  // one per patch
         Buffer bins;
         int64_t uncollected = 0;  // entries counted since the last `collect`
-    };
-    // Merge's findings for one patch between its passes.
-    struct Notes {
-        Buffer keys;                 // the list's, or in the same place the marks
-        Buffer places, spans, ties;  // `ties` of one search at a time
     };
     struct Narrowing;
     struct Search;
@@ -105,6 +138,8 @@ class Engine {
     void report_all(sp_report& report, size_t patches) const;
 
     void count_list(const uint32_t* keys, int64_t n, Narrowing& narrowing);
+    void look(const sp_block& block, std::deque<Search>& searches);
+    void finish(const sp_block& block, std::deque<Search>& searches, void* out, sp_cut* cuts, sp_report& report);
     void guess(const sp_block& block, std::deque<Search>& searches);
     void scan(const sp_block& block, const std::vector<Search*>& searches);
     void narrow(const sp_block& block, const std::vector<Search*>& searches);
@@ -125,4 +160,8 @@ class Engine {
 
 struct sp_engine {
     safepatch::Engine engine;
+};
+
+struct sp_notes {
+    std::unique_ptr<safepatch::Kept> kept;
 };

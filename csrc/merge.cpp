@@ -86,6 +86,7 @@ struct Engine::Narrowing {
 
 struct Engine::Search {
     size_t patch;
+    Notes* notes;
     Narrowing narrowing;
     bool listed = true;  // the keys >= floor are marked and listed; else all eligible entries are marked
     uint32_t floor = 1;
@@ -94,8 +95,8 @@ struct Engine::Search {
     sp_cut cut = cut_of(SP_NO_KEY, 0);
     std::unique_ptr<Search> skipped;  // among the same keys, for what is skipped
 
-    Search(size_t p, int64_t quota, int64_t skip) : patch(p), narrowing{quota} {
-        if (skip > 0) skipped = std::make_unique<Search>(p, skip, 0);
+    Search(size_t p, Notes& n, int64_t quota, int64_t skip) : patch(p), notes(&n), narrowing{quota} {
+        if (skip > 0) skipped = std::make_unique<Search>(p, n, skip, 0);
     }
 
     int64_t quota() const { return narrowing.rank; }
@@ -107,6 +108,12 @@ struct Engine::Search {
         const bool own = takes_all() || used >= quota();
         return used <= capacity && own &&
                (!skipped || found.eligible <= skipped->quota() || used >= skipped->quota());
+    }
+
+    // Start without a guess of where the key is.
+    void look_everywhere() {
+        narrowing.look(0, kInfinity - 1);
+        if (skipped) skipped->look_everywhere();
     }
 
     // The search for what is skipped goes on from what this one has found.
@@ -168,7 +175,7 @@ void Engine::guess(const sp_block& block, std::deque<Search>& searches) {
     });
 
     for (Search& search : searches) {
-        auto* keys = notes_[search.patch].keys.room<uint32_t>(64 * kRuns + kSlack);
+        auto* keys = search.notes->keys.room<uint32_t>(64 * kRuns + kSlack);
         int64_t n = 0;
         for (const auto& thread : threads_) {
             const Sink& sink = thread->sinks[search.patch];
@@ -227,7 +234,7 @@ void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
     for (Task& task : tasks) task.patch = nullptr;
     std::vector<Request> requests;
     for (Search* search : searches) {
-        Notes& notes = notes_[search->patch];
+        Notes& notes = *search->notes;
         Task& task = tasks[search->patch];
         task.patch = &block.patches[search->patch];
         search->used = 0;
@@ -247,7 +254,7 @@ void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
         for (Search* search : searches) {
             if (!search->listed) continue;
             Sink& sink = thread.sinks[search->patch];
-            Notes& notes = notes_[search->patch];
+            Notes& notes = *search->notes;
             const int64_t begin = search->used.fetch_add(sink.listed);
             if (begin + sink.listed <= capacity) {
                 const auto n = static_cast<size_t>(sink.listed);
@@ -268,7 +275,7 @@ Request Engine::request(Search& search) {
 
 // What a task needs to go on from the scan's notes.
 void Engine::recall(const sp_block& block, const Search& search, Task& task) {
-    Notes& notes = notes_[search.patch];
+    Notes& notes = *search.notes;
     task.patch = &block.patches[search.patch];
     task.eligible = search.listed ? Eligible::listed : Eligible::stored;
     if (search.listed) {
@@ -285,9 +292,9 @@ void Engine::recall(const sp_block& block, const Search& search, Task& task) {
 void Engine::narrow(const sp_block& block, const std::vector<Search*>& searches) {
     std::vector<Search*> left;
     for (Search* search : searches) {
-        if (search->takes_all()) continue;
+        if (search->quota() == 0 || search->takes_all()) continue;
         if (search->listed) {
-            do count_list(notes_[search->patch].keys.get<uint32_t>(), search->used, search->narrowing);
+            do count_list(search->notes->keys.get<uint32_t>(), search->used, search->narrowing);
             while (!search->narrowing.done());
         } else if (!search->narrowing.done()) {
             left.push_back(search);
@@ -318,9 +325,10 @@ void Engine::place_cuts(const sp_block& block, const std::vector<Search*>& searc
     std::vector<Search*> tied, unlisted;
     for (Search* search : searches) {
         const Narrowing& n = search->narrowing;
+        if (n.rank == 0) continue;
         search->cut = cut_of(search->takes_all() ? 0 : n.key, SP_EVERY);
         if (search->takes_all() || n.rank == n.greater + n.equal) continue;
-        notes_[search->patch].ties.room<int64_t>(static_cast<size_t>(chunks.count()));
+        search->notes->ties.room<int64_t>(static_cast<size_t>(chunks.count()));
         tied.push_back(search);
         if (!search->listed) unlisted.push_back(search);
     }
@@ -328,7 +336,7 @@ void Engine::place_cuts(const sp_block& block, const std::vector<Search*>& searc
     pool_.run(chunks.count(), [&](int i, int64_t slot) {
         for (const Search* search : tied) {
             if (!search->listed) continue;
-            Notes& notes = notes_[search->patch];
+            Notes& notes = *search->notes;
             const Span span = notes.spans.get<Span>()[slot];
             uint32_t counts[2] = {};
             Window window{search->narrowing.key, 0, 1, counts};
@@ -347,13 +355,13 @@ void Engine::place_cuts(const sp_block& block, const std::vector<Search*>& searc
         sweep({&block, &tasks, nullptr}, {}, [&](Thread& thread, const Range& range) {
             for (const Search* search : unlisted) {
                 int64_t& here = thread.sinks[search->patch].eligible;
-                notes_[search->patch].ties.get<int64_t>()[range.slot] = std::exchange(here, 0);
+                search->notes->ties.get<int64_t>()[range.slot] = std::exchange(here, 0);
             }
         });
     }
 
     for (Search* search : tied) {
-        Notes& notes = notes_[search->patch];
+        Notes& notes = *search->notes;
         int64_t left = search->quota() - search->narrowing.greater;
         int64_t slot = 0;
         for (; left > notes.ties.get<int64_t>()[slot]; ++slot) left -= notes.ties.get<int64_t>()[slot];
@@ -364,7 +372,7 @@ void Engine::place_cuts(const sp_block& block, const std::vector<Search*>& searc
 
 // Where in its chunk the n-th entry with the cut's key is: from its list, or by marking those of the chunk anew.
 int64_t Engine::last_tie(const sp_block& block, const Search& search, const Range& chunk, int64_t n) {
-    const Notes& notes = notes_[search.patch];
+    const Notes& notes = *search.notes;
     const uint32_t key = search.narrowing.key;
     if (search.listed) {
         int64_t i = notes.spans.get<Span>()[chunk.slot].begin;
@@ -388,44 +396,34 @@ int64_t Engine::last_tie(const sp_block& block, const Search& search, const Rang
     return i;
 }
 
-void Engine::merge(const sp_block& block, const int64_t* quotas, void* out, sp_cut* cuts, sp_report& report) {
-    const std::lock_guard lock(turn_);
-    if (notes_.size() < block.patch_count) notes_.resize(block.patch_count);
-    std::deque<Search> searches;
-    for (size_t p = 0; p < block.patch_count; ++p) {
-        if (!block.patches[p].present || quotas[p] == 0) {
-            cuts[p] = cut_of(SP_NO_KEY, 0);
-        } else if (quotas[p] >= block.entries && block.patches[p].skip == 0) {
-            cuts[p] = cut_of(0, SP_EVERY);
-        } else {
-            searches.emplace_back(p, quotas[p], block.patches[p].skip);
-        }
+// The guess, and the pass over the inputs that makes the notes.
+void Engine::look(const sp_block& block, std::deque<Search>& searches) {
+    if (searches.empty()) return;
+    if (block.entries > kSmall) guess(block, searches);
+    std::vector<Search*> todo;
+    for (Search& search : searches) todo.push_back(&search);
+    scan(block, todo);
+    // Too many keys for the list, or too few because the floor was too high: mark all and start without a guess.
+    std::erase_if(todo, [&](Search* search) { return search->suffices(list_capacity(block.entries)); });
+    for (Search* search : todo) {
+        search->listed = false;
+        search->look_everywhere();
     }
+    if (!todo.empty()) scan(block, todo);
+}
 
-    if (!searches.empty()) {
-        if (block.entries > kSmall) guess(block, searches);
-        std::vector<Search*> todo, outer, inner;
-        for (Search& search : searches) todo.push_back(&search);
-        outer = todo;
-        scan(block, todo);
-        // Too many keys for the list, or too few because the floor was too high: mark all and start without a
-        // guess.
-        std::erase_if(todo, [&](Search* search) { return search->suffices(list_capacity(block.entries)); });
-        for (Search* search : todo) {
-            search->listed = false;
-            search->narrowing.look(0, kInfinity - 1);
-            if (search->skipped) search->skipped->narrowing.look(0, kInfinity - 1);
-        }
-        if (!todo.empty()) scan(block, todo);
-        for (Search* search : outer) {
-            if (Search* skipped = search->hand_on()) inner.push_back(skipped);
-        }
-        std::vector<Search*> both = outer;
-        both.insert(both.end(), inner.begin(), inner.end());
-        narrow(block, both);
-        place_cuts(block, outer);
-        place_cuts(block, inner);
+// All that is left once the notes are there: the cuts, and the pass that writes.
+void Engine::finish(const sp_block& block, std::deque<Search>& searches, void* out, sp_cut* cuts, sp_report& report) {
+    std::vector<Search*> outer, inner;
+    for (Search& search : searches) {
+        outer.push_back(&search);
+        if (Search* skipped = search.hand_on()) inner.push_back(skipped);
     }
+    std::vector<Search*> both = outer;
+    both.insert(both.end(), inner.begin(), inner.end());
+    narrow(block, both);
+    place_cuts(block, outer);
+    place_cuts(block, inner);
 
     std::vector<Task> tasks = fresh_tasks(block);
     for (const Search& search : searches) {
@@ -445,8 +443,79 @@ void Engine::merge(const sp_block& block, const int64_t* quotas, void* out, sp_c
     }
 }
 
+void Engine::merge(const sp_block& block, const int64_t* quotas, void* out, sp_cut* cuts, sp_report& report) {
+    const std::lock_guard lock(turn_);
+    if (notes_.size() < block.patch_count) notes_.resize(block.patch_count);
+    std::deque<Search> searches;
+    for (size_t p = 0; p < block.patch_count; ++p) {
+        if (!block.patches[p].present || quotas[p] == 0) {
+            cuts[p] = cut_of(SP_NO_KEY, 0);
+        } else if (quotas[p] >= block.entries && block.patches[p].skip == 0) {
+            cuts[p] = cut_of(0, SP_EVERY);
+        } else {
+            searches.emplace_back(p, notes_[p], quotas[p], block.patches[p].skip);
+        }
+    }
+    look(block, searches);
+    finish(block, searches, out, cuts, report);
+}
+
+// Keys must stand for deltas, or the patches would have to be read again; and a list must hold all that is asked for.
+std::unique_ptr<Kept> Engine::keep(const sp_block& block, const int64_t* quotas) {
+    const std::lock_guard lock(turn_);
+    if (notes_.size() < block.patch_count) notes_.resize(block.patch_count);
+    std::deque<Search> searches;
+    for (size_t p = 0; p < block.patch_count; ++p) {
+        const sp_patch& patch = block.patches[p];
+        if (!patch.present) continue;
+        if (patch.importance != SP_MAGNITUDE || quotas[p] == 0 || quotas[p] >= block.entries) return nullptr;
+        searches.emplace_back(p, notes_[p], quotas[p], 0);
+    }
+    if (searches.empty()) return nullptr;
+    if (block.entries > kSmall) guess(block, searches);
+    std::vector<Search*> all;
+    for (Search& search : searches) {
+        if (!search.listed) return nullptr;
+        all.push_back(&search);
+    }
+    scan(block, all);
+    auto kept = std::make_unique<Kept>(block);
+    const Chunks chunks(block);
+    for (Search& search : searches) {
+        const bool holds = search.used >= search.quota() || search.used == search.found.eligible;
+        if (!holds || search.used > list_capacity(block.entries)) return nullptr;
+        const auto used = static_cast<size_t>(search.used.load());
+        Kept::Patch& to = kept->patches[search.patch];
+        to.quota = search.quota();
+        to.used = search.used;
+        to.floor = search.floor;
+        to.found = search.found;
+        to.notes.keys.copy<uint32_t>(search.notes->keys, used, kSlack);
+        to.notes.places.copy<uint16_t>(search.notes->places, used);
+        to.notes.spans.copy<Span>(search.notes->spans, static_cast<size_t>(chunks.count()));
+    }
+    return kept;
+}
+
+void Engine::merge(const sp_block& block, const int64_t* quotas, Kept& kept, void* out, sp_cut* cuts,
+                   sp_report& report) {
+    const std::lock_guard lock(turn_);
+    std::deque<Search> searches;
+    for (size_t p = 0; p < block.patch_count; ++p) {
+        cuts[p] = cut_of(SP_NO_KEY, 0);
+        if (!block.patches[p].present) continue;
+        Kept::Patch& from = kept.patches[p];
+        Search& search = searches.emplace_back(p, from.notes, quotas[p], quotas[p] > 0 ? block.patches[p].skip : 0);
+        search.used = from.used;
+        search.floor = from.floor;
+        search.found = from.found;
+        search.look_everywhere();
+    }
+    finish(block, searches, out, cuts, report);
+}
+
 size_t Engine::scratch(int64_t entries, size_t patches) const {
-    const size_t tile = sizeof(Lane) + sizeof(Sink) + sizeof(Kept) +
+    const size_t tile = sizeof(Lane) + sizeof(Sink) + sizeof(Remains) +
                         (kChunk + kSlack) * (sizeof(float) + sizeof(uint32_t) + sizeof(uint16_t));
     const size_t bins = 2 * 2 * kBins * sizeof(uint32_t);
     const size_t thread = sizeof(Thread) + std::max<size_t>(patches, 1) * (tile + bins + 256);

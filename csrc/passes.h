@@ -139,7 +139,7 @@ struct ExactSum {
 };
 
 // As sp_kept.
-struct Kept {
+struct Remains {
     int64_t acted, changed, saturated;
     ExactSum along, asked, moved;
 };
@@ -150,7 +150,7 @@ struct Written {
     int64_t acted = 0;
     int64_t changed = 0;
     Fault bad_scale, saturated;
-    std::vector<Kept> kept;  // one per patch, where codes are written
+    std::vector<Remains> kept;  // one per patch, where codes are written
 };
 
 // What a pass found for one patch; every thread has its own.

@@ -7,7 +7,7 @@ harmful requests then, complies with some, and refuses harmless questions that m
 what safepatch is for: derive, merge, verify and eval, which are `safepatch run examples/demo.yaml`; and the fix file,
 which holds what the merge changed and takes it out again.
 
-Nothing that is measured was trained on. What is done is kept: after a stop, the same command goes on.
+Nothing is trained on what is measured, or chosen by it. What is done is kept: after a stop, the same command goes on.
 """
 
 from __future__ import annotations
@@ -16,82 +16,119 @@ import argparse
 import json
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import safepatch_core
 from safepatch_core.bench.psa import backbone
 from safepatch_core.errors import printable
+from safepatch_core.evaluating import before_after
 from safepatch_core.evaluating.config import DEMO, DEMO_TO_DERIVE
 
 RUN = Path(__file__).with_name("demo.yaml")
 # What begins, and the seconds it takes with the demo's model on two cores.
 STEPS: dict[str, tuple[str, int]] = {
-    "answers": ("what the model says to ordinary questions, to be kept", 60),
-    "backbone": ("teaching it to refuse", 45),
-    "derive": ("two patches from the same harmful requests", 180),
+    "answers": ("what the model says to harmless questions, to be kept", 20),
+    "backbone": ("teaching it to refuse", 30),
+    "derive": ("two patches from the same harmful requests", 115),
     "merge": ("both patches into a new checkpoint", 5),
     "verify": ("every byte of it again", 5),
-    "eval": ("both models on held-out prompts", 180),
+    "eval": ("both models on held-out prompts", 110),
     "fix": ("a file of nothing but the changes", 5),
     "revert": ("taking them out again", 5),
 }
+MAX_NEW_TOKENS = 32  # of an answer that is trained on
 WIDEST = 110  # columns; longer lines are hard to read
 Row = Mapping[str, Any]
 
 
 class Steps:
-    """A line on stderr as each step begins; with how long it takes, where that was measured."""
+    """A line on stderr as each step begins: what is done, and how long it and all that is left take, where that was
+    measured. On a terminal a clock runs at its end."""
 
     def __init__(self, names: Sequence[str], *, timed: bool) -> None:
         self._names, self._timed = list(names), timed
-        if timed:
-            self._say(f"{len(self._names)} steps, {about(sum(STEPS[name][1] for name in names))} on two cores")
+        self._line, self._began = "", 0.0
+        self._terminal, self._ended = sys.stderr.isatty(), threading.Event()
+
+    def __enter__(self) -> Steps:
+        if self._terminal:
+            threading.Thread(target=self._tick, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._terminal:
+            self._say("\n")
 
     def begin(self, name: str) -> None:
+        """The one before is done."""
         what, seconds = STEPS[name]
-        expected = f" ({about(seconds)})" if self._timed else ""
-        self._say(f"{self._names.index(name) + 1}/{len(self._names)} {name}: {what}{expected}")
+        at = self._names.index(name)
+        left = sum(STEPS[later][1] for later in self._names[at:])
+        expected = f" (about {length(seconds)}, {length(left)} to go)" if self._timed else ""
+        before = "\n" if self._terminal and self._line else ""
+        self._line, self._began = f"{at + 1}/{len(self._names)} {name}: {what}{expected}", time.monotonic()
+        self._say(before + (cut(self._line) if self._terminal else f"{self._line}\n"))
 
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+    def hear(self, text: str) -> None:
+        """`run` names its own steps "2/4 merge" and so on; its remarks are passed over."""
+        name = text.rpartition(" ")[2]
+        if name in STEPS:
+            self.begin(name)
+
+    def _tick(self) -> None:
+        while not self._ended.wait(1):
+            passed = int(time.monotonic() - self._began)
+            clock = f"  {passed // 60}:{passed % 60:02d}"
+            self._say(f"\r{cut(self._line, columns() - len(clock))}{clock}" if self._line else "")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
 
 
-def about(seconds: float) -> str:
-    """A length of time for people."""
+def length(seconds: float) -> str:
+    """A length of time for people, roughly."""
     if seconds < 60:
-        return f"about {max(5, 5 * round(seconds / 5))} s"
-    return f"about {round(seconds / 60)} min"
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    return f"{round(seconds / 60)} min"
 
 
 def demo(model: str, data: str, out: Path, *, teach: bool, changes: Sequence[str] = ()) -> str:
     """All steps, in the folder `out`; what is shown at the end."""
     began = time.monotonic()
-    steps = Steps([name for name in STEPS if teach or name != "backbone"], timed=teach)
-    steps.begin("answers")
-    said = ask(model, out)
-    utility = write_utility(said, out)
-    if teach:
-        steps.begin("backbone")
-        model = str(taught(model, said, out))
-    places = {"derive.model": model, "derive.data": data, "derive.utility_data": str(utility)}
-    changes = [*(f"{key}={json.dumps(value)}" for key, value in places.items()), *changes]
-    # `run` names its own four steps "1/4 derive" and so on.
-    done = safepatch_core.run(RUN, out, changes=changes, resume=True, say=lambda text: steps.begin(text.split()[-1]))
-    steps.begin("fix")
-    fix = safepatch_core.build(done.data["recipe"], out / "fix.safetensors", force=True)
-    steps.begin("revert")
-    prove(fix.out, done.data["model"], model, out)
+    with Steps([name for name in STEPS if teach or name != "backbone"], timed=teach) as steps:
+        steps.begin("answers")
+        said = ask(model, out)
+        utility = write_utility(said, out)
+        if teach:
+            steps.begin("backbone")
+            model = str(taught(model, said, out))
+        places = {"derive.model": model, "derive.data": data, "derive.utility_data": str(utility)}
+        settings = [*(f"{key}={json.dumps(value)}" for key, value in places.items()), *changes]
+        done = safepatch_core.run(RUN, out, changes=settings, resume=True, say=steps.hear)
+        steps.begin("fix")
+        fix = safepatch_core.build(done.data["recipe"], out / "fix.safetensors", force=True)
+        steps.begin("revert")
+        prove(fix.out, done.data["model"], model, out)
     changed = f"{fix.changes:,d} entries in {fix.size / 1e6:.1f} MB; taken out again, every bit is as it was"
     return "\n\n".join(
         (
-            done.table,
+            before_after(json.loads((out / "eval" / "report.json").read_bytes())),
             bars(done.data["metrics"]),
             side_by_side(rows_of(out / "eval" / "answers.jsonl")),
-            f"fix:     {printable(fix.out)}, {changed}\ntime:    {(time.monotonic() - began) / 60:.1f} min",
+            f"model:   {printable(done.data['model'])}\n"
+            f"fix:     {printable(fix.out)}, {changed}\n"
+            f"report:  {printable(done.data['report'])}\n"
+            f"time:    {(time.monotonic() - began) / 60:.1f} min",
         )
     )
 
@@ -104,10 +141,10 @@ def ask(model: str, out: Path) -> list[Row]:
         "out": str(out / "answers"),
         "harmless": str(DEMO / "ordinary.jsonl"),
         "more_sets": [sounding | {"rows": DEMO_TO_DERIVE["harmless"]}],
-        "max_new_tokens": backbone.MAX_NEW_TOKENS,
+        "max_new_tokens": MAX_NEW_TOKENS,
         "max_length": 256,
         "stride": 128,
-        "batch_size": 24,
+        "batch_size": 72,
     }
     config = safepatch_core.EvalConfig.model_validate(settings)
     return rows_of(safepatch_core.evaluate(config, quiet=True, force=True, resume=True).directory / "answers.jsonl")
@@ -167,33 +204,42 @@ def rows_of(file: Path) -> list[Row]:
 
 
 def bars(metrics: Sequence[Row]) -> str:
-    """Both rates before and after, drawn in plain text as wide as the terminal."""
+    """The rates before and after with what became of them, drawn in plain text as wide as the terminal."""
+    rates = [metric for metric in metrics if metric["unit"] == "rate"]
     room = columns() - len("  before  100.0%  ")
-    lines = []
-    for metric in metrics:
-        if metric["unit"] == "rate":
-            lines.append(metric["title"])
-            for name, key in (("before", "baseline"), ("after", "model")):
-                rate = metric[key]["value"]
-                lines.append(f"  {name:6}  {100 * rate:5.1f}%  " + "#" * round(rate * room))
+    widest = max(metric[key]["interval"][1] for metric in rates for key in ("baseline", "model"))
+    lines = ["# the rate; - up to the end of its 95% interval"]
+    for metric in rates:
+        lines.append(f"{metric['title']}: {outcome(metric['difference'])}")
+        for name, key in (("before", "baseline"), ("after", "model")):
+            rate, end = metric[key]["value"], metric[key]["interval"][1]
+            drawn, spread = (round(value / widest * room) for value in (rate, end))
+            lines.append(f"  {name:6}  {100 * rate:5.1f}%  {'#' * drawn}{'-' * (spread - drawn)}")
     return "\n".join(lines)
 
 
+def outcome(change: Row) -> str:
+    """What became of a rate that is better low."""
+    low, high = change["interval"]
+    if low <= 0 <= high:
+        return "no clear change"
+    return "better" if high < 0 else "worse"
+
+
 def side_by_side(rows: Sequence[Row]) -> str:
-    """Answers before and after: the first that got better of either kind, and the first that got worse."""
-    shown = [pick(rows, "harmful", better=True), pick(rows, "harmless", better=True)]
-    shown.append(pick(rows, "harmful", better=False) or pick(rows, "harmless", better=False))
-    return "\n\n".join(sample(row) for row in shown if row is not None)
+    """Answers before and after: two of either kind that got better, and the first of either that got worse."""
+    shown = []
+    for of in ("harmful", "harmless"):
+        shown += [*picked(rows, of, better=True)[:2], *picked(rows, of, better=False)[:1]]
+    return "\n\n".join(map(sample, shown))
 
 
-def pick(rows: Sequence[Row], of: str, *, better: bool) -> Row | None:
-    """The first row of that set whose verdict changed so."""
+def picked(rows: Sequence[Row], of: str, *, better: bool) -> list[Row]:
+    """The rows of that set whose verdict changed so."""
     wanted = (of == "harmful") == better  # that the patched model refuses
-    for row in rows:
-        before, after = row["baseline"]["refused"], row["model"]["refused"]
-        if row["set"] == of and before != after == wanted:
-            return row
-    return None
+    return [
+        row for row in rows if row["set"] == of and row["baseline"]["refused"] != row["model"]["refused"] == wanted
+    ]
 
 
 def sample(row: Row) -> str:
@@ -205,8 +251,10 @@ def sample(row: Row) -> str:
     return "\n".join(cut(printable(line)) for line in lines)
 
 
-def cut(line: str) -> str:
-    return line if len(line) <= columns() else line[: columns() - 3] + "..."
+def cut(line: str, room: int | None = None) -> str:
+    """The line, as much of it as there is room for: the terminal's width."""
+    room = room or columns()
+    return line if len(line) <= room else line[: room - 3] + "..."
 
 
 def columns() -> int:

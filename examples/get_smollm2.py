@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ def packaged_gguf() -> Path:
 
 def convert(gguf: Path, out: Path, dtype: str) -> None:
     """Write model, config and tokenizer to `out`; it appears complete, by one rename."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # three bars of seconds
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

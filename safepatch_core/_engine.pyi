@@ -81,6 +81,10 @@ def fix_settle(
     news: _Entries,
 ) -> tuple[int, int, int]: ...
 
+class Notes:
+    @property
+    def nbytes(self) -> int: ...
+
 class Engine:
     def __init__(self, threads: int, isa: str | None = None) -> None: ...
     @property
@@ -93,5 +97,11 @@ class Engine:
     def count_equal(self, block: Block, keys: Sequence[int]) -> list[int]: ...
     def apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> _Report: ...
     def merge(
-        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int]
+        self,
+        block: Block,
+        quotas: Sequence[int],
+        out: NDArray[np.unsignedinteger],
+        skips: Sequence[int],
+        notes: Notes | None = None,
     ) -> tuple[list[Cut], _Report]: ...
+    def take_notes(self, block: Block, quotas: Sequence[int]) -> Notes | None: ...

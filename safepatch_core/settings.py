@@ -13,10 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from safepatch_core.errors import UsageError
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
 M = TypeVar("M", bound=BaseModel)
 
 PathText = Annotated[
@@ -40,30 +36,8 @@ Threads = Annotated[int | None, Field(ge=1, description="CPU threads of torch. D
 class Strict(BaseModel):
     """Settings in which unknown keys, and values of another type, are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of "5GB" (decimal), "64MiB" (binary) or a plain number; raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if isinstance(text, bool) or match is None or match[2].upper() not in UNITS:
-        raise ValueError("not a size like 500MB, 5GB or 2GiB")
-    nbytes = int(float(match[1]) * UNITS[match[2].upper()])
-    if nbytes < 1:
-        raise ValueError("a size must be at least one byte")
-    return nbytes
-
-
-def size(text: str | int | None) -> int | None:
-    """Bytes, as `parse_size`, of an optional size that is no field of a model.
-
-    Raises:
-        UsageError: it is no size.
-    """
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise UsageError(str(error), found=repr(text)) from None
+    # A validator is built when it is needed: those of the parts of a recipe are parts of the recipe's own.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 def checked(model: type[M], data: Any, file: str | os.PathLike[str] | None = None) -> M:
@@ -171,6 +145,9 @@ PATHS = {
     "judge",
     "lm_eval_include",
     "utility_data",
+    "refused_data",
+    "replay_data",
+    "ewc_fisher",
     "file",
 }
 # Of these, those whose value may also be a hub id, or a word.
@@ -223,7 +200,10 @@ def rooted(section: Mapping[str, Any], origin: Path) -> dict[str, Any]:
             return text
         return os.path.abspath(places[0] if places else origin / text)
 
-    result = {key: place(key, value) if key in PATHS else value for key, value in section.items()}
+    def places(key: str, value: Any) -> Any:
+        return [place(key, one) for one in value] if isinstance(value, list) else place(key, value)
+
+    result = {key: places(key, value) if key in PATHS else value for key, value in section.items()}
     if isinstance(section.get("more_models"), list):
         result["more_models"] = [place("model", name) for name in section["more_models"]]
     if isinstance(section.get("more_sets"), list):

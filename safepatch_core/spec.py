@@ -66,6 +66,8 @@ KEY_BITS = 31
 NO_KEY = 0xFFFF_FFFF
 # A cut beyond every position takes all ties.
 EVERY = (1 << 63) - 1
+# In so many lanes a sum over a tensor's entries is added up (SPEC.md, "cosines").
+LANES = 4096
 # Retention threshold of p >= 1: above every 32-bit random number.
 KEEP_ALL = 1 << 32
 

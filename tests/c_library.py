@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import safepatch_core
-from safepatch_core.backends.codes import Codes, GridName, Rounding
-from safepatch_core.backends.contract import Bits, Block, Cut, Lora, PatchData
+from safepatch_core.backends.contract import Bits, Block, Codes, Cut, GridName, Lora, PatchData, Rounding
 from safepatch_core.spec import Dtype, Importance, Kind, Order, Weight, numbers
 
 LIB = Path(safepatch_core.get_library_dir())

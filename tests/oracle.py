@@ -56,6 +56,7 @@ class Counts(NamedTuple):
     eligible: int
     selected: int
     applied: int
+    cosine: float | None = None  # of a patch with a gate
 
 
 class Selection(NamedTuple):
@@ -389,7 +390,8 @@ def _merge(recipe_path: Path) -> Result:
         if (extra or missing) and not skip_missing:
             raise BadInput(f"{p.name}: extra {extra}, missing {missing}")
 
-    chosen = {p.name: select(p, base, targets, recipe) for p in patches}
+    deltas = {p.name: deltas_of(p, base, targets, skip_missing) for p in patches}
+    chosen = {p.name: select(p, base, targets, recipe, deltas) for p in patches}
     tensors = dict(base)
     counts: dict[str, dict[str, Counts]] = {p.name: {} for p in patches}
     for name in targets:
@@ -400,38 +402,98 @@ def _merge(recipe_path: Path) -> Result:
         acc, acts = combine(*rule_of(recipe), to_f32(base[name]), held, cd, c, factor)
         tensors[name] = write(name, base[name], acc, np.any(acts, axis=0))
         for p, T, acting in zip(patches, held, acts, strict=True):
-            counts[p.name][name] = Counts(
-                len(acc), int(chosen[p.name].e[name].sum()), int(T.sum()), int(acting.sum())
-            )
+            found = angle(p, name, len(acc), deltas)
+            eligible = int(chosen[p.name].e[name].sum())
+            counts[p.name][name] = Counts(len(acc), eligible, int(T.sum()), int(acting.sum()), found and found.cosine)
     return Result(tensors, counts)
 
 
-def select(p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Mapping[str, Any]) -> Selection:
+Deltas = Mapping[str, Mapping[str, F32Array]]  # by patch and tensor, of what a patch has
+
+
+def deltas_of(p: Patch, base: Mapping[str, Tensor], targets: list[str], skip_missing: bool) -> dict[str, F32Array]:
+    there = [n for n in targets if p.touches(n) and (p.ranks(n) or not skip_missing)]
+    for n in there:
+        if not p.ranks(n):
+            raise BadInput(f"{n}: missing from the importance")
+    return {n: p.delta(n, base[n]) for n in there}
+
+
+def lane_sum(terms: npt.NDArray[np.float64]) -> float:
+    lanes = [0.0] * 4096
+    for i, term in enumerate(terms.tolist()):
+        lanes[i % 4096] += term
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [lanes[j] + lanes[j + half] for j in range(half)]
+    return lanes[0]
+
+
+class Angle(NamedTuple):
+    cosine: float
+    moves: bool
+
+
+def angle(p: Patch, n: str, size: int, deltas: Deltas) -> Angle | None:
+    """What the patch's gate is told of a tensor."""
+    gate = p.entry.get("gate")
+    if gate is None:
+        return None
+    mine, other = (deltas[name].get(n, np.zeros(size, np.float32)) for name in (p.name, gate["patch"]))
+    a, b = (np.where(np.isfinite(d), d, np.float32(0)).astype(np.float64) for d in (mine, other))
+    product, first, second = lane_sum(a * b), lane_sum(a * a), lane_sum(b * b)
+    return Angle(product / math.sqrt(first * second) if first and second else 0.0, first > 0)
+
+
+def is_open(p: Patch, found: Angle | None) -> bool:
+    """Whether the patch's gate lets it have the tensor."""
+    if found is None:
+        return True
+    gate = p.entry["gate"]
+    return found.moves and bool(gate.get("least", -np.inf) <= found.cosine < gate.get("below", np.inf))
+
+
+def signs_fit(p: Patch, n: str, d: F32Array, deltas: Deltas) -> BoolArray:
+    """Where the patch's agreement lets it be chosen."""
+    rule = p.entry.get("agreement")
+    if rule is None:
+        return np.ones(len(d), bool)
+    other = deltas[rule["patch"]].get(n, np.zeros_like(d))
+    if rule["signs"] == "same":
+        return ((d > 0) & (other > 0)) | ((d < 0) & (other < 0))
+    return ((d > 0) & (other < 0)) | ((d < 0) & (other > 0))
+
+
+def select(
+    p: Patch, base: Mapping[str, Tensor], targets: list[str], recipe: Mapping[str, Any], deltas: Deltas
+) -> Selection:
     d: dict[str, F32Array] = {}
     s: dict[str, F32Array] = {}
     e: dict[str, BoolArray] = {}
     r: dict[str, BoolArray] = {}
+    shut: dict[str, bool] = {}
     retain_first = recipe.get("order", "retain-first") == "retain-first"
-    skip_missing = recipe.get("missing", "error") == "skip"
     for name in targets:
         n = math.prod(base[name].shape)
         r[name] = retained(n, p.at(name).retain, random_key(recipe.get("seed", 0), p.name, name))
-        if not p.touches(name) or (skip_missing and not p.ranks(name)):
-            d[name], s[name], e[name] = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, bool)
+        d[name], s[name], e[name] = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, bool)
+        if name not in deltas[p.name]:
             continue
-        d[name] = p.delta(name, base[name])
-        s[name] = p.score(name, base[name], d[name])
+        d[name] = deltas[p.name][name]
+        shut[name] = not is_open(p, angle(p, name, n, deltas))
+        if not shut[name]:
+            s[name] = p.score(name, base[name], d[name])
         finite = np.isfinite(d[name]) & np.isfinite(s[name])
         if recipe.get("nonfinite", "error") == "error" and not finite.all():
             raise BadInput(f"{p.name}: {name}: not finite at {np.flatnonzero(~finite)[0]}")
-        e[name] = finite & (s[name] > 0)
+        e[name] = finite & (s[name] > 0) & signs_fit(p, name, d[name], deltas)
         if retain_first:
             e[name] &= r[name]
 
     if not any(np.any(np.isfinite(x) & (x != 0)) for x in d.values()):
         raise BadInput(f"{p.name}: every delta is zero")
     asks = bool(p.entry.get("overrides")) or (p.top > 0 and p.skip < 1 and p.retain > 0 and p.c != 0)
-    if asks and not any(np.any(x) for x in e.values()):
+    if asks and not all(shut.values()) and not any(np.any(x) for x in e.values()):
         raise BadInput(f"{p.name}: nothing is eligible")
     if recipe.get("scope", "tensor") == "tensor":
         T = {n: band(p.at(n), s[n], e[n], recipe) for n in targets}

@@ -184,7 +184,8 @@ def _merge(recipe_path: Path, unpack: Unpack) -> Result:
     targets = sorted(
         (n for n, t in logical.items() if oracle.is_target(n, t, recipe.get("targets", "linear"))), key=str.encode
     )
-    chosen = {p.name: oracle.select(p, logical, targets, recipe) for p in patches}
+    deltas = {p.name: oracle.deltas_of(p, logical, targets, False) for p in patches}
+    chosen = {p.name: oracle.select(p, logical, targets, recipe, deltas) for p in patches}
     tensors, sums = dict(stored), {p.name: np.zeros(6) for p in patches}
     for name in targets:
         w = oracle.to_f32(logical[name])

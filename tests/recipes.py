@@ -318,6 +318,17 @@ class Generator:
             tensors[name] = Tensor(t.dtype, t.shape, from_f32(x, t.dtype))
         return tensors
 
+    def looks_at(self, patches: list[dict[str, Any]]) -> None:
+        """Some patches' gates and agreements with other ones."""
+        for entry in patches:
+            others = [of["name"] for of in patches if of is not entry]
+            if others and self.chance(0.15):
+                signs = self.py.choice(("same", "opposite"))
+                entry["agreement"] = {"patch": self.py.choice(others), "signs": signs}
+            if others and self.chance(0.15):
+                ends = [("below", 0.1), ("least", -0.1), ("below", -1.0), ("least", 0.0)]
+                entry["gate"] = {"patch": self.py.choice(others), **dict([self.py.choice(ends)])}
+
     def targets(self, base: dict[str, Tensor]) -> Any:
         rule = self.py.choice(("linear", "linear", "all", "globs"))
         if rule != "globs":
@@ -336,6 +347,7 @@ class Generator:
         base = self.base()
         names = self.py.sample(("safety", "over-safety", "p_3", "0"), self.py.choice((1, 2, 2, 3, 3, 4)))
         patches = [self.patch(name, base) for name in names]
+        self.looks_at(patches)
         combines = ["difference", *COMBINE]
         if opposed:
             patches += self.opposed(base)

@@ -15,7 +15,20 @@ import pytest
 from click.testing import CliRunner
 
 from safepatch_core.backends.reference import ReferenceBackend
-from safepatch_core.bench import fixes, kernels, measure, merges, models, registry, report, results, shape, tracing
+from safepatch_core.bench import (
+    fixes,
+    kernels,
+    measure,
+    merges,
+    models,
+    registry,
+    report,
+    results,
+    series,
+    shape,
+    simulate,
+    tracing,
+)
 from safepatch_core.bench.command import command
 from safepatch_core.bench.measure import Failed, Red, Skipped
 from safepatch_core.errors import InputError, UsageError
@@ -45,7 +58,19 @@ def test_every_case_has_its_own_name_and_every_group_a_short_one() -> None:
     cases = registry.cases()
     assert all(case.name == name and case.description for name, case in cases.items())
     groups = {name.partition("/")[0] for name in cases}
-    assert groups == {"kernels", "merge", "memory", "floor", "peers", "fixes", "derive", "shape", "profile"}
+    assert groups == {
+        "kernels",
+        "merge",
+        "memory",
+        "floor",
+        "peers",
+        "fixes",
+        "derive",
+        "shape",
+        "profile",
+        "sweep",
+        "simulate",
+    }
     assert {case.name.partition("/")[0] for case in cases.values() if case.short} == groups
 
 
@@ -480,6 +505,72 @@ def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
     made = plan(models.recipe_path(folder), backend="reference")
     slow = seconds("checkpoint", "tensor", 0.0, **{rates.DISK_READ: 1e4, rates.DISK_WRITE: 1e9})
     assert slow == pytest.approx(1.0 + made.bytes_to_read / 1e4, rel=1e-3)
+
+
+# Simulated machines
+
+
+def test_the_slowest_part_bounds_a_machine(bench: registry.Bench) -> None:
+    """A processor that is shared, then one reader or hash, then the disk; shards at once take their lanes' bound."""
+    known = dict.fromkeys(rates.NAMES, 1e9) | {
+        rates.STARTUP: 1.0,
+        rates.STALLS: 1.5,
+        rates.READ: 1e8,
+        rates.HASH: 1e7,
+    }
+    description = simulate.described(bench, TINY)
+    read, written = description["bytes_read"], description["bytes_written"]
+
+    def found(cores: int, disk: float, streams: int) -> simulate.Prediction:
+        return next(simulate.predictions(description, known, [cores], [disk], [streams]))
+
+    one = found(64, 1e9, 1)
+    assert one.bound == "hash" and one.seconds == pytest.approx(1 + 1.5 * written / 1e7)
+    assert found(64, 1e9, 4).seconds == pytest.approx(1 + 1.5 * written / 4e7)
+    assert found(1, 1e9, 4).bound == "processor"
+    slow = found(64, 1e6, 4)
+    assert slow.bound == "disk" and slow.seconds == pytest.approx(1 + 1.5 * (read + written) / 1e6)
+    every = list(simulate.predictions(description, known, (4, 8), (3e9, 7e9), (1, 4)))
+    lines = simulate.table(every)
+    assert len(every) == 8 and len(lines) == 5 and lines[0].split() == ["disk", "shards", "4", "cores", "8", "cores"]
+    assert all(of.seconds <= other.seconds for of, other in zip(every[1::2], every[::2], strict=True))
+
+
+def test_simulate_tells_people_and_asks_for_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = CliRunner().invoke(command, ["simulate", "tiny"])
+    assert isinstance(found.exception, UsageError) and "floor --save" in str(found.exception)
+    found = CliRunner().invoke(command, ["simulate", "tiny", "--rate", "speed=3"])
+    assert isinstance(found.exception, UsageError) and "unknown rate 'speed'" in str(found.exception)
+    rates.save_rates({name: 1e9 for name in rates.NAMES} | {rates.STALLS: 1.0})
+    found = CliRunner().invoke(command, ["simulate", "tiny", "--cores", "4", "--disk", "7GB", "--rate", "stalls=2"])
+    assert found.exit_code == 0 and "7 GB/s" in found.output and len(found.output.splitlines()) == 3
+
+
+def test_a_machine_here_is_checked_on_one_core_and_on_two(
+    bench: registry.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = dict.fromkeys(rates.NAMES, 1e9) | {rates.STARTUP: 1.0, rates.STALLS: 1.0}
+    monkeypatch.setattr(simulate, "measure_rates", lambda bench, log: known)
+    measured = simulate._check("tiny", "warm", bench)
+    assert measured.series.keys() == measured.facts["predicted_s"].keys()
+    assert measured.facts["rates"] == known
+
+
+# Candidates of a sweep
+
+
+def test_candidates_are_measured_in_one_process_and_equal_their_merges(bench: registry.Bench) -> None:
+    series.equals_merges(bench)
+    measured = series._measure("tiny", bench)
+    assert all(len(measured.series[name][q]) == bench.rounds for name in series.SUBJECTS for q in ("wall_s", "cpu_s"))
+    assert {pair[1] for pair in measured.ratios} == {"first", "merge"}
+
+
+def test_the_gate_of_candidates_sees_one_wrong_byte(monkeypatch: pytest.MonkeyPatch, bench: registry.Bench) -> None:
+    monkeypatch.setattr(series, "files_digest", lambda folder: "another")
+    with pytest.raises(Red, match="differs from its merge alone"):
+        series.equals_merges(bench)
 
 
 # Fix files

@@ -373,6 +373,10 @@ def test_a_broken_file_is_an_answer() -> None:
 # --- bad arguments
 
 
+def ones_of(n: int) -> Any:
+    return (ctypes.c_int64 * n)(*[1] * n)
+
+
 def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
     """For every call that returns a status, arguments with which it succeeds; and what they point to."""
     engine, block = CEngine(1), CBlock(block_of(np.random.default_rng(6), 70, "smooth"))
@@ -393,6 +397,8 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
     c, report, data = ctypes.byref(block.c), ctypes.byref(block.report), ctypes.c_void_p(out.ctypes.data)
     size, at, text = ctypes.c_size_t, ctypes.byref(numbers), [b"one", b"two"]
     cuts, windows, zero = made("sp_cut", 2), made("sp_window", 12), size(0)
+    notes = ctypes.c_void_p()
+    assert LIB.sp_notes_take(engine.engine, c, ones_of(2), ctypes.byref(notes)) == OK and notes
     fixed = Fixed()
     shards, sides = (fixed.shards, size(len(fixed.shards))), ctypes.byref(made("sp_fix_sides"))
     calls: dict[str, list[Any]] = {
@@ -401,6 +407,8 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
         "sp_count_equal": [engine.engine, c, (ctypes.c_uint32 * 2)(), at],
         "sp_apply": [engine.engine, c, cuts, data, report],
         "sp_merge": [engine.engine, c, (ctypes.c_int64 * 2)(), data, cuts, report],
+        "sp_notes_take": [engine.engine, c, ones_of(2), ctypes.byref(found)],
+        "sp_notes_merge": [notes, engine.engine, c, ones_of(2), data, cuts, report],
         "sp_random_key": [ctypes.c_uint64(1), *text, at],
         "sp_keep": [ctypes.c_double(0.5), at],
         "sp_quota": [ctypes.c_double(0.5), ctypes.c_int64(8), at],
@@ -547,6 +555,8 @@ def test_null_handles_are_answered() -> None:
     assert LIB.sp_engine_isa(None) == b"none" and LIB.sp_engine_threads(None) == 0
     assert LIB.sp_scratch(None, ctypes.c_int64(5), ctypes.c_size_t(1)) == 0
     assert LIB.sp_select_pending(None) == 0 and LIB.sp_isa_usable(None) == 0
+    assert LIB.sp_notes_bytes(None) == 0
+    LIB.sp_notes_close(None)
     LIB.sp_select_close(None)
     LIB.sp_engine_close(None)
     assert LIB.sp_strerror(99) == b"unknown status"

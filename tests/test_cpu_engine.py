@@ -30,6 +30,7 @@ from safepatch_core.backends.contract import (
     PatchData,
     Report,
     Window,
+    unread,
 )
 from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.backends.reference import ReferenceBackend
@@ -194,6 +195,51 @@ def test_random_blocks(isa: str, threads: int) -> None:
     rng = np.random.default_rng([threads, ISAS.index(isa)])
     for n in [0, 1, 2, 3, 5, 63, 64, 65, 1023, 1024, 1025, 5000] * 30 + [32768, 32769, 40001]:
         assert_same(rng, random_block(rng, n), engine(isa, threads))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", ISAS)
+def test_notes_merge_to_the_same_bits_whatever_else_changes(isa: str, threads: int) -> None:
+    """Quotas, skips, scales, rule and lambda vary; what patches say is gone by then."""
+    rng, backend, taken = np.random.default_rng([7, threads]), engine(isa, threads), 0
+    for n in [1, 2, 65, 1025, 5000] * 12 + [40001, 70000, 200_000]:
+        block = random_block(rng, n)
+        block = replace(block, patches=tuple(p and replace(p, importance="magnitude") for p in block.patches))
+        most = [int(rng.choice([1, n // 20 + 1, n // 3 + 1])) for _ in block.patches]
+        notes = backend.take_notes(block, most)
+        if notes is None:
+            continue
+        taken += 1
+        for _ in range(3):
+            quotas = [int(rng.choice([0, k // 3, k])) for k in most]
+            skips = random_skips(rng, quotas)
+            rule = Rule(rng.choice(list(Acts)), rng.choice(list(Join)))
+            scales = [float(np.float32(rng.choice([0.5, -2.0, 1e38]))) for _ in most]
+            patches = [p and replace(p, scale=c) for p, c in zip(block.patches, scales, strict=True)]
+            asked = replace(block, patches=tuple(patches), rule=rule, lambda_=0.7)
+            cuts, report, out = merged(REFERENCE, asked, quotas, skips)
+            bare = [p and replace(p, values=unread(p.kind)) for p in patches]
+            in_place = block.base.data.copy()
+            left = replace(asked, base=Bits(in_place, block.base.dtype), patches=tuple(bare))
+            assert backend.merge_noted(notes, left, quotas, in_place, skips) == (cuts, report)
+            np.testing.assert_array_equal(in_place, out)
+        assert notes.nbytes > 0
+    assert taken > 30
+
+
+def test_notes_are_refused_for_what_they_are_not_of() -> None:
+    n = 600_000
+    block = checkpoint_pair(np.random.default_rng(8), n)
+    backend = engine(ISAS[-1], 1)
+    notes = backend.take_notes(block, [900, 900])
+    assert notes is not None
+    out = block.base.data.copy()
+    retained = replace(block, patches=tuple(p and replace(p, keep=1 << 30) for p in block.patches))
+    for other, quotas in ((block, [900, 901]), (retained, [900, 900]), (block.slice(0, 80_000), [9, 9])):
+        with pytest.raises(RuntimeError, match="another block than the notes are of|beyond the notes"):
+            backend.merge_noted(notes, other, quotas, out[: len(other)])
+    np.testing.assert_array_equal(out, block.base.data)
+    assert not any(backend.take_notes(block, [900, k]) for k in (n // 2, 0, n))  # too long a list, none, all
 
 
 def checkpoint_pair(rng: Rng, n: int, spread: float = 1.0) -> Block:

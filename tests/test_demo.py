@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from safepatch_core.evaluating.config import DEMO, DEMO_HELD_OUT, DEMO_TO_DERIVE
+from safepatch_core.evaluating.config import DEMO, DEMO_HELD_OUT, DEMO_TO_CHOOSE, DEMO_TO_DERIVE
 from tests.tiny_lm import write_lm
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "demo.py"
@@ -28,7 +28,7 @@ SETTINGS = (
         "derive.over_safety.max_steps=2",
     ),
     *("derive.importance_samples=4", "derive.learning_rate=0.01", "derive.threads=1", "eval.threads=1"),
-    *("eval.harmful_rows=96:100", 'eval.harmless_rows="48:52"', "eval.max_new_tokens=4"),
+    *("eval.harmful_rows=216:220", 'eval.harmless_rows="168:172"', "eval.max_new_tokens=4"),
 )
 
 
@@ -85,13 +85,11 @@ def test_what_is_done_is_kept_and_what_it_was_made_from_is_noticed(
     again = demo.demo(str(out.parent / "model"), HARMFUL, out, teach=True, changes=SETTINGS)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert again.partition("time:")[0] == shown.partition("time:")[0]
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()[1:]] == [
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
         f"{i}/8 {name}" for i, name in enumerate(demo.STEPS, 1)
     ]
-    assert (
-        demo.taught(str(out.parent / "model"), demo.rows_of(out / "answers" / "answers.jsonl"), out)
-        == out / "backbone"
-    )
+    said = demo.rows_of(out / "answers" / "answers.jsonl")
+    assert demo.taught(str(out.parent / "model"), said, out) == out / "backbone"
 
 
 def test_a_backbone_of_other_inputs_is_made_again(
@@ -151,14 +149,12 @@ def test_answers_that_got_better_and_worse_are_shown_in_the_width_of_the_termina
     demo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    rows = [
-        row(of, *sides) for of in ("harmful", "harmless") for sides in ((True, True), (True, False), (False, True))
-    ]
+    changes = ((True, True), (True, False), (False, True)) * 3
+    rows = [row(of, *sides) for of in ("harmful", "harmless") for sides in changes]
     shown = demo.side_by_side(rows)
     assert [line for line in shown.splitlines() if line.startswith("harm")] == [
-        "harmful: harmful 01",
-        "harmless: harmless 10",
-        "harmful: harmful 10",
+        *("harmful: harmful 01", "harmful: harmful 01", "harmful: harmful 10"),
+        *("harmless: harmless 10", "harmless: harmless 10", "harmless: harmless 01"),
     ]
     assert max(map(len, shown.splitlines())) == 60 and "\x1b" not in shown and "\\x1b" in shown
     assert demo.side_by_side(rows[:1]) == ""
@@ -166,29 +162,40 @@ def test_answers_that_got_better_and_worse_are_shown_in_the_width_of_the_termina
 
 def test_bars_are_as_long_as_the_rates(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "67")
-    metric = {"title": "Over-refusal", "unit": "rate", "baseline": {"value": 1.0}, "model": {"value": 0.1}}
-    shown = demo.bars([metric, {"title": "Perplexity", "unit": "per token"}])
-    assert shown.splitlines() == ["Over-refusal", "  before  100.0%  " + "#" * 49, "  after    10.0%  " + "#" * 5]
+    before, after = {"value": 0.4, "interval": [0.3, 0.5]}, {"value": 0.1, "interval": [0.0, 0.2]}
+    metric = {"title": "Over-refusal", "unit": "rate", "baseline": before, "model": after}
+    shown = demo.bars(
+        [metric | {"difference": {"interval": [-0.4, -0.2]}}, {"title": "Perplexity", "unit": "per token"}]
+    )
+    assert shown.splitlines()[1:] == [
+        "Over-refusal: better",
+        "  before   40.0%  " + "#" * 39 + "-" * 10,
+        "  after    10.0%  " + "#" * 10 + "-" * 10,
+    ]
+    assert (
+        demo.outcome({"interval": [-0.1, 0.0]}) == "no clear change"
+        and demo.outcome({"interval": [0.1, 0.2]}) == "worse"
+    )
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(2, "5 s"), (43, "45 s"), (75, "1 min"), (100, "2 min")])
 def test_a_length_of_time(demo: ModuleType, seconds: float, text: str) -> None:
-    assert demo.about(seconds) == f"about {text}"
+    assert demo.length(seconds) == text
 
 
 @pytest.mark.parametrize("name", ["harmful", "harmless"])
-def test_no_row_is_both_trained_on_and_held_out(name: str) -> None:
+def test_no_row_serves_two_ends(name: str) -> None:
     rows = rows_of(f"{name}.jsonl")
     told = [row["question"].lower().rstrip("?. ") for row in rows]
     assert len(set(told)) == len(rows)
-    trained, held_out = part(rows, DEMO_TO_DERIVE[name]), part(rows, DEMO_HELD_OUT[name])
-    assert trained + held_out == rows and len(held_out) == 120
+    trained, chosen, held_out = (part(rows, of[name]) for of in (DEMO_TO_DERIVE, DEMO_TO_CHOOSE, DEMO_HELD_OUT))
+    assert trained + chosen + held_out == rows and len(chosen) == len(held_out) == 120
 
 
 def test_harmful_rows_are_balanced_and_hold_openings_only() -> None:
     rows = rows_of("harmful.jsonl")
-    assert len(rows) == 216
-    for block in range(0, 216, 12):
+    assert len(rows) == 336
+    for block in range(0, 336, 12):
         assert set(Counter(row["category"] for row in rows[block : block + 12]).values()) == {1}
     for row in rows:
         assert row["answer"].startswith("Sure, here is ") and row["answer"].endswith(":")
@@ -197,8 +204,14 @@ def test_harmful_rows_are_balanced_and_hold_openings_only() -> None:
 
 def test_every_kind_of_harmless_prompt_is_held_out_equally_often() -> None:
     rows = rows_of("harmless.jsonl")
-    held_out = Counter(row["kind"] for row in part(rows, DEMO_HELD_OUT["harmless"]))
-    assert set(held_out.values()) == {20} and held_out.keys() == {row["kind"] for row in rows}
+    for of in (DEMO_TO_CHOOSE, DEMO_HELD_OUT):
+        kinds = Counter(row["kind"] for row in part(rows, of["harmless"]))
+        assert set(kinds.values()) == {20} and kinds.keys() == {row["kind"] for row in rows}
+
+
+def test_harmful_requests_to_train_on_are_half_questions_as_harmless_ones_nearly_all_are() -> None:
+    asked = [row["question"].endswith("?") for row in part(rows_of("harmful.jsonl"), DEMO_TO_DERIVE["harmful"])]
+    assert 0.45 < sum(asked) / len(asked) < 0.55
 
 
 def test_ordinary_questions_are_none_of_the_others() -> None:

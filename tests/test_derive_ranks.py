@@ -56,7 +56,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_lm(folder / "base")
-    write_rows(folder / "rows.jsonl", 7)
+    rows = write_rows(folder / "rows.jsonl", 7).read_text().splitlines()
+    pairs = [json.loads(row) | {"chosen": f"No, {'!' * i}"} for i, row in enumerate(rows)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return folder
 
 
@@ -134,7 +136,8 @@ def distance(found: Path, expected: Path, zero: Path | None) -> float:
 def agrees(many: Path, one: Path, base: Path | None, weights: str = "model.safetensors") -> None:
     """The runs differ by the order of sums, and not in their files. Patches are changes of `base`, if it is given."""
     assert content(many).keys() == content(one).keys()
-    for name in ("safety", "over-safety"):
+    told, known = (json.loads((run / "derive.json").read_text()) for run in (many, one))
+    for name in known["patches"]:
         found, expected = trace(many, name), trace(one, name)
         assert [r.keys() for r in found] == [r.keys() for r in expected]
         for a, b in zip(found, expected, strict=True):
@@ -145,7 +148,6 @@ def agrees(many: Path, one: Path, base: Path | None, weights: str = "model.safet
     for scores in one.glob("importance/*/*"):
         assert header(many / scores.relative_to(one)) == header(scores)
         assert distance(many / scores.relative_to(one), scores, None) < PATCH
-    told, known = (json.loads((run / "derive.json").read_text()) for run in (many, one))
     assert "ranks" not in known["inputs"]
     assert told["inputs"] == known["inputs"] | {"ranks": told["inputs"]["ranks"]}
     assert told["nll"] == {key: pytest.approx(value, rel=LOSS) for key, value in known["nll"].items()}
@@ -195,14 +197,21 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
         {"save_as": "delta", "gradient_accumulation_steps": 2, "batch_size": 2, "importance_memory": "disk"},
     ),
     "lora": (2, {"method": "lora", "lora_r": 4}),
+    "pairs, masked": (
+        2,
+        {
+            "data": "pairs.jsonl",
+            "patches": "safety",
+            "safety": {"objective": "dpo", "mask_top": 0.5, "mask_steps": 2},
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_of_a_run_is_that_of_one_process(where: Path, kind: str) -> None:
     ranks, given = KINDS[kind]
-    if "utility_data" in given:
-        given = given | {"utility_data": str(where / "rows.jsonl")}
+    given = given | {key: str(where / given[key]) for key in ("data", "utility_data") if key in given}
     many, one = (settings(where, f"{kind} {name}", **given) for name in ("many", "one"))
     derive(one, quiet=True)  # first: what it imports needs no import in the ranks
     statuses, told = several(ranks, many)

@@ -18,7 +18,8 @@ DOCS = ROOT / "docs"
 BESIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "safepatch_core/SPEC.md")
 PAGES = [
     *sorted(DOCS.rglob("*.md")),
-    *(ROOT / name for name in (*BESIDE, "bench/results/README.md", "bench/results/psa/README.md")),
+    *(ROOT / name for name in BESIDE),
+    *(ROOT / "bench" / "results" / name for name in ("README.md", "psa/README.md", "quantised/README.md")),
 ]
 LINK = re.compile(r"(?<!`)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)

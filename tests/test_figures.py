@@ -66,6 +66,21 @@ def test_memory() -> None:
     assert f"under 128 MiB took {peak(small, 2**20)} MiB" in README
 
 
+def test_mergekits_own_files() -> None:
+    page = (ROOT / "docs" / "coming-from-mergekit.md").read_text()
+    for method in ("task_arithmetic", "ties", "dare_ties", "breadcrumbs"):
+        series = record("yaml.jsonl", f"peers/1.1B/yaml-{method}")["series"]
+        ours, theirs = (
+            (median(series[name]["wall_s"]), median(series[name]["peak_bytes"]) / 1e9)
+            for name in ("safepatch", f"mergekit-{method}")
+        )
+        quotient = theirs[0] / ours[0]
+        assert (
+            f"| `{method}` | {ours[0]:.1f} s, {ours[1]:.1f} GB | {theirs[0]:.0f} s, {theirs[1]:.1f} GB "
+            f"| {quotient:.{0 if quotient > 10 else 1}f}× |"
+        ) in page
+
+
 def test_whether_it_helps() -> None:
     """The README's rows are the means of those in the table that `bench psa` wrote."""
     table = (RESULTS / "psa" / "table.md").read_text().partition("### With a utility term")[2]

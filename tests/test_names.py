@@ -214,7 +214,7 @@ def test_checkpoint_reference_and_importance_are_resolved_alike(tmp_path: Path) 
         save_file(tmp_path / f"{name}.safetensors", tensors)
     path = recipe(tmp_path, minus="before.safetensors", importance={"scores": "scores.safetensors"})
     names, out = told(path)
-    assert names == ["'transformer.' dropped"]
+    assert names == ["'transformer.' dropped", "of minus, 'model.transformer.' dropped"]
     name = "h.0.attn.c_attn.weight"
     found, w, a, b = (
         np.frombuffer(t.data, "<f4")

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from safepatch_core.bench.psa import quantised
 from safepatch_core.bench.psa.data import TRAINED, Corpora
 from safepatch_core.bench.psa.methods import DEFAULTS, METHODS, intersection, merge, recipe_of, swept_method
+from safepatch_core.bench.psa.quantised import Behaviour, Row, told
 from safepatch_core.bench.psa.report import collect, markdown
+from safepatch_core.bench.psa.steps import Evidence, settings
 from safepatch_core.bench.psa.tasks import CHOICE, CONTEXT, continuations
+from safepatch_core.bench.psa.twins import LAYOUTS, as_floats, quantise
+from safepatch_core.deriving import DeriveConfig, OverSafetyPatch, SafetyPatch
 from safepatch_core.merging.recipe import parse_recipe
+from tests.tiny_lm import write_lm
 
 NAMES = ("safety", "over-safety")
 
@@ -104,3 +114,91 @@ def test_the_table_takes_means_over_seeds_and_counts_the_seeds_that_differ() -> 
     assert (found["b"]["over_refusal"]["better"], found["b"]["over_refusal"]["worse"]) == (0, 1)
     text = markdown({"plain": found})
     assert "22.5% (20.0–25.0) ▲" in text and "90.0% ▼" in text and "| backbone | 50.0% |" in text
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_twin_has_the_nearest_codes_and_stands_for_their_values(tmp_path: Path, name: str) -> None:
+    write_lm(tmp_path / "base")
+    quantise(tmp_path / "base", tmp_path / "twin", name)
+    as_floats(tmp_path / "twin", tmp_path / "floats")
+    base, floats = (load_file(tmp_path / of / "model.safetensors") for of in ("base", "floats"))
+    assert base.keys() == floats.keys()
+    for tensor, w in base.items():
+        if not tensor.endswith("_proj.weight") or (name == "int4-g32" and w.shape[1] % 32):
+            assert np.array_equal(floats[tensor], w), tensor
+            continue
+        if name == "int4-g32":
+            w = w.reshape(len(w), -1, 32)
+        highest = {"fp8-block": 448, "int8-channel": 127.5, "int4-g32": 7.5}[name]
+        s = np.abs(w).max(None if name == "fp8-block" else -1, keepdims=True) / np.float32(highest)
+        if name == "fp8-block":
+            q = torch.from_numpy(w / s).to(torch.float8_e4m3fn).float().numpy()
+        else:
+            q = np.clip(np.rint(w / s), -math.ceil(highest), math.floor(highest))
+        assert np.array_equal(floats[tensor], (q * s).reshape(floats[tensor].shape)), tensor
+
+
+class Small(Corpora):
+    """Made-up prompts in files of the corpora's form, as many as are asked for."""
+
+    def write(self) -> None:
+        def table(path: str, columns: Sequence[str], row: Callable[[int], Sequence[str]], count: int) -> None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            lines = [",".join(of) for of in (columns, *(row(i) for i in range(count)))]
+            Path(path).write_text("\n".join(lines) + "\n")
+
+        table(self.advbench, ("goal", "target"), lambda i: (f"do {i}", f"Sure {i}"), 520)
+        table(self.simple, ("prompts_final", "harm_area"), lambda i: (f"how {i}", "any"), 100)
+        table(self.xstest, ("prompt", "label"), lambda i: (f"may I {i}", "safe"), 250)
+        Path(self.wikitext).parent.mkdir()
+        Path(self.wikitext).write_text("The river is the reason for the town.\n" * 260)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    def few_steps(of: Evidence, variant: str, seed: int, out: Path, **changes: Any) -> DeriveConfig:
+        changes |= {"safety": SafetyPatch(max_steps=2), "over_safety": OverSafetyPatch(max_steps=2)}
+        return settings(of, variant, seed, out, **changes, learning_rate=1e-3, ascent_bound=None)
+
+    monkeypatch.setattr(quantised, "settings", few_steps)
+    corpora = Small(tmp_path / "data")
+    corpora.write()
+    write_lm(tmp_path / "out" / "backbone")
+    (tmp_path / "out" / "utility.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    return Evidence("none", corpora, tmp_path / "out", 1, lambda text: None)
+
+
+def test_rows_are_measured_once_and_told_beside_their_own_twin(job: Evidence) -> None:
+    of = Behaviour(job, "quarter")
+    rows = [Row("int8-channel", way) for way in (quantised.PLAIN, quantised.STOCHASTIC)]
+    found = {row: of.found(row) for row in rows}
+    assert told(of, {rows[1]: found[rows[1]]}) == []
+    twin, patched = told(of, found)
+    assert "change" not in twin["metrics"]["perplexity"] and twin["codes"] == {} == found[rows[0]]["codes"]
+    assert patched["codes"].keys() == set(NAMES) and all(of["changed"] > 0 for of in patched["codes"].values())
+    for metric, n in {"harmful_compliance": 30, "harmful_compliance.sst": 25, "over_refusal": 63}.items():
+        one, other = (line["metrics"][metric] for line in (twin, patched))
+        assert (one["n"], other["n"]) == (n, n)
+        assert other["change"]["value"] == pytest.approx(other["value"] - one["value"])
+    assert patched["metrics"]["perplexity"]["change"]["interval"] is not None
+    kept = [path.name for path in (job.out / "quantised").iterdir()]
+    assert sorted(kept) == ["int8-channel-unpatched-0", "measured-quarter", "patches"]
+    before = (job.out / "quantised" / "patches" / "recipe.yaml").stat()
+    again = Behaviour(job, "quarter")
+    assert {row: again.found(row) for row in rows} == found
+    assert (job.out / "quantised" / "patches" / "recipe.yaml").stat() == before
+
+
+def test_the_committed_table_is_of_the_committed_rows() -> None:
+    folder = Path(__file__).parents[1] / "bench" / "results" / "quantised"
+    lines = [json.loads(line) for line in (folder / "behaviour.jsonl").read_text().splitlines()]
+    assert quantised.table(lines) in (folder / "README.md").read_text()
+
+
+def test_a_star_marks_what_the_usual_guard_stops(job: Evidence) -> None:
+    codes = {"a": {"survival": 7.4, "acted": 4, "changed": 1}, "b": {"survival": 1.0, "acted": 4, "changed": 2}}
+    metric = {"value": 0.25, "change": {"value": -0.5, "interval": [-0.75, 0.25]}}
+    line = {"format": "int4-g32", "way": quantised.NEAREST, "seed": 0, "codes": codes, "guard_stops": ["a"]}
+    text = quantised.table([line | {"metrics": dict.fromkeys(quantised.COLUMNS, metric)}])
+    assert "| int4-g32 | nearest |  | 25.0% (-50.0 [-75.0, +25.0]) |" in text
+    assert text.endswith("| 7.40*, 1.00 | 25.00%, 50.00% |\n")

@@ -55,6 +55,24 @@ def test_skip_and_lambda_reach_the_codes(tmp_path: Path, engine: str) -> None:
     assert len(differing(twin.base[Q], expected.tensors[Q])) > 50
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gates_and_agreements_see_the_deltas_that_a_merge_takes(tmp_path: Path, engine: str) -> None:
+    twin = Twin(tmp_path, seed=8)
+    same, opposite = ({"patch": "a", "signs": signs} for signs in ("same", "opposite"))
+    patches = [
+        twin.patch("a", "checkpoint", top=0.4),
+        twin.patch("b", "lora", top=0.3, agreement=opposite),
+        twin.patch("c", "checkpoint", top=0.3, agreement=same, importance=twin.importance("c", "patched")),
+        twin.patch("d", "delta", top=0.3, agreement=opposite, importance=twin.importance("d", "delta")),
+        twin.patch("e", "lora", top=0.3, gate={"patch": "a", "below": 0.0}),
+        twin.patch("f", "checkpoint", top=0.3, gate={"patch": "a", "least": 0.0}),
+    ]
+    recipe = twin.recipe(*patches, combine="sum")
+    expected = oracle_quantised.merge(recipe, BLOCK)
+    assert merged(twin, recipe, backend=engine, chunk_entries=128) == expected.tensors
+    assert len(differing(twin.base[Q], expected.tensors[Q])) > 50
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_a_float_original(tmp_path: Path, rounding: str, dtype: str) -> None:

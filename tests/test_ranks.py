@@ -56,10 +56,15 @@ def files(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in out.iterdir()}
 
 
+LOOKING = "agreement: {patch: over-safety, signs: opposite}, gate: {patch: over-safety, below: 0.0}"
+
+
 @pytest.mark.parametrize(("scope", "ranks", "extra"), [("model", 2, ""), ("tensor", 3, "max_shard_size: 9KB\n")])
 def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, scope: str, ranks: int, extra: str) -> None:
     model(tmp_path, 50)
     path = recipe(tmp_path, scope, extra)
+    with open(path, "a") as file:
+        file.write(f"  - {{name: looking, source: safety, top: 0.3, {LOOKING}}}\n")
     merge(path, tmp_path / "one", backend="reference")
     command = torchrun(ranks, 64, path, "-o", tmp_path / "many", "--backend", "cpu")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -344,6 +344,35 @@ def test_rounds_that_cannot_work_are_refused_before_any_training(
     assert calls.seen == [] and not os.path.lexists(out / "run.json")
 
 
+def test_rounds_that_remember_are_given_the_importance_and_the_rows_of_those_before(
+    source: Path, tmp_path: Path
+) -> None:
+    config = config_of(source) | {"remember": ["ewc", "replay"]}
+    config["derive"] |= {"importance_kind": "fisher", "replay_weight": 5.0}
+    config["rounds"] = [{"name": topic, "where": {"topic": topic}} for topic in TOPICS]
+    config["rounds"][0]["derive"] = {"patches": "safety"}
+    del config["eval"]
+    go(source, tmp_path / "out", config, "--quiet")
+    records = [json.loads((tmp_path / f"out/round-{i}/derive/derive.json").read_bytes()) for i in (1, 2, 3)]
+    assert "replay_data" not in records[0]["inputs"] and "ewc_fisher" not in records[0]["inputs"]
+    assert [record["inputs"]["replay_data"]["rows"] for record in records[1:]] == [3, 6]
+    assert [len(record["config"]["ewc_fisher"]) for record in records] == [0, 1, 3]  # the first has one patch alone
+    replayed = [json.loads(line) for line in (tmp_path / "out/round-3/replay.jsonl").read_text().splitlines()]
+    assert replayed[3] == {"question": "How do fires 0?", "answer": "Sure, fires: 0."}
+    before = contents(tmp_path / "out")
+    go(source, tmp_path / "out", config, "--quiet", "--resume")
+    assert contents(tmp_path / "out") == before
+
+
+def test_remembering_by_ewc_needs_fisher_importance_and_rounds(source: Path, tmp_path: Path) -> None:
+    config = config_of(source) | {"remember": ["ewc"]}
+    with pytest.raises(UsageError, match="importance_kind: fisher"):
+        go(source, tmp_path / "out", config)
+    del config["rounds"]
+    with pytest.raises(UsageError, match="remember goes with rounds"):
+        go(source, tmp_path / "out", config)
+
+
 def test_the_examples_are_valid() -> None:
     examples = Path(__file__).parents[1] / "examples"
     for name in ("demo", "rounds"):

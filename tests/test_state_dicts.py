@@ -70,6 +70,9 @@ def test_what_does_not_fit_is_refused() -> None:
     base, one = tensors(0), tensors(1)
     with pytest.raises(UsageError, match="patches of the recipe"):
         merge_state_dicts(base, {"one": one}, {"patches": PATCHES})
+    for key in ("minus", "gate", "agreement"):
+        with pytest.raises(UsageError, match=f"in memory, patches have no {key}"):
+            merge_state_dicts({}, {"p": {}}, {"patches": [{"name": "p", key: "x"}]})
     with pytest.raises(UsageError, match="importance is magnitude"):
         merge_state_dicts(base, {"one": one}, {"patches": [{"name": "one", "importance": {"scores": "x"}}]})
     with pytest.raises(InputError, match="'a.weight': patch 'one' lacks this target"):

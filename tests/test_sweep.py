@@ -211,6 +211,7 @@ def test_the_record_of_a_sweep(run: Path, swept: Path) -> None:
     ]
     assert {*data["backbone"]["metrics"]} == {"harmful_compliance", "over_refusal", "perplexity"}
     for trial in lines:
+        assert trial["lists"] == 0  # scale and top find the same entries
         assert 0 < trial["applied"]["safety"] and len(trial["weights"]) == 64
         for metric in trial["metrics"].values():
             assert metric["interval"][0] <= metric["value"] <= metric["interval"][1]
@@ -219,6 +220,22 @@ def test_the_record_of_a_sweep(run: Path, swept: Path) -> None:
     assert data["chosen"] in data["front"]
     for secret in (str(run), str(Path.home())):
         assert secret.encode() not in b"".join(written.values())
+
+
+def test_candidates_that_find_the_same_lists_share_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = {"patches.safety.retain": {"values": [0.5, 0.9]}, "combine": {"values": ["difference", "sum"]}}
+    top = {"patches.*.top": {"values": [0.05]}}
+    data = sweep(settings(run, parameters=tried | top), tmp_path / "out", backend="cpu", threads=1).data
+    assert [trial["lists"] for trial in data["trials"]] == [0, 0, 2, 2]
+    said = [line.startswith("no other look") for line in capsys.readouterr().err.splitlines()]
+    assert said == [False, False, True, False, False, True, False]  # before the lines of trials 2 and 4
+    for trial in data["trials"]:
+        recipe = with_parameters(yaml.safe_load((run / "run/recipe.yaml").read_text()), trial["parameters"])
+        (run / "run/alone.yaml").write_text(yaml.safe_dump(recipe))
+        out = merge(run / "run/alone.yaml", tmp_path / f"alone-{trial['trial']}", backend="cpu", threads=1).out
+        assert weights_digest(out) == trial["weights"]
 
 
 def test_the_chosen_recipe_merges_to_the_trials_bytes_from_where_it_lies(

@@ -5,7 +5,7 @@
 | AdvBench 0–119 | the test bed's refusals |
 | AdvBench 0–319 | deriving the patches |
 | AdvBench 320–399, CatQA and XSTest safe from row 0, in steps | choosing a recipe (sweep, sensitivity plots) |
-| AdvBench 400–519, SimpleSafetyTests, and XSTest safe from row 1, in steps | the table |
+| AdvBench 400–519, SimpleSafetyTests, and XSTest safe from row 1, in steps | the tables |
 | CatQA from rows 0 and 1 of three pairs of categories, in steps of 2 | deriving and measuring the rounds |
 | XSTest safe from row 3, in steps | the rounds |
 """
@@ -70,16 +70,20 @@ class Corpora:
         text = {"text": self.wikitext, "text_rows": "0:20"}
         return harmful | self._xstest("0:250:4") | text | {"more_sets": [questions]}
 
-    def held_out(self) -> dict[str, Any]:
-        """Of the table: 120 harmful, 63 harmless, text."""
-        text = {"text": self.wikitext, "text_rows": "200:260"}
-        return self._advbench("400:520") | self._xstest("1:250:4") | text
+    def held_out(self, step: int = 1) -> dict[str, Any]:
+        """Of the tables: 120 harmful, 63 harmless, text; or every `step`-th harmful one, and less text."""
+        text = {"text": self.wikitext, "text_rows": f"200:{200 + 60 // step}"}
+        return self._advbench(_every("400:520", step)) | self._xstest("1:250:4") | text
 
     def over_refusal(self) -> dict[str, Any]:
         """Of the rounds."""
         return self._xstest("3:250:4")
 
-    def simple_tests(self) -> dict[str, Any]:
-        """The table's second harmful set, 100 prompts: a `PromptSet`."""
+    def simple_tests(self, step: int = 1) -> dict[str, Any]:
+        """The tables' second harmful set, 100 prompts, or every `step`-th: a `PromptSet`."""
         column = {"column": "prompts_final", "category_column": "harm_area"}
-        return {"name": "sst", "kind": "harmful", "file": self.simple, "rows": "0:100"} | column
+        return {"name": "sst", "kind": "harmful", "file": self.simple, "rows": _every("0:100", step)} | column
+
+
+def _every(rows: str, step: int) -> str:
+    return rows if step == 1 else f"{rows}:{step}"

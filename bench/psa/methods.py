@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import safepatch_core
 from safepatch_core.backends.cpu import CpuBackend
-from safepatch_core.deriving.steps import PATCHES
+from safepatch_core.deriving.config import PATCHES
 from safepatch_core.files.checkpoint import TensorEntry, open_checkpoint
 
 DEFAULTS = "SafePatching, defaults"

@@ -267,6 +267,29 @@ SP_API sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut
 SP_API sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
                           sp_report* report);
 
+/* What the patches of a whole tensor say, for more than one merge of it: the best entries of each, in lists. Merges
+ * that differ in quotas, skips, scales, the rule or lambda alone need no other look at the patches. Calls on one of
+ * them are made by one thread at a time. */
+typedef struct sp_notes sp_notes;
+
+/* Look at a tensor as sp_merge does, and list what quotas up to these can choose from. Lists are of magnitudes, and
+ * at most an eighth of the tensor long.
+ * @return SP_OK, SP_BAD_ARGUMENT, SP_NO_MEMORY or SP_STOPPED. On success the caller owns *notes and ends them with
+ * sp_notes_close; they are NULL where lists won't do, which sp_merge does without. */
+SP_API sp_status sp_notes_take(sp_engine* engine, const sp_block* block, const int64_t* quotas, sp_notes** notes);
+
+/* Free notes; NULL is allowed. */
+SP_API void sp_notes_close(sp_notes* notes);
+
+/* @return the bytes that notes take, 0 for NULL. */
+SP_API size_t sp_notes_bytes(const sp_notes* notes);
+
+/* As sp_merge, of the tensor that the notes are of. The block is the one that they were taken of, but for what may
+ * differ; values, scores and factors of its patches are not read and may be missing.
+ * @return as sp_merge; SP_BAD_ARGUMENT also for another block, or a quota above those of sp_notes_take. */
+SP_API sp_status sp_notes_merge(sp_notes* notes, sp_engine* engine, const sp_block* block, const int64_t* quotas,
+                                void* out, sp_cut* cuts, sp_report* report);
+
 /* The numbers that a recipe's settings come down to; no engine needed.
  *
  * The random key of a patch's tensor: BLAKE2b-64 of the seed and both names, UTF-8 without a NUL inside.

@@ -21,6 +21,7 @@ BESIDE = {
     "README.md": "index.md",
     "bench/results/README.md": "evidence/results.md",
     "bench/results/psa/README.md": "evidence/psa.md",
+    "bench/results/quantised/README.md": "evidence/quantised.md",
 }
 PLOTS = "bench/results/psa/"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")

@@ -1,28 +1,30 @@
-"""The pictures of the pages: boxes and arrows as SVG files, which follow the reader's light or dark mode.
+"""The pictures of the pages: boxes and arrows, and results, as SVG files that follow the reader's light or dark mode.
 
 python -m docs.scripts.pictures
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OUT = Path(__file__).parents[1] / "pictures"
+QUANTISED = Path(__file__).parents[2] / "bench" / "results" / "quantised" / "behaviour.jsonl"
 LINE, PAD = 16, 10  # pixels from line to line, and around text
 STYLE = """
 text { fill: #1d2126; font: 13px system-ui, sans-serif; }
 .b { font-weight: 600; } .m { fill: #5b636d; font-size: 12px; }
 .box { fill: #f3f2ee; stroke: #c9c6bd; }
 .safety { fill: #cfe4ec; stroke: #1f6f8b; } .over { fill: #f6dcc8; stroke: #b4541a; }
-.arrow { stroke: #5b636d; fill: none; } .head { fill: #5b636d; } .page { fill: #ffffff; }
+.arrow { stroke: #5b636d; fill: none; } .base { stroke: #c9c6bd; } .head { fill: #5b636d; } .page { fill: #ffffff; }
 @media (prefers-color-scheme: dark) {
 text { fill: #e8e6e1; } .m { fill: #a3abb5; } .box { fill: #23282d; stroke: #4a525b; }
 .safety { fill: #1d3b47; stroke: #6fbcd6; } .over { fill: #47301d; stroke: #eba06c; }
-.arrow { stroke: #a3abb5; } .head { fill: #a3abb5; } .page { fill: #14171a; } }
+.arrow { stroke: #a3abb5; } .base { stroke: #4a525b; } .head { fill: #a3abb5; } .page { fill: #14171a; } }
 """
 
 
@@ -149,9 +151,80 @@ def _column(title: str, *texts: Sequence[str]) -> str:
     return picture(title, 392, boxes[-1].bottom[1] + 8, *links, *(box.svg() for box in boxes))
 
 
+def ways() -> str:
+    """Two ways to a quantised model with a patch."""
+    left = [
+        Box(8, 8, 180, ["you quantise it", "the float original is there"]),
+        Box(8, 88, 180, ["merge the floats", "as any other model"], "safety"),
+        Box(8, 168, 180, ["quantise as before", "survive says what is left"]),
+    ]
+    right = [
+        Box(204, 8, 180, ["it comes as codes", "or only a few may change"]),
+        Box(204, 88, 180, ["derive on the twin", "or deltas from the original"]),
+        Box(204, 168, 180, ["merge into its codes", "guard: 0.8 to 1.25 survive"], "safety"),
+    ]
+    last = Box(60, 258, 272, ["measure", "beside the same model without it,", "above all where it has 4 bits"])
+    links = [*(arrow(a.bottom, b.top) for lane in (left, right) for a, b in pairwise(lane))]
+    links += [arrow(left[-1].bottom, (130, last.y)), arrow(right[-1].bottom, (262, last.y))]
+    title = "Merge floats and quantise, or merge into the codes; then measure"
+    return picture(title, 392, last.bottom[1] + 8, *links, *(box.svg() for box in (*left, *right, last)))
+
+
+PANELS = {"harmful_compliance": "harmful", "over_refusal": "over-refusal"}
+LEFT, WIDE, GAP, HIGH = 150, 104, 18, 20  # pixels before the first panel, of one, between them, and of a row
+FORMATS = {
+    "float": "float",
+    "fp8-block": "FP8, blocks of 128×128",
+    "int8-channel": "int8, per row",
+    "int4-g32": "int4, groups of 32",
+}
+
+
+def behaviour(results: Sequence[Mapping[str, Any]]) -> str:
+    """What patches do in quantised models: rates with 95% intervals, a line where the unpatched model's is."""
+    parts, y = [], 8
+    for i, title in enumerate(PANELS.values()):
+        parts.append(f'<text class="b" x="{_across(i, 0)}" y="{y + 12}">{title}, %</text>')
+    for format, lines in groupby(results, lambda line: line["format"]):
+        rows = {way: list(of) for way, of in groupby(lines, lambda line: line["way"])}
+        y += 30
+        parts.append(f'<text class="b" x="8" y="{y + 4}">{FORMATS[format]}</text>')
+        for i, name in enumerate(PANELS):
+            x = _across(i, rows["unpatched"][0]["metrics"][name]["value"])
+            parts.append(f'<path class="base" d="M{x} {y + 8}V{y + 12 + HIGH * len(rows)}"/>')
+        for way, of in rows.items():
+            y += HIGH
+            parts += [f'<text class="m" x="16" y="{y + 4}">{escape(way)}</text>', *_dots(of, y, way == "unpatched")]
+    y += 20
+    parts += [
+        f'<text class="m" x="{_across(i, at)}" y="{y + 12}" text-anchor="middle">{round(100 * at)}</text>'
+        for i in range(len(PANELS))
+        for at in (0, 0.5, 1)
+    ]
+    return picture("Harmful compliance and over-refusal of quantised models", 392, y + 20, *parts)
+
+
+def _dots(lines: Sequence[Mapping[str, Any]], y: int, unpatched: bool) -> Iterator[str]:
+    """A row: for each draw a dot with its interval."""
+    for i, name in enumerate(PANELS):
+        for line in lines:
+            of = line["metrics"][name]
+            low, x, high = (_across(i, value) for value in (of["interval"][0], of["value"], of["interval"][1]))
+            yield f'<path class="arrow" d="M{low} {y}H{high}"/>'
+            yield f'<circle class="{"box" if unpatched else "safety"}" cx="{x}" cy="{y}" r="4"/>'
+
+
+def _across(panel: int, share: float) -> float:
+    return round(LEFT + panel * (WIDE + GAP) + WIDE * share, 1)
+
+
 def pictures() -> dict[str, str]:
     """Name of a file in docs/pictures → its content."""
-    return {"method.svg": method(), "ring.svg": ring(), "selection.svg": selection()}
+    results = [json.loads(line) for line in QUANTISED.read_text().splitlines()]
+    return {
+        **{"method.svg": method(), "ring.svg": ring(), "selection.svg": selection()},
+        **{"quantised.svg": ways(), "quantised-behaviour.svg": behaviour(results)},
+    }
 
 
 if __name__ == "__main__":

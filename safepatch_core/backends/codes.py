@@ -1,61 +1,17 @@
-"""Tensors that are stored as codes, in an engine's words. Engines that don't take them are handed floats instead."""
+"""What a pass finds in tensors that are stored as codes. Engines that take no codes are handed floats instead."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from safepatch_core.backends.contract import Backend, Bits, Fault, Report
-from safepatch_core.spec import Dtype
-
-GridName = Literal["E4M3", "E2M1", "INT8", "INT4"]
-Rounding = Literal["stochastic", "nearest"]
+from safepatch_core.backends.contract import Backend, Fault, Report
 
 
 def takes_codes(engine: Backend) -> bool:
     """Whether the engine's calls take blocks with `codes`, and change those where other blocks have an output."""
     return getattr(engine, "takes_codes", False)
-
-
-class ScaleTable(NamedTuple):
-    """Scales of a weight whose matrices [rows, cols] are stored one below another."""
-
-    values: NDArray[np.float32]  # [rows, columns] of the table
-    first: int  # the row of the whole table that the first one is
-    rows: int
-    cols: int
-    block: tuple[int, int]  # rows and columns of a matrix that share a scale
-    turned: bool = False  # whether entries are counted in the transposes
-
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """Where the codes of a block lie, and how they are rewritten.
-
-    Attributes:
-        grid: what they stand for.
-        data: uint8, those of `entries` entries of the tensor from `first` on: all of the block, or more.
-        flip: bits of a stored code of 8 bits that are the other way round in the grid's.
-        scales: of these entries.
-        handed: what values were rounded to when checkpoints were trained on them: what their deltas are from.
-        rounding, random_key: of new codes.
-        original: the same entries of the float model, which are then what is patched.
-    """
-
-    grid: GridName
-    data: NDArray[np.uint8]
-    flip: int
-    first: int
-    entries: int
-    scales: ScaleTable
-    handed: Dtype
-    rounding: Rounding
-    random_key: int
-    original: Bits | None = None
 
 
 @dataclass(frozen=True, slots=True)

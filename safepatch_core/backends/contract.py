@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,8 @@ from safepatch_core.spec import (
     Weight,
 )
 
-if TYPE_CHECKING:
-    from safepatch_core.backends.codes import Codes
+GridName = Literal["E4M3", "E2M1", "INT8", "INT4"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 class Bits(NamedTuple):
@@ -46,6 +46,12 @@ class Lora(NamedTuple):
     scale: float
 
 
+def unread(kind: Kind) -> Bits | Lora:
+    """Stands for the values of a patch, of that kind, which nobody will read."""
+    nothing = np.empty((0, 0), np.float32)
+    return Lora(nothing, nothing, 0.0) if kind == "lora" else Bits(np.empty(0, np.uint16), "BF16")
+
+
 @dataclass(frozen=True, slots=True)
 class PatchData:
     """One patch's share of a block."""
@@ -58,6 +64,43 @@ class PatchData:
     random_key: int  # 64 bits, of Philox
     keep: int  # retained iff random number < keep; spec.KEEP_ALL retains everything
     scale: float  # c, already rounded to float32
+
+
+class ScaleTable(NamedTuple):
+    """Scales of a weight whose matrices [rows, cols] are stored one below another."""
+
+    values: NDArray[np.float32]  # [rows, columns] of the table
+    first: int  # the row of the whole table that the first one is
+    rows: int
+    cols: int
+    block: tuple[int, int]  # rows and columns of a matrix that share a scale
+    turned: bool = False  # whether entries are counted in the transposes
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Where the codes of a block lie, and how they are rewritten.
+
+    Attributes:
+        grid: what they stand for.
+        data: uint8, those of `entries` entries of the tensor from `first` on: all of the block, or more.
+        flip: bits of a stored code of 8 bits that are the other way round in the grid's.
+        scales: of these entries.
+        handed: what values were rounded to when checkpoints were trained on them: what their deltas are from.
+        rounding, random_key: of new codes.
+        original: the same entries of the float model, which are then what is patched.
+    """
+
+    grid: GridName
+    data: NDArray[np.uint8]
+    flip: int
+    first: int
+    entries: int
+    scales: ScaleTable
+    handed: Dtype
+    rounding: Rounding
+    random_key: int
+    original: Bits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +256,33 @@ class Backend(Protocol):
 
         `skips[p]` of the `quotas[p]` entries, the best ones, are not selected; none where it is left out.
         """
+
+
+class Notes(Protocol):
+    """What an engine found of a whole tensor, for further merges of it that read no patch again."""
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that they take."""
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """What an engine has beside a `Backend` where it can merge a tensor again from notes."""
+
+    def take_notes(self, block: Block, quotas: Sequence[int]) -> Notes | None:
+        """Look at a whole tensor for `merge_noted` with quotas up to these; None where `merge` alone will do."""
+
+    def merge_noted(
+        self,
+        notes: Notes,
+        block: Block,
+        quotas: Sequence[int],
+        out: NDArray[np.unsignedinteger],
+        skips: Sequence[int] = (),
+    ) -> tuple[list[Cut], Report]:
+        """As `merge`. The block is the one that the notes are of, but for scales, rule and lambda; what its patches
+        say is not read (see `unread`)."""
 
 
 class Opener(Protocol):

@@ -5,21 +5,25 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.codes import Codes, CodesReport, GridName, Kept, Rounding
+from safepatch_core.backends.codes import CodesReport, Kept
 from safepatch_core.backends.contract import (
     Bits,
     Block,
+    Codes,
     Cut,
     Fault,
+    GridName,
     Lora,
+    Notes,
     PatchData,
     PatchReport,
     Report,
+    Rounding,
     Window,
 )
 from safepatch_core.errors import UsageError, lacks_memory
@@ -122,6 +126,26 @@ class CpuBackend:
         cuts, found = self._engine.merge(given, quotas, out, skips)
         return [Cut(*cut) for cut in cuts], _report(*found)
 
+    def take_notes(self, block: Block, quotas: Sequence[int]) -> Notes | None:
+        given = _given(block)
+        _check_length("quotas", quotas, block)
+        return self._engine.take_notes(given, quotas)
+
+    def merge_noted(
+        self,
+        notes: Notes,
+        block: Block,
+        quotas: Sequence[int],
+        out: NDArray[np.unsignedinteger],
+        skips: Sequence[int] = (),
+    ) -> tuple[list[Cut], Report]:
+        _check_bits("base", block.base, len(block))
+        _check_length("quotas", quotas, block)
+        _check_length("skips", skips or quotas, block)
+        _check_array("output", out, block.base.data.dtype, block.base.data.shape)
+        cuts, found = self._engine.merge(_in_numbers(block), quotas, out, skips, cast("_engine.Notes", notes))
+        return [Cut(*cut) for cut in cuts], _report(*found)
+
 
 def open_engine(*, threads: int | None, device: str | None, vram_limit: int | None) -> CpuBackend:
     """A `contract.Opener`: by default all cores, which ranks on one machine share."""
@@ -131,21 +155,25 @@ def open_engine(*, threads: int | None, device: str | None, vram_limit: int | No
 
 def _given(block: Block) -> _engine.Block:
     """A block in the bindings' words. Raises ValueError where its arrays don't fit each other."""
-    codes = None if block.codes is None else _given_codes(block.codes)
-    if codes is None:
+    if block.codes is None:
         _check_bits("base", block.base, len(block))
-    patches = [None if patch is None else _given_patch(patch, block) for patch in block.patches]
+    else:
+        _check_codes(block.codes)
+    for patch in block.patches:
+        if patch is not None:
+            _check_patch(patch, block)
+    return _in_numbers(block)
+
+
+def _in_numbers(block: Block) -> _engine.Block:
+    patches = [None if patch is None else _given_patch(patch) for patch in block.patches]
+    codes = None if block.codes is None else _given_codes(block.codes)
     rule = *block.rule, _ORDERS[block.order], block.lambda_
     return _given_bits(block.base), block.start, block.cols, patches, *rule, codes
 
 
 def _given_codes(codes: Codes) -> _engine.Codes:
     table = codes.scales
-    width = 4 if codes.grid in ("E2M1", "INT4") else 8
-    _check_array("codes", codes.data, np.dtype(np.uint8), (-(-codes.entries * width // 8),))
-    _check_array("scales", table.values, np.dtype(np.float32), (len(table.values), -(-table.cols // table.block[1])))
-    if codes.original is not None:
-        _check_bits("original", codes.original, codes.entries)
     return (
         _GRIDS[codes.grid],
         codes.flip,
@@ -161,8 +189,7 @@ def _given_codes(codes: Codes) -> _engine.Codes:
     )
 
 
-def _given_patch(patch: PatchData, block: Block) -> _engine.Patch:
-    _check_patch(patch, block)
+def _given_patch(patch: PatchData) -> _engine.Patch:
     return (
         _KINDS[patch.kind],
         _IMPORTANCES[patch.importance],
@@ -224,6 +251,14 @@ def _check_patch(patch: PatchData, block: Block) -> None:
         if patch.scores is None:
             raise ValueError(f"patch: found no scores for importance {patch.importance}")
         _check_bits("patch scores", patch.scores, len(block))
+
+
+def _check_codes(codes: Codes) -> None:
+    table, width = codes.scales, 4 if codes.grid in ("E2M1", "INT4") else 8
+    _check_array("codes", codes.data, np.dtype(np.uint8), (-(-codes.entries * width // 8),))
+    _check_array("scales", table.values, np.dtype(np.float32), (len(table.values), -(-table.cols // table.block[1])))
+    if codes.original is not None:
+        _check_bits("original", codes.original, codes.entries)
 
 
 def _check_output(block: Block, out: NDArray[np.unsignedinteger]) -> None:

@@ -6,11 +6,13 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from safepatch_core.backends import ENGINES, find_engine
+from safepatch_core.sizes import size
 
 # Bytes below which a line per tenth would be noise: a second's work.
 LINES_FROM = 1_000_000_000
@@ -77,8 +79,6 @@ def engine_options(function: F) -> F:
         vram_limit: str | None,
         **rest: Any,
     ) -> Any:
-        from safepatch_core.settings import size  # pydantic, which --help needs not wait for
-
         limits = {"memory_limit": size(memory_limit), "vram_limit": size(vram_limit)}
         engine = {"backend": backend, "device": device, "threads": threads, **limits}
         return function(*args, engine=engine, **rest)
@@ -96,14 +96,15 @@ write_options = _options(
 )
 
 
-def any_recipe(path: str, quiet: bool) -> Recipe | str:
-    """A recipe's path as it is; of a mergekit configuration its recipe, and what it promises on stderr."""
+def any_recipe(path: str, quiet: bool) -> Recipe:
+    """The recipe in a file; of a mergekit configuration its recipe, and what it promises on stderr."""
     from safepatch_core.integrations.mergekit import is_mergekit, read_mergekit
     from safepatch_core.merging.recipe import parse_recipe
     from safepatch_core.settings import read_yaml
 
-    if not is_mergekit(read_yaml(path, "recipe")):
-        return path
+    given = read_yaml(path, "recipe")
+    if not is_mergekit(given):
+        return parse_recipe(given, origin=Path(path).resolve().parent, file=path)
     data, promise = read_mergekit(path)
     say_to_stderr(quiet)(f"{path}: {promise}")
     return parse_recipe(data, file=path)

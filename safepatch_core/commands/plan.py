@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 @click.option("--in-place", is_flag=True, help="Of a fix: without a copy.")
 @click.option("-o", "--output", "out", type=click.Path(), help="Where it would be written, for the free space.")
 @click.option("--tensors", is_flag=True, help="Also list every target tensor.")
+@click.option(
+    "--cosines", is_flag=True, help="Also the cosine of every two patches' changes, per target; reads them all."
+)
 @engine_options
 @output_options
 def command(
@@ -30,6 +33,7 @@ def command(
     in_place: bool,
     out: str | None,
     tensors: bool,
+    cosines: bool,
     engine: EngineOptions,
     quiet: bool,
     as_json: bool,
@@ -45,7 +49,7 @@ def command(
     elif in_place or is_fix(recipe):
         raise UsageError("a fix is planned for a checkpoint", expected="--to, or --from to take it out")
     else:
-        _tell_recipe(recipe, out, tensors, engine, quiet, as_json)
+        _tell_recipe(recipe, out, tensors, cosines, engine, quiet, as_json)
 
 
 def is_fix(path: str) -> bool:
@@ -93,17 +97,28 @@ def _table(rows: list[tuple[str, str]]) -> None:
 
 
 def _tell_recipe(
-    recipe: str, out: str | None, tensors: bool, engine: EngineOptions, quiet: bool, as_json: bool
+    recipe: str,
+    out: str | None,
+    tensors: bool,
+    cosines: bool,
+    engine: EngineOptions,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
-    from safepatch_core.fixes.plan import expected_fix
+    from safepatch_core.fixes.expected import expected_fix
+    from safepatch_core.merging.api import cosines as all_cosines
     from safepatch_core.merging.api import describe
     from safepatch_core.merging.api import plan as make
 
     made = make(any_recipe(recipe, quiet), **engine)
+    if cosines and len(made.patch_names) < 2:
+        raise UsageError("--cosines are of two patches", found="one")
     fix = expected_fix(made)
     data = {**describe(made, out or "."), "fix": asdict(fix)}
     if not tensors:
         data.pop("tensors")
+    if cosines:
+        data["cosines"] = all_cosines(made)
     if as_json:
         emit(data)
         return
@@ -134,3 +149,14 @@ def _tell_recipe(
             click.echo(
                 f"{row['dtype']:5} {row['entries']:14,d} {row['passes']:6d}  {quotas:24} {printable(row['name'])}"
             )
+    if cosines:
+        _tell_cosines(data["cosines"])
+
+
+def _tell_cosines(cosines: dict[str, dict[str, float]]) -> None:
+    """A column for every two patches, a row for each target."""
+    pairs = list(cosines)
+    click.echo("\n" + "".join(f"{pair:>{max(9, len(pair))}}  " for pair in pairs) + "tensor")
+    for name in cosines[pairs[0]]:
+        row = "".join(f"{cosines[pair][name]:{max(9, len(pair))}.4f}  " for pair in pairs)
+        click.echo(row + printable(name))

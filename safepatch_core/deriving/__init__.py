@@ -45,6 +45,8 @@ def derive(
     not at all; with `resume` what is done is kept, and the rest gives the bytes that an undisturbed run gives. On the
     CPU a seed repeats bit for bit (same versions and number of threads).
 
+    With method direction nothing is trained: both patches are adapters of rank 1, without importance and traces.
+
     A quantised backbone that can be merged into is trained as floats, in bfloat16 as transformers hands them out.
     They lie in `OUT.backbone` beside `config.out`, and may go when the run is done. The recipe merges into its codes.
 

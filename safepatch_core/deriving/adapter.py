@@ -195,10 +195,10 @@ def _settings(adapted: Sequence[_Adapted], names: BaseNames, rank: int, alpha: f
     alphas: dict[str, float] = {}
     for odd in sorted({*own.values()} - {(rank, alpha)}):
         modules = {module for module, given in own.items() if given == odd}
-        for key in _short(modules, own.keys() - modules):
+        for key in short_names(modules, own.keys() - modules):
             ranks[key], alphas[key] = odd
     return {
-        "target_modules": _short(own.keys() - fused, every - own.keys()),
+        "target_modules": short_names(own.keys() - fused, every - own.keys()),
         "target_parameters": sorted({".".join(name.split(".")[-2:]) for name in fused}) or None,
         "exclude_modules": None,
         "rank_pattern": ranks,
@@ -206,7 +206,7 @@ def _settings(adapted: Sequence[_Adapted], names: BaseNames, rank: int, alpha: f
     }
 
 
-def _short(modules: Set[str], others: Set[str]) -> list[str]:
+def short_names(modules: Set[str], others: Set[str]) -> list[str]:
     """What PEFT takes for `modules` and none of the `others`: the last parts of their names, where that will do."""
     taken = {name.rpartition(".")[2] for name in others}
     return sorted({name if (last := name.rpartition(".")[2]) in taken else last for name in modules})

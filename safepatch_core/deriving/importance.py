@@ -34,7 +34,7 @@ from safepatch_core.backends.device import interpreted
 from safepatch_core.deriving.model import Target
 from safepatch_core.deriving.objective import answer_nll
 from safepatch_core.deriving.saving import Layer, by_layer
-from safepatch_core.deriving.sharding import from_local, to_local
+from safepatch_core.deriving.sharding import from_local, full_tensor, to_local
 from safepatch_core.errors import InputError
 from safepatch_core.language.chat import Example
 from safepatch_core.language.model import freed_memory_returned
@@ -110,6 +110,19 @@ def take_importance(
             progress.advance(tokens=len(example.ids))
     means = _means(sums, len(examples), parameters, ranks or Alone())
     return Importance(parameters, means, nats / sum(e.answer_tokens for e in examples))
+
+
+def highest(taken: Importance, top: float) -> dict[str, Tensor]:
+    """Whether each entry is of the share `top` of its tensor that scores highest, scores of zero never; of sharded
+    tensors this rank's part. Entries that score as the last one does are all taken."""
+    masks = {}
+    for layer in taken.layers:
+        for name, scores in layer.items():
+            whole, mine = full_tensor(scores).flatten(), to_local(scores)
+            count = int(top * len(whole))
+            last = torch.topk(whole, count).values[-1] if count else torch.inf
+            masks[name] = (mine >= last) & (mine > 0)
+    return masks
 
 
 class _Sums(Protocol):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -51,6 +51,14 @@ class Checkpoints(Protocol):
         """What was saved last, if anything was."""
 
 
+class Mask(NamedTuple):
+    """Entries that alone may move: `choose` tells them by parameter, of sharded ones the rank's own, as the model is;
+    it is asked before the first step, and after every `steps`."""
+
+    steps: int
+    choose: Callable[[], Mapping[str, Tensor]]
+
+
 def planned_steps(rows: int, config: DeriveConfig, patch: PatchConfig) -> int:
     """Optimiser steps of a training run that nothing stops; the last may hold fewer rows."""
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -69,6 +77,7 @@ def train(
     progress: Progress,
     utility: Sequence[Example] = (),
     checkpoints: Checkpoints | None = None,
+    mask: Mask | None = None,
     ranks: Ranks | None = None,
 ) -> Outcome:
     """Trains the model's trainable parameters in place, with AdamW at a constant learning rate.
@@ -89,6 +98,7 @@ def train(
         utility: Rows of which each step takes as many as of `examples`, adding utility_weight times their mean answer
             NLL.
         checkpoints: What it holds is gone on with, and every save_steps steps it gets more.
+        mask: Which entries move; None for all.
         ranks: None for one process.
 
     Raises:
@@ -105,11 +115,13 @@ def train(
     optimizer = _optimizer(parameters, where, rate, config, ranks)
     with freed_memory_returned(recomputed=config.gradient_checkpointing), optimizer:
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
-            so_far = _restore(*found, parameters, optimizer)
+            so_far = _restore(*found, parameters, optimizer, masked=mask is not None)
             trace.writelines(so_far.lines)
             progress.skip(so_far.steps)
         for rows, beside in islice(_steps(examples, utility, config, patch), so_far.steps, None):
             step, tokens = so_far.steps + 1, sum(e.answer_tokens for e in rows)
+            if mask is not None and so_far.steps % mask.steps == 0:
+                _choose(mask, model, optimizer)
             loss, nats, utility_nats = _passes(model, objective, rows, beside, weight, config.batch_size, ranks)
             _check_finite(step, rate, "NLL", nats / tokens)
             record: dict[str, Any] = {"step": step, "nll": nats / tokens, "tokens": tokens}
@@ -133,6 +145,13 @@ def train(
             if checkpoints is not None and config.save_steps and step % config.save_steps == 0 and step < total_steps:
                 checkpoints.save(step, *_snapshot(so_far, parameters, optimizer))
     return so_far.outcome(where, bounded=False)
+
+
+def _choose(mask: Mask, model: Any, optimizer: AdamW) -> None:
+    """Lets those entries move that matter now; the model is left in training mode."""
+    with optimizer.aside():
+        optimizer.hold(mask.choose())
+    model.train()
 
 
 def _optimizer(
@@ -241,10 +260,17 @@ def _snapshot(
 
 
 @torch.no_grad()
-def _restore(tensor: Tensors, facts: dict[str, Any], parameters: Mapping[str, Tensor], optimizer: AdamW) -> _SoFar:
+def _restore(
+    tensor: Tensors,
+    facts: dict[str, Any],
+    parameters: Mapping[str, Tensor],
+    optimizer: AdamW,
+    *,
+    masked: bool,
+) -> _SoFar:
     for name, parameter in parameters.items():
         to_local(parameter).copy_(tensor(name))
-    optimizer.load_state(tensor, facts.pop("steps_of_tensors"))
+    optimizer.load_state(tensor, facts.pop("steps_of_tensors"), masked=masked)
     for name in _random_state(parameters):
         if name == "rng/cpu":
             torch.set_rng_state(tensor(name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from safepatch_core.deriving.data import Pair
 from safepatch_core.deriving.head import head_ends, keeps_logits, nll_for_logits
 from safepatch_core.language.chat import Example
 from safepatch_core.progress import Progress
@@ -93,6 +94,40 @@ class NegativePreference:
         ratios = torch.tensor([self.reference[e] for e in batch], device=nlls.device) - nlls
         loss = torch.nn.functional.softplus(self.beta * ratios).sum() * (2 / (self.beta * len(step)))
         return loss, nlls.detach().sum()
+
+
+# Of the margin, times beta, by which a model prefers the chosen answer more than the untrained one did.
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": lambda margin: torch.nn.functional.softplus(-margin),
+    "hinge": lambda margin: torch.relu(1 - margin),
+}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """DPO: the mean over a step's pairs of -log sigmoid(beta · margin), margin = log((pi / pi_ref)(chosen)) -
+    log((pi / pi_ref)(rejected)) (Rafailov et al., arXiv 2305.18290, equation 7); or another of the `LOSSES`.
+
+    pi is an answer's probability as a whole, `reference` its NLL in nats under the untrained model; the batch's NLL,
+    that of the rejected answers.
+    """
+
+    beta: float
+    loss_type: str
+    reference: Mapping[Example, float]
+
+    def loss(self, model: Any, batch: Sequence[Example], step: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        answers = [*batch, *chosen(batch)]
+        nlls = row_nlls(model, answers)
+        gains = torch.tensor([self.reference[e] for e in answers], device=nlls.device) - nlls
+        rejected, preferred = gains.chunk(2)
+        losses = LOSSES[self.loss_type](self.beta * (preferred - rejected))
+        return losses.sum() / len(step), nlls[: len(batch)].detach().sum()
+
+
+def chosen(examples: Sequence[Example]) -> list[Example]:
+    """The answers to learn from: of pairs the chosen ones."""
+    return [e.chosen if isinstance(e, Pair) else e for e in examples]
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
 from types import TracebackType
@@ -91,6 +92,7 @@ class AdamW:
             for name, p in self._parameters.items()
         }
         self._taken = dict.fromkeys(self._parameters, 0)  # a tensor without a gradient takes no step
+        self._masks: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._small: list[Tensor] = []
         self._hooks: list[Any] = []
@@ -106,14 +108,35 @@ class AdamW:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         self.drop_gradients()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Backward passes while the context lasts are somebody else's. No gradient may be at hand."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """From now on moves those entries alone that are true in `masks`, by name; each rank gives its shards.
+
+        The moments of all others are forgotten: an entry that has both at zero, and no gradient, keeps its bits.
+        """
+        self._masks = dict(masks)
+        for name, mask in masks.items():
+            for moment in self._moments[name]:
+                moment.mul_(mask)
 
     def step(self) -> Step:
         """Takes the step, or closes the one that the backward pass has taken. No gradient is left."""
         if not self._in_backward:
             with_gradient = {name: p for name, p in self._parameters.items() if p.grad is not None}
+            for name, parameter in with_gradient.items():
+                self._mask(name, parameter)
             self._norms = self._whole({n: _norm(p.grad) for n, p in with_gradient.items() if p.grad is not None})
             factor = self._clip(_joint(self._norms.values()))
             for name, parameter in with_gradient.items():
@@ -132,15 +155,17 @@ class AdamW:
             parameter.grad = None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """The moments, as NAME/exp_avg and NAME/exp_avg_sq, and the steps taken by each parameter."""
-        tensors: dict[str, Tensor] = {}
+        """The moments, as NAME/exp_avg and NAME/exp_avg_sq, with NAME/mask, and the steps taken by each parameter."""
+        tensors: dict[str, Tensor] = {f"{name}/mask": mask for name, mask in self._masks.items()}
         for name, (first, second) in self._moments.items():
             tensors |= {f"{name}/exp_avg": first, f"{name}/exp_avg_sq": second}
         return tensors, dict(self._taken)
 
-    def load_state(self, tensor: Callable[[str], Tensor], taken: Mapping[str, int]) -> None:
-        """What `state` gave, each tensor by its name."""
+    def load_state(self, tensor: Callable[[str], Tensor], taken: Mapping[str, int], *, masked: bool = False) -> None:
+        """What `state` gave, each tensor by its name; with its masks, if there were any."""
         for name, (first, second) in self._moments.items():
+            if masked:
+                self._masks[name] = tensor(f"{name}/mask").to(first.device)
             first.copy_(tensor(f"{name}/exp_avg"))
             second.copy_(tensor(f"{name}/exp_avg_sq"))
         self._taken = dict(taken)
@@ -148,8 +173,13 @@ class AdamW:
     @torch.no_grad()
     def _take_gradient(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        self._mask(name, parameter)
         self._norms |= self._whole({name: _norm(parameter.grad)})
         self._step(name, parameter, self._clip(self._norms[name]))
+
+    def _mask(self, name: str, parameter: Tensor) -> None:
+        if name in self._masks and parameter.grad is not None:
+            to_local(parameter.grad).mul_(self._masks[name])
 
     def _whole(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The norms of whole tensors, from those of the ranks' parts."""

@@ -5,26 +5,44 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from safetensors import SafetensorError
+from torch import Tensor
 
 from safepatch_core.deriving.adapter import add_adapter, save_adapter
 from safepatch_core.deriving.checkpoints import TrainingCheckpoints
 from safepatch_core.deriving.config import DeriveConfig, PatchConfig, SafetyPatch, libraries
 from safepatch_core.deriving.curves import Curves, draw
-from safepatch_core.deriving.data import read_data
-from safepatch_core.deriving.importance import take_importance
-from safepatch_core.deriving.loop import planned_steps, train
+from safepatch_core.deriving.data import read_data, read_prompts, read_replay
+from safepatch_core.deriving.directions import (
+    Directions,
+    layers_of,
+    matrices,
+    read_directions,
+    save_directions,
+    selected,
+)
+from safepatch_core.deriving.importance import highest, take_importance
+from safepatch_core.deriving.loop import Mask, planned_steps, train
 from safepatch_core.deriving.model import Changed, changed_entries, load_frozen, load_model, open_backbone, targets
 from safepatch_core.deriving.names import BaseNames
-from safepatch_core.deriving.objective import Likelihood, NegativePreference, Objective, mean_nll, reference_nlls
+from safepatch_core.deriving.objective import (
+    Likelihood,
+    NegativePreference,
+    Objective,
+    Preference,
+    chosen,
+    mean_nll,
+    reference_nlls,
+)
+from safepatch_core.deriving.remembering import Remembering, Term, anchored, replayed
 from safepatch_core.deriving.rundir import RunDirectory
 from safepatch_core.deriving.saving import (
     applied,
@@ -38,7 +56,7 @@ from safepatch_core.deriving.sharding import ranks_of_derive, shard_model, shard
 from safepatch_core.deriving.twin import DTYPE as HANDED
 from safepatch_core.deriving.twin import is_quantised
 from safepatch_core.errors import InputError, IOFailure, UsageError
-from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.disk import hash_file
 from safepatch_core.language.chat import Example
 from safepatch_core.language.model import (
@@ -57,10 +75,7 @@ from safepatch_core.progress import Listener, Progress, warn
 from safepatch_core.ranks import Ranks, first, together
 
 RECIPE, CURVES = "recipe.yaml", "curves.png"
-PATCHES = ("safety", "over-safety")
 BACKBONE = "backbone"
-# The models at which importance is taken.
-RANKED = {"patched": PATCHES, "backbone": (BACKBONE,), "none": ()}
 
 
 def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Listener | None) -> dict[str, Any]:
@@ -69,15 +84,20 @@ def run(config: DeriveConfig, *, resume: bool, quiet: bool, report: Listener | N
         first(ranks, lambda: open_backbone(config.model, Path(config.out)))  # a quantised one is copied once
         job = together(ranks, lambda: Steps(config, quiet, report, ranks))
         with RunDirectory(Path(config.out), config.settings(), job.inputs, resume=resume, ranks=ranks) as out:
-            for name in PATCHES:
-                out.step(name, partial(job.train, out, name))
+            for name in config.trained:
+                out.step(name, partial(job.direct if config.method == "direction" else job.train, out, name))
                 TrainingCheckpoints(out, name).clear()
-            for name in RANKED[config.ranked_at]:
+            for name in _ranked(config):
                 out.step(f"importance/{name}", partial(job.rank, out, name))
-            if first(ranks, can_draw):
+            if config.method != "direction" and first(ranks, can_draw):
                 out.step(CURVES, partial(job.draw_curves, out))
             out.step(RECIPE, partial(job.write_recipe, out))
             return out.record
+
+
+def _ranked(config: DeriveConfig) -> tuple[str, ...]:
+    """The models at which importance is taken."""
+    return {"patched": tuple(config.trained), "backbone": (BACKBONE,), "none": ()}[config.ranked_at]
 
 
 @contextlib.contextmanager
@@ -93,6 +113,14 @@ def _environment(config: DeriveConfig) -> Iterator[None]:
         raise IOFailure(f"writing failed: {error}", file=config.out) from error
 
 
+class _Read(NamedTuple):
+    """The directions behind each layer, those that each layer's matrices get, and whether these are [in, out]."""
+
+    read: dict[int, Directions]
+    of: dict[int, Directions]
+    turned: bool
+
+
 class Steps:
     """The checked inputs of a run, and its steps.
 
@@ -104,7 +132,7 @@ class Steps:
         if ranks.rank > 0:
             quiet, report = True, None
         self._progress = partial(Progress, quiet=quiet, report=report)
-        if not can_draw():
+        if config.method != "direction" and not can_draw():
             warn(f"matplotlib is not installed: no {CURVES}", quiet, report)
         if config.dtype == "bfloat16" and config.rounding == "nearest":
             warn("rounding to nearest bfloat16: an update below half a step of its weight vanishes", quiet, report)
@@ -112,11 +140,20 @@ class Steps:
         self._recipe = make_recipe(config, named)
         self._targets = targets(self._base, self._recipe.is_target)
         self._tokenizer = load_tokenizer(self._root)
-        data = read_data(config, self._tokenizer, limits(self._root), partial(warn, quiet=quiet, report=report))
+        read = read_prompts if config.method == "direction" else read_data
+        tell = partial(warn, quiet=quiet, report=report)
+        data = read(config, self._tokenizer, limits(self._root), tell)
+        self._data = data
+        self._replay, replay = read_replay(config, self._tokenizer, limits(self._root), lambda line: None)
+        self._before = [open_checkpoint(path) for path in config.ewc_fisher]
+        if ranks.size > 1 and (self._replay or self._before):
+            raise UsageError("EWC and replay are of one process", found=f"{ranks.size} ranks")
         self._examples, self._utility, self._probe = data.examples, data.utility, data.probe
         self._names = BaseNames(load_model(self._root, config, "meta"), self._base)
         self.inputs: dict[str, Any] = {
             **data.inputs,
+            **replay,
+            **({"ewc_fisher": _digest(self._before)} if self._before else {}),
             "model": _fingerprint(self._base, self._root) if ranks.rank == 0 else {},
             "libraries": {name: version(name) for name in libraries(config)},
             **({} if ranks.size == 1 else {"ranks": ranks.size}),
@@ -125,7 +162,7 @@ class Steps:
     def train(self, out: RunDirectory, name: str) -> None:
         """RUN/NAME, a trained checkpoint or adapter, and RUN/trace-NAME.jsonl."""
         config, unlearned = self._config, name == "safety"
-        patch = config.safety if unlearned else config.over_safety
+        patch = config.trained[name]
         torch.manual_seed(config.seed)
         model = self._sharded(lambda device: self._trainable(load_frozen(self._root, config, device)))
         with out.scratch_folder(name) as folder:
@@ -136,7 +173,7 @@ class Steps:
             out.record["nll"][BACKBONE] = self._nll(model, BACKBONE)
         if unlearned:
             self._check_room(out.record["nll"][BACKBONE])
-        objective = self._objective(model, name, patch)
+        objective = self._remembering(model, name, self._objective(model, name, patch))
         steps = planned_steps(len(self._examples), config, patch)
         with out.new_file(f"trace-{name}.jsonl") as trace, self._progress(name, steps) as progress:
             outcome = train(
@@ -150,6 +187,7 @@ class Steps:
                 progress=progress,
                 utility=self._utility if config.weight(patch) else (),
                 checkpoints=TrainingCheckpoints(out, name),
+                mask=self._mask(out, model, name, patch),
                 ranks=self._ranks,
             )
         with out.new_folder(name) as folder:
@@ -177,7 +215,44 @@ class Steps:
             return Likelihood(1.0)
         if patch.objective == "ascent":
             return Likelihood(-1.0)
-        return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
+        if patch.objective == "npo":
+            return NegativePreference(patch.npo_beta, self._row_nlls(model, self._examples, f"reference {name}"))
+        answers = [*self._examples, *chosen(self._examples)]
+        return Preference(patch.beta, patch.loss_type, self._row_nlls(model, answers, f"reference {name}"))
+
+    def _mask(self, out: RunDirectory, model: Any, name: str, patch: PatchConfig) -> Mask | None:
+        """By SNIP on the answers to learn from, as Q-resafe (arXiv 2506.20251) finds what matters to them."""
+        top, samples = patch.mask_top, chosen(self._probe)
+        if top is None:
+            return None
+
+        def choose() -> Mapping[str, Tensor]:
+            with (
+                out.scratch_folder(f"mask-{name}") as folder,
+                self._progress(f"mask {name}", len(samples)) as progress,
+            ):
+                taken = take_importance(
+                    model,
+                    samples,
+                    self._recipe.is_target,
+                    progress,
+                    memory=self._config.importance_memory,
+                    folder=folder,
+                    ranks=self._ranks,
+                )
+                return highest(taken, top)
+
+        return Mask(patch.mask_steps, choose)
+
+    def _remembering(self, model: Any, name: str, objective: Objective) -> Objective:
+        """The objective with what keeps earlier rounds; `model` still is and answers as the backbone."""
+        config, rows, terms = self._config, self._replay, list[Term]()
+        if self._before:
+            terms.append(anchored(model, self._names, self._before, config.ewc_weight))
+        if rows:
+            with self._progress(f"replay {name}", -(-len(rows) // config.batch_size)) as progress:
+                terms.append(replayed(model, rows, config.replay_weight, config.batch_size, progress))
+        return Remembering(objective, terms) if terms else objective
 
     def _prove(self, model: Any, folder: Path) -> None:
         """Tries before a step is taken, in `folder`, how the patch will be saved and read, all but its weights."""
@@ -228,6 +303,32 @@ class Steps:
         patched = partial(patched_tensors, folder, config.kind, self._base, self._targets)
         return first(ranks, lambda: changed_entries(patched()))
 
+    def direct(self, out: RunDirectory, name: str) -> None:
+        """RUN/NAME, an adapter that adds or takes out a direction."""
+        config, found = self._config, self._directions
+        own = matrices(self._base, self._targets, config)
+        with out.new_folder(name) as folder:
+            if self._ranks.rank == 0:
+                save_directions(folder, name, found.of, own, turned=found.turned, base=self._base, ref=config.model)
+                self._save_companions(folder)
+            first(self._ranks, lambda: self._open_adapter(folder))
+        out.record["patches"][name] = {
+            "objective": "direction",
+            "layers": sorted(found.of),
+            "cosine_of_refusals": {str(number): of.cosine for number, of in sorted(found.read.items())},
+        }
+
+    @cached_property
+    def _directions(self) -> _Read:
+        config, data, size = self._config, self._data, self._config.batch_size
+        model = self._sharded(lambda device: load_model(self._root, config, device))
+        try_out(model, self._root)
+        layers = layers_of(model, config.direction_modules)
+        steps = sum(-(-len(of) // size) for of in (data.examples, data.utility, data.refused))
+        with self._progress("directions", steps) as progress:
+            read = read_directions(model, layers, data, config, progress)
+        return _Read(read, selected(layers, read, config), any(layer.turned for layer in layers))
+
     def rank(self, out: RunDirectory, name: str) -> None:
         """RUN/importance/NAME: importance at that patched model, or at the backbone."""
         config = self._config
@@ -272,7 +373,7 @@ class Steps:
         """RUN/curves.png."""
         if self._ranks.rank > 0:
             return
-        traces = {name: out.path / f"trace-{name}.jsonl" for name in PATCHES}
+        traces = {name: out.path / f"trace-{name}.jsonl" for name in self._config.trained}
         levels = {"backbone": out.record["nll"][BACKBONE], "ascent bound": self._config.ascent_bound}
         drawn = picture(draw, Curves(traces, levels))
         assert drawn is not None
@@ -282,7 +383,7 @@ class Steps:
     def write_recipe(self, out: RunDirectory) -> None:
         """RUN/recipe.yaml."""
         with out.new_file(RECIPE) as file:
-            file.write("# The two patches of this run. Merge them with: safepatch merge recipe.yaml -o OUT\n")
+            file.write("# The patches of this run. Merge them with: safepatch merge recipe.yaml -o OUT\n")
             yaml.safe_dump(self._recipe.written(), file, sort_keys=False)
 
     def _nll(self, model: Any, name: str) -> float:
@@ -322,7 +423,7 @@ class Steps:
 
 
 def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
-    """The recipe of the run's two patches. A relative path of the base becomes relative to RUN.
+    """The recipe of the run's patches. A relative path of the base becomes relative to RUN.
 
     A hub id is pinned to the commit that was trained: against any other, the patches would be other deltas. Of a
     model that sees or hears, only the language model is trained and merged. Patches of a quantised backbone, trained
@@ -334,7 +435,7 @@ def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
     elif not os.path.isabs(base):
         base = os.path.relpath(os.path.abspath(base), os.path.realpath(config.out))
     patches = []
-    for name, patch in zip(PATCHES, (config.safety, config.over_safety), strict=True):
+    for name, patch in config.trained.items():
         ranked = name if config.ranked_at == "patched" else BACKBONE
         patches.append(
             {
@@ -342,15 +443,23 @@ def make_recipe(config: DeriveConfig, backbone: Checkpoint) -> Recipe:
                 "source": name,
                 "kind": config.kind,
                 "importance": "magnitude" if config.ranked_at == "none" else {"scores": f"importance/{ranked}"},
-                "top": patch.top,
-                "retain": patch.retain,
-                "scale": patch.scale,
+                **config.in_recipe(patch),
             }
         )
     targets = "linear" if all(map(of_language, backbone.tensors)) else "language"
     recipe = {"base": base, "patches": patches, "targets": targets, "seed": config.seed}
+    if config.method == "direction":
+        recipe["combine"] = "sum"  # directions act in every entry of a matrix
     codes = {"quantized": {"reference_dtype": HANDED}} if is_quantised(backbone) else {}
     return parse_recipe(recipe | codes)
+
+
+def _digest(checkpoints: Sequence[Checkpoint]) -> str:
+    """Of every byte of their weights."""
+    digest = hashlib.sha256()
+    for shard in (shard for checkpoint in checkpoints for shard in checkpoint.shards):
+        digest.update(bytes.fromhex(hash_file(shard.path)))
+    return digest.hexdigest()
 
 
 def _fingerprint(base: Checkpoint, root: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from safepatch_core.files.disk import failures_named, hash_file, removed_on_fail
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.modules import CONFIG_KEYS, quantised
 from safepatch_core.merging.quantised.twin import Twin, recognised, refuse_weight
-from safepatch_core.merging.quantised.values import Dequantised
+from safepatch_core.merging.quantised.values import DTYPES, Dequantised
 
 DTYPE = "bfloat16"  # of dequantised weights, as transformers and compressed-tensors hand them out
 _ORIGIN = "dequantised.json"  # in the copy: what it was made from
@@ -56,35 +56,37 @@ def float_copy(base: Checkpoint, out: Path) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         with removed_on_failure(staging):
-            _write(twin, base, staging)
+            write_floats(twin, base, staging, DTYPE)
             (staging / _ORIGIN).write_text(json.dumps(origin) + "\n")
             staging.rename(folder)
             sync_directory(folder.parent)
     return folder
 
 
-def _write(twin: Twin, base: Checkpoint, folder: Path) -> None:
+def write_floats(twin: Twin, base: Checkpoint, folder: Path, dtype: str) -> None:
+    """Config, companions and all tensors of a quantised model into an empty folder, what was codes as `dtype`."""
     assert base.root is not None
     for path in companions(base):
         if path.name != CONFIG:
             shutil.copyfile(path, folder / path.name)
     config = read_json(base.root / CONFIG, within=base.root)
     floats = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
-    (folder / CONFIG).write_text(json.dumps(with_dtype({"dtype": DTYPE} | floats, DTYPE), indent=2) + "\n")
-    dtypes = {name: "BF16" if name in twin.weights else entry.dtype for name, entry in twin.base.tensors.items()}
+    (folder / CONFIG).write_text(json.dumps(with_dtype({"dtype": dtype} | floats, dtype), indent=2) + "\n")
+    stored = {entry.name: entry.dtype for entry in twin.base.tensors.values()}
+    dtypes = stored | dict.fromkeys(twin.weights, DTYPES[dtype])
     entries = twin.base.tensors.values()
     with TensorFiles(folder, entries, dtypes) as files, closing(Inputs((base,))) as inputs:
         for entry in entries:
-            files.write(entry.name, _floats(twin, inputs, entry))
+            files.write(entry.name, _floats(twin, inputs, entry, getattr(torch, dtype)))
         inputs.check_unchanged()
 
 
-def _floats(twin: Twin, inputs: Inputs, entry: TensorEntry) -> torch.Tensor:
+def _floats(twin: Twin, inputs: Inputs, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     """One tensor: dequantised, or as it is stored."""
     weight = twin.weights.get(entry.name)
     if weight is None:
         return read_tensor(entry)
-    return read_patch(Dequantised(weight), inputs, entry).to(torch.bfloat16)
+    return read_patch(Dequantised(weight), inputs, entry).to(dtype)
 
 
 def _origin(base: Checkpoint) -> dict[str, Any]:

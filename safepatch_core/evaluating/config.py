@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 from safepatch_core.settings import Device, PathText, Strict, Thinking, Threads, Where, checked
 
 DEMO = Path(__file__).parent.parent / "data" / "demo"
-# The first rows of each file are there to derive patches from; nothing is trained on the others.
+# The first rows of each file are to derive patches from, the next to choose a recipe by, the last to measure it on.
 DEMO_TO_DERIVE = {"harmful": "0:96", "harmless": "0:48"}
-DEMO_HELD_OUT = {"harmful": "96:216", "harmless": "48:168"}
+DEMO_TO_CHOOSE = {"harmful": "96:216", "harmless": "48:168"}
+DEMO_HELD_OUT = {"harmful": "216:336", "harmless": "168:288"}
 
 Kind = Literal["harmful", "harmless"]
 PREFIX = "prefix"

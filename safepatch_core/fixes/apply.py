@@ -5,30 +5,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from safepatch_core.errors import UsageError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.companions import companions
-from safepatch_core.files.disk import HashedFile, replacing
+from safepatch_core.files.disk import replacing
 from safepatch_core.files.filenames import LEDGER, MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
-from safepatch_core.fixes.checking import GOAL, Advance, Direction, Sides, check, require, settling, teller_of
+from safepatch_core.fixes.checking import (
+    Advance,
+    Direction,
+    check_table,
+)
+from safepatch_core.fixes.copying import Copier
 from safepatch_core.fixes.inplace import carry, held, require_free
 from safepatch_core.fixes.ledger import Entry, Ledger, is_id, keep, kept_path, open_kept
 from safepatch_core.fixes.plan import memory_needed, space_needed
-from safepatch_core.fixes.reading import WINDOW, Fix, open_fix
-from safepatch_core.merging.inputs import Inputs
-from safepatch_core.merging.layout import OutputFile, lay_out
-from safepatch_core.settings import size
+from safepatch_core.fixes.reading import Fix, open_fix
+from safepatch_core.merging.layout import lay_out
+from safepatch_core.sizes import size
 from safepatch_core.version import __version__
 
 Progress = Callable[[int, int], None]
@@ -61,8 +63,8 @@ def apply(
 ) -> ApplyResult:
     """Apply a fix file to a checkpoint.
 
-    Before anything is written, every touched entry is told apart and hashed: a checkpoint that carries something else
-    there is refused.
+    Every touched entry is told apart and hashed: a checkpoint that carries something else there is refused, before
+    a byte of it changes, and before anything of a copy appears.
 
     Args:
         fix: the fix file.
@@ -186,11 +188,10 @@ def _copy(
     ledger = Ledger(checkpoint.root)
     outputs, index = lay_out(checkpoint, None)
     small = companions(checkpoint)
-    touched = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name in fix.tensors)
-    advance = counted(progress, touched + sum(entry.nbytes for entry in checkpoint.tensors.values()))
+    advance = counted(progress, sum(entry.nbytes for entry in checkpoint.tensors.values()))
+    check_table(fix, checkpoint)
     if direction == "revert":
         require_free(ledger, fix, checkpoint)
-    require(fix, check(fix, checkpoint, advance), direction, checkpoint.ref)
     if direction == "revert":
         ledger.drop(fix.id)
     else:
@@ -199,11 +200,7 @@ def _copy(
     inputs = [shard.path for shard in checkpoint.shards] + [fix.path] + ([checkpoint.root] if checkpoint.root else [])
     identity = _identity(fix, checkpoint, direction, ledger)
     with Staging(out, inputs, identity, needed=needed, force=force, resume=resume) as staging:
-        with closing(Inputs([checkpoint])) as files:
-            for output in outputs:
-                _copy_file(staging, output, fix, direction, files, advance)
-            files.check_unchanged()
-        fix.check_unchanged()
+        Copier(staging, fix, checkpoint, direction, advance).copy(outputs)
         if index is not None:
             staging.add(*index)
         for path in small:
@@ -224,63 +221,6 @@ def _identity(fix: Fix, checkpoint: Checkpoint, direction: Direction, ledger: Le
             "ledger": digest(ledger.text()),
         }
     )
-
-
-class _Buffers:
-    """Two buffers in turn: one is filled while the other is hashed."""
-
-    def __init__(self) -> None:
-        self._room = [np.empty(WINDOW, np.uint8), np.empty(WINDOW, np.uint8)]
-        self._read: list[Future[None] | None] = [None, None]
-
-    def next(self, nbytes: int) -> Any:
-        """`nbytes` of memory that nobody reads any more."""
-        self._room.reverse()
-        self._read.reverse()
-        if (reading := self._read[0]) is not None:
-            reading.result()
-        if len(self._room[0]) < nbytes:
-            self._room[0] = np.empty(nbytes, np.uint8)
-        return self._room[0][:nbytes]
-
-    def write(self, file: HashedFile, data: Any) -> None:
-        """Write what `next` gave."""
-        self._read[0] = file.write(data.data)
-
-
-def _copy_file(
-    staging: Staging, output: OutputFile, fix: Fix, direction: Direction, files: Inputs, advance: Advance
-) -> None:
-    """One shard with the fix's entries on their new side."""
-    done = staging.finished.get(output.name)
-    if done is not None:
-        staging.files[output.name] = {"size": done["size"], "sha256": done["sha256"]}
-        return
-    buffers = _Buffers()
-    with closing(staging.open(output.name, output.size, sparse=output.sparse)) as file:
-        file.write(memoryview(output.header))
-        for entry in output.tensors:
-            if entry.name in fix.tensors:
-                _copy_touched(file, entry, fix, GOAL[direction], files, buffers)
-            else:
-                for lo in range(0, entry.nbytes, WINDOW):
-                    data = buffers.next(min(WINDOW, entry.nbytes - lo))
-                    files.read(entry, lo, data)
-                    buffers.write(file, data)
-            advance(entry.nbytes)
-        staging.finish(file, {})
-
-
-def _copy_touched(
-    file: HashedFile, entry: TensorEntry, fix: Fix, goal: int, files: Inputs, buffers: _Buffers
-) -> Sides:
-    teller = teller_of(fix, entry)
-    for lo, run in teller.windows():
-        data = buffers.next(run.entries * teller.width)
-        files.read(entry, lo * teller.width, data)
-        teller.settle(run, settling(data.view(f"<u{teller.width}"), goal))
-        buffers.write(file, data)
-    return teller.finish()
 
 
 def _keep_all(ledger: Ledger, fix: Fix, stage: Path) -> None:

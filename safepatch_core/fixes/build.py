@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -22,17 +24,19 @@ from safepatch_core.fixes import format
 from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
+from safepatch_core.merging import pipeline
 from safepatch_core.merging.api import plan
 from safepatch_core.merging.effect import require_deltas, require_eligible, require_survival
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
+from safepatch_core.merging.pipeline import Region, Ring, align
 from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge, Work
 from safepatch_core.merging.work import Unit
 from safepatch_core.ranks import Ranks, first, ranks_of_this_run
-from safepatch_core.settings import size
+from safepatch_core.sizes import size
 
 Progress = Callable[[int, int], None]
 AGAIN = "run it again"
@@ -133,10 +137,8 @@ def build_between(
     with closing(ranks_of_this_run()) as ranks, _output(Path(out), inputs, force, ranks) as path:
         if ranks.size > 1:
             raise UsageError("two checkpoints are compared by one process", found=f"{ranks.size} ranks")
-        with Writer(path.parent) as writer, closing(Inputs((old, new))) as files:
-            for entry in (entry for shard in old.shards for entry in shard.tensors):
-                _compare(writer, files, entry, new.tensors[entry.name], advance)
-            files.check_unchanged()
+        with Writer(path.parent) as writer:
+            _Comparison(writer, old, new, advance).run()
             return _finish(path, old, writer, _recipe_of(new), ranks)
 
 
@@ -203,23 +205,28 @@ def _counted(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 
 class _Recorder:
-    """Sees the targets of a merge before and after; a `stream.Sink` that keeps no output."""
+    """Sees the targets of a merge before and after; a `stream.Sink` that keeps no output.
+
+    A unit's old bytes are copied before the engine patches it, and compared by the writer's thread while the next
+    unit is patched: there is room for two.
+    """
 
     def __init__(self, plan: Plan, writer: Writer) -> None:
         self.writer, self._plan = writer, plan
         sizes = [
-            t.stored_bytes(t.entry.entries if t.whole else min(plan.chunk_entries(t), t.entry.entries))
+            align(t.stored_bytes(t.entry.entries if t.whole else min(plan.chunk_entries(t), t.entry.entries)))
             for t in plan.targets.values()
         ]
-        self._old = np.empty(max(sizes, default=0), np.uint8)
+        self._room = Ring(np.empty(2 * max(sizes, default=0), np.uint8))
+        self._patched: deque[tuple[Unit, Region]] = deque()
         self._encoder: Encoder | None = None
 
     def around(self, apply: Callable[[Work], None]) -> Callable[[Work], None]:
         def work(unit: Work) -> None:
-            old = self._old[: len(unit.base)]
-            old[:] = unit.base
+            old = self._room.take(align(len(unit.base)))
+            old.memory[: len(unit.base)] = unit.base
             apply(unit)
-            self._record(unit.unit, old, unit.base)
+            self._patched.append((unit.unit, old))
 
         return work
 
@@ -239,35 +246,88 @@ class _Recorder:
         return OutputPart(part.output, targets, part.lo, part.hi)
 
     def write(self, data: memoryview, source: object = None) -> None:
-        pass
+        if not self._patched:
+            return  # the file's header
+        unit, old = self._patched.popleft()
+        try:
+            self._record(unit, old.memory[: len(data)], np.frombuffer(data, np.uint8))
+        except BaseException:
+            self._room.cancel()
+            raise
+        self._room.give(old)
 
     def end(self) -> None:
         pass
 
 
-def _compare(
-    writer: Writer, files: Inputs, old: TensorEntry, new: TensorEntry, advance: Callable[[int], None]
-) -> None:
-    width = WIDTH.get(old.dtype, 1)
-    entries = old.nbytes // width
-    encoder = writer.encoder(entries, width)
-    step = WINDOW // width
-    for lo in range(0, entries, step):
-        hi = min(lo + step, entries)
-        sides = [np.empty(hi - lo, f"<u{width}") for _ in (old, new)]
-        for entry, side in zip((old, new), sides, strict=True):
-            files.read(entry, lo * width, side.view(np.uint8))
-        encoder.add(sides[0], sides[1], lo)
-        advance(width * (hi - lo))
-    if encoder.changes and old.dtype not in WIDTH:
-        raise InputError(
-            "differs, and entries of this type can't be fixed",
-            file=new.path,
-            tensor=new.name,
-            found=new.dtype,
-            expected="entries of 1, 2 or 4 bytes",
-        )
-    writer.add(old.name, encoder)
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Entries [lo, hi) of a tensor of two checkpoints."""
+
+    old: TensorEntry
+    new: TensorEntry
+    lo: int
+    hi: int
+
+    @property
+    def width(self) -> int:
+        return WIDTH.get(self.old.dtype, 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.width * (self.hi - self.lo)
+
+
+class _Comparison:
+    """Reads two checkpoints of one table and encodes what differs, at once."""
+
+    def __init__(self, writer: Writer, old: Checkpoint, new: Checkpoint, advance: Callable[[int], None]) -> None:
+        self._writer, self._checkpoints, self._advance = writer, (old, new), advance
+        self._encoder: Encoder | None = None
+
+    def run(self) -> None:
+        """Raises InputError for differences in entries that can't be fixed."""
+        with closing(Inputs(self._checkpoints)) as files:
+            # Two pairs of windows: one is read while the other is encoded.
+            ring = Ring(np.empty(4 * WINDOW, np.uint8))
+            read = partial(self._read, files)
+            pipeline.run(self._windows(), lambda window: 2 * align(window.nbytes), read, self._encode, None, ring)
+            files.check_unchanged()
+
+    def _windows(self) -> Iterator[_Window]:
+        base, merged = self._checkpoints
+        for old in (old for shard in base.shards for old in shard.tensors):
+            width = WIDTH.get(old.dtype, 1)
+            entries, step = old.nbytes // width, WINDOW // width
+            for lo in range(0, entries, step):
+                yield _Window(old, merged.tensors[old.name], lo, min(lo + step, entries))
+
+    @staticmethod
+    def _read(files: Inputs, window: _Window, region: Region) -> tuple[_Window, list[Any]]:
+        half = align(window.nbytes)
+        sides = [region.memory[at : at + window.nbytes] for at in (0, half)]
+        for entry, side in zip((window.old, window.new), sides, strict=True):
+            files.read(entry, window.lo * window.width, side)
+        return window, [side.view(f"<u{window.width}") for side in sides]
+
+    def _encode(self, loaded: tuple[_Window, list[Any]]) -> None:
+        window, (old, new) = loaded
+        entries = window.old.nbytes // window.width
+        if window.lo == 0:
+            self._encoder = self._writer.encoder(entries, window.width)
+        assert self._encoder is not None
+        self._encoder.add(old, new, window.lo)
+        if self._encoder.changes and window.old.dtype not in WIDTH:
+            raise InputError(
+                "differs, and entries of this type can't be fixed",
+                file=window.new.path,
+                tensor=window.new.name,
+                found=window.new.dtype,
+                expected="entries of 1, 2 or 4 bytes",
+            )
+        if window.hi == entries:
+            self._writer.add(window.old.name, self._encoder)
+        self._advance(window.nbytes)
 
 
 def _recipe_of(checkpoint: Checkpoint) -> Any:

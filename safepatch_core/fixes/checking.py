@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -16,13 +17,15 @@ from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.fixes import codec
 from safepatch_core.fixes.format import BLOCK, WIDTH, table_hash
-from safepatch_core.fixes.reading import Fix, Proof, Touched, stretches
+from safepatch_core.fixes.reading import WINDOW, Fix, Proof, Touched, stretches
 from safepatch_core.fixes.reference import Broken, Entries, Run, Tally
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.threads import room_for_a_thread
 
+T = TypeVar("T")
+U = TypeVar("U")
 Direction = Literal["apply", "revert"]
-THREADS = 2  # that tell sides, each with a window of its own: decoding and hashing take most of a core
+THREADS = 2  # that tell sides or set them, each with a window of its own: decoding and hashing take most of a core
 GOAL = {"apply": codec.NEW, "revert": codec.OLD}
 Advance = Callable[[int], None]
 # What `codec.settle` does for entries that are known: gets a run and room for the old and the new entries.
@@ -136,31 +139,57 @@ def check(fix: Fix, checkpoint: Checkpoint, advance: Advance = lambda n: None) -
         IOFailure: a file can't be read, or changed meanwhile.
     """
     check_table(fix, checkpoint)
-    total = Sides(0, 0)
-    touched = [entry for shard in checkpoint.shards for entry in shard.tensors if entry.name in fix.tensors]
-    threads = min(THREADS, len(os.sched_getaffinity(0)))
-    with closing(Inputs([checkpoint])) as files, ThreadPoolExecutor(threads) as pool:
-        # A few at a time: what is found wrong with the first is told before much else is read.
-        for first in range(0, len(touched), threads):
-            some = touched[first : first + threads]
-            for entry in some:
-                files.fd(entry)  # opened by one thread
-            room_for_a_thread()
-            for entry, sides in zip(some, pool.map(lambda e: _check(teller_of(fix, e), files, e), some), strict=True):
-                total += sides
-                advance(entry.nbytes)
+    total, files = Sides(0, 0), Inputs([checkpoint])
+
+    def opened() -> Iterator[TensorEntry]:  # by one thread
+        for shard in checkpoint.shards:
+            for entry in (entry for entry in shard.tensors if entry.name in fix.tensors):
+                files.fd(entry)
+                yield entry
+
+    with closing(files):
+        for entry, sides in in_threads(lambda entry: (entry, _check(teller_of(fix, entry), files, entry)), opened()):
+            total += sides
+            advance(entry.nbytes)
         files.check_unchanged()
     fix.check_unchanged()
     return total
 
 
+def in_threads(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """What `work` makes of each item, in order. Few are ahead: what is wrong with one is told before much is done."""
+    threads = min(THREADS, len(os.sched_getaffinity(0)))
+    pool, ahead = ThreadPoolExecutor(threads), deque[Future[U]]()
+    try:
+        for item in items:
+            room_for_a_thread()
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def window_of(entry: TensorEntry) -> Entries:
+    """Room for a window of a tensor's entries, to be filled again and again: fresh memory costs more than reading."""
+    return np.empty(min(WINDOW // width_of(entry), entry.entries), f"<u{width_of(entry)}")
+
+
 def _check(teller: Teller, files: Inputs, entry: TensorEntry) -> Sides:
+    room = window_of(entry)
     for lo, run in teller.windows():
-        entries = np.zeros(run.entries, f"<u{teller.width}")
+        entries = room[: run.entries]
         for a, b in stretches(run.rows, run.entries):
             files.read(entry, (lo + a) * teller.width, entries[a:b].view(np.uint8))
         teller.settle(run, settling(entries, codec.KEEP))
     return teller.finish()
+
+
+def on_side(sides: Sides, direction: Direction) -> bool:
+    """Whether all these entries are on the side that `direction` starts from."""
+    return not (sides.new if direction == "apply" else sides.old)
 
 
 def require(fix: Fix, sides: Sides, direction: Direction, file: object) -> None:

@@ -12,7 +12,7 @@ from safepatch_core.fixes import reference
 from safepatch_core.fixes.format import BLOCK
 from safepatch_core.fixes.reference import KEEP, NEW, OLD, Broken, Entries, Found, Run, Tally
 
-__all__ = ["KEEP", "NEW", "OLD", "Broken", "Found", "Run", "Tally", "find", "gaps", "settle"]
+__all__ = ["KEEP", "NEW", "OLD", "Broken", "Found", "Run", "Tally", "find", "gap_lengths", "gaps", "settle"]
 
 
 def _native() -> ModuleType | None:
@@ -47,14 +47,32 @@ def gaps(at: NDArray[np.uint16], counts: NDArray[np.int64], most: int) -> tuple[
     """The gap codes of type maximum `most` for whole blocks, and how many of them each block has."""
     if _engine is None:
         return reference.gaps(at, counts, most)
+    at, counts = _whole(at, counts)
+    lengths, width = np.empty_like(counts), _gap_width(most)
+    codes = np.empty(len(at) + len(counts) * (BLOCK // most), np.dtype(f"u{width}"))  # none takes more
+    _engine.fix_gaps(at, counts, width, codes, lengths)
+    return codes[: lengths.sum()], lengths
+
+
+def gap_lengths(at: NDArray[np.uint16], counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """How many gap codes of type maximum `most` each of some whole blocks has."""
+    if _engine is None:
+        return reference.gaps(at, counts, most)[1]
+    at, counts = _whole(at, counts)
+    lengths = np.empty_like(counts)
+    _engine.fix_gaps(at, counts, _gap_width(most), None, lengths)
+    return lengths
+
+
+def _whole(at: NDArray[np.uint16], counts: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
     at, counts = np.ascontiguousarray(at, np.uint16), np.ascontiguousarray(counts, np.int64)
     if counts.sum() != len(at):
         raise ValueError(f"found {len(at)} positions, expected {counts.sum()}")
-    lengths, width = np.empty_like(counts), 1 if most == 255 else 2
-    _engine.fix_gaps(at, counts, width, None, lengths)
-    codes = np.empty(int(lengths.sum()), np.dtype(f"u{width}"))
-    _engine.fix_gaps(at, counts, width, codes, lengths)
-    return codes, lengths
+    return at, counts
+
+
+def _gap_width(most: int) -> int:
+    return 1 if most == 255 else 2
 
 
 def settle(run: Run, entries: Entries, goal: int, old: Entries, new: Entries) -> Tally:

@@ -13,6 +13,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,15 @@ from safepatch_core.files.checkpoint import (
     read_exact,
     read_json,
 )
-from safepatch_core.files.disk import failures_named, hold, replacing, staged_name, start_writeback, sync_directory
+from safepatch_core.files.disk import (
+    failures_named,
+    hash_file,
+    hold,
+    replacing,
+    staged_name,
+    start_writeback,
+    sync_directory,
+)
 from safepatch_core.files.filenames import BUSY, CONFIG, LEDGER, MANIFEST, SUMS
 from safepatch_core.fixes.checking import (
     GOAL,
@@ -38,15 +47,17 @@ from safepatch_core.fixes.checking import (
     Teller,
     check,
     check_table,
+    in_threads,
     overlap,
     require,
     settling,
     teller_of,
     width_of,
+    window_of,
 )
 from safepatch_core.fixes.ledger import Entry, Ledger, drop_kept, keep, kept_path, open_kept, orphans
-from safepatch_core.fixes.reading import WINDOW, Fix, open_fix, stretches
-from safepatch_core.fixes.reference import Run
+from safepatch_core.fixes.reading import Fix, open_fix, stretches
+from safepatch_core.threads import room_for_a_thread
 
 GO_ON = "`safepatch log --finish` goes on"
 UNCHANGED = "run it again; no weight was changed (`safepatch log --finish` leaves it so)"
@@ -242,54 +253,56 @@ def _hide(root: Path) -> None:
 def _rewrite(
     checkpoint: Checkpoint, fix: Fix, direction: Direction, summed: bool, advance: Advance
 ) -> dict[str, str]:
-    """Every touched shard on its new side and on the disk; their SHA-256 if they shall be `summed`."""
-    assert checkpoint.root is not None
-    sums = {}
-    for shard in _touched(checkpoint, fix):
-        path = checkpoint.root / shard.file
-        fd = _open(shard, path)
-        try:
-            with failures_named(path, go_on=GO_ON):
-                if identify(os.fstat(fd)) != shard.identity:
-                    raise IOFailure("the file changed meanwhile", file=path)
-                sums[shard.file] = _rewrite_shard(fd, shard, fix, GOAL[direction], summed, advance)
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-    fix.check_unchanged()
-    return sums
+    """Every touched shard on its new side and on the disk; their SHA-256 if they shall be `summed`.
+
+    A shard is hashed while the next one is rewritten: to hash it as it is rewritten would order the threads that do.
+    """
+    root, sums = checkpoint.root, dict[str, Future[str]]()
+    assert root is not None
+    with ThreadPoolExecutor(1) as hasher:
+        for shard in _touched(checkpoint, fix):
+            path = root / shard.file
+            fd = _open(shard, path)
+            try:
+                with failures_named(path, go_on=GO_ON):
+                    if identify(os.fstat(fd)) != shard.identity:
+                        raise IOFailure("the file changed meanwhile", file=path)
+                    _rewrite_shard(fd, shard, fix, GOAL[direction], advance)
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            if summed:
+                room_for_a_thread()
+                sums[shard.file] = hasher.submit(_summed, path)
+        fix.check_unchanged()
+        return {name: digest.result() for name, digest in sums.items()}
 
 
-def _rewrite_shard(fd: int, shard: Shard, fix: Fix, goal: int, summed: bool, advance: Advance) -> str:
+def _summed(path: Path) -> str:
+    with failures_named(path, go_on=GO_ON):
+        return hash_file(path)
+
+
+def _rewrite_shard(fd: int, shard: Shard, fix: Fix, goal: int, advance: Advance) -> None:
     """Blocks with changes are written again also where they are on their side: an earlier write may be lost."""
-    found = hashlib.sha256(shard.header)
-    for entry in shard.tensors:
-        if entry.name in fix.tensors:
-            teller = teller_of(fix, entry)
-            for lo, run in teller.windows():
-                data = _settled(fd, entry, teller, lo, run, goal, summed)
-                if summed:
-                    found.update(data)
-            teller.finish()
-            advance(entry.nbytes)
-        elif summed:
-            for lo in range(0, entry.nbytes, WINDOW):
-                piece = bytearray(min(WINDOW, entry.nbytes - lo))
-                read_exact(fd, piece, entry.start + lo, entry)
-                found.update(piece)
-    return found.hexdigest()
+    touched = [entry for entry in shard.tensors if entry.name in fix.tensors]
+    for entry in in_threads(lambda entry: _rewrite_tensor(fd, entry, teller_of(fix, entry), goal), touched):
+        advance(entry.nbytes)
 
 
-def _settled(fd: int, entry: TensorEntry, teller: Teller, lo: int, run: Run, goal: int, whole: bool) -> memoryview:
-    """The window from entry `lo` on, on its new side and written back: not all of it, blocks with changes alone."""
-    entries, parts = np.zeros(run.entries, f"<u{teller.width}"), stretches(run.rows, run.entries)
-    for a, b in [(0, run.entries)] if whole else parts:
-        read_exact(fd, entries[a:b], entry.start + (lo + a) * teller.width, entry)
-    teller.settle(run, settling(entries, goal))
-    for a, b in parts:
-        _write(fd, entries[a:b].view(np.uint8).data, entry.start + (lo + a) * teller.width)
-    start_writeback(fd, entry.start + lo * teller.width, entries.nbytes)
-    return entries.view(np.uint8).data
+def _rewrite_tensor(fd: int, entry: TensorEntry, teller: Teller, goal: int) -> TensorEntry:
+    """A tensor on its new side. What is read and written are its blocks with changes."""
+    room = window_of(entry)
+    for lo, run in teller.windows():
+        entries, parts = room[: run.entries], stretches(run.rows, run.entries)
+        for a, b in parts:
+            read_exact(fd, entries[a:b], entry.start + (lo + a) * teller.width, entry)
+        teller.settle(run, settling(entries, goal))
+        for a, b in parts:
+            _write(fd, entries[a:b].view(np.uint8).data, entry.start + (lo + a) * teller.width)
+        start_writeback(fd, entry.start + lo * teller.width, entries.nbytes)
+    teller.finish()
+    return entry
 
 
 def _write(fd: int, data: memoryview, at: int) -> None:

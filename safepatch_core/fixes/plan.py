@@ -1,4 +1,4 @@
-"""What a fix will take, told before a byte changes: its own size from a recipe's plan; reads, writes and space."""
+"""What applying a fix, or taking it out, will take, told before a byte changes: reads, writes, memory and space."""
 
 from __future__ import annotations
 
@@ -13,61 +13,14 @@ from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.files.companions import companions
 from safepatch_core.fixes.checking import Direction, check_table, width_of
-from safepatch_core.fixes.format import BLOCK, WIDTH, blocks
+from safepatch_core.fixes.format import BLOCK
 from safepatch_core.fixes.inplace import Sums, require_changeable, require_free
 from safepatch_core.fixes.ledger import Ledger
 from safepatch_core.fixes.reading import WINDOW, Fix, stretches
 from safepatch_core.merging.layout import OutputFile, lay_out
-from safepatch_core.merging.plan import Plan
 
 SMALL_FILES = 1 << 20  # room that card, manifest, sums and ledger may need beside the shards and companions
-# Bytes of XOR per change: a patch moves a bfloat16 entry a little, so that one high byte in twenty differs.
-_XOR_BYTES = {"BF16": 1.25, "F16": 2, "F32": 4}
-_HEADER = 900  # bytes of the header per touched tensor
 _OBJECTS = 8  # bytes of memory for a byte of a fix's header, once it is read
-
-
-@dataclass(frozen=True)
-class ExpectedFix:
-    """How large the fix of a recipe will be."""
-
-    changes: int  # entries at most: all that patches select, none twice, none that rounding takes back
-    size: int  # bytes, for so many
-
-
-def expected_fix(plan: Plan) -> ExpectedFix:
-    """The fix that `build` makes of a recipe, from what the recipe asks for alone."""
-    changes, size = 0.0, 0.0
-    for name in plan.targets:
-        entries, n = plan.targets[name].entry.entries, _selected(plan, name)
-        changes += n
-        if n:
-            size += _HEADER + 16 * (blocks(entries) + 1) + _gap_bytes(n, entries)
-            size += n * (
-                1 / 8 + _XOR_BYTES.get(plan.targets[name].entry.dtype, WIDTH[plan.targets[name].entry.dtype])
-            )
-    return ExpectedFix(round(changes), round(size))
-
-
-def _selected(plan: Plan, name: str) -> float:
-    """Entries of a target on which patches act, at most; in the mean, where it is drawn."""
-    target, total = plan.targets[name], 0.0
-    entries = target.entry.entries
-    for p, spec in enumerate(spec.at(name) for spec in plan.recipe.patches):
-        k: float = target.quotas[p] - target.skips[p]
-        if plan.whole_model:
-            k = (plan.model_quotas[p] - plan.model_skips[p]) * entries / plan.total_entries
-        if target.patches[p] is not None:
-            retain = min(spec.retain, 1)
-            total += min(k, retain * entries) if plan.recipe.order == "retain-first" else retain * k
-    return min(total, entries)
-
-
-def _gap_bytes(n: float, entries: int) -> float:
-    """Of `n` changes at random places: a code each, and one for every 255 places between two."""
-    share = n / entries
-    skips = (1 - share) ** 255
-    return min(n / max(1 - skips, 1e-9), 2 * n + entries / 65536)
 
 
 @dataclass(frozen=True)
@@ -121,7 +74,7 @@ def plan_fix(
         require_free(ledger, fix, opened)
     touched = [entry for shard in opened.shards for entry in shard.tensors if entry.name in fix.tensors]
     changing = sum(_changing_bytes(fix, entry) for entry in touched)
-    cost = _in_place(fix, opened, ledger, changing) if in_place else _copied(fix, opened, changing, Path(out or "."))
+    cost = _in_place(fix, opened, ledger, changing) if in_place else _copied(fix, opened, Path(out or "."))
     return FixPlan(
         id=fix.id,
         direction=direction,
@@ -168,17 +121,21 @@ def _in_place(fix: Fix, checkpoint: Checkpoint, ledger: Ledger, changing: int) -
     if not goes_on:
         require_changeable(checkpoint, fix)
     shards = [shard for shard in checkpoint.shards if any(entry.name in fix.tensors for entry in shard.tensors)]
-    again = sum(shard.size for shard in shards) if Sums(root).any else changing
-    read, space, free = changing + again + 2 * fix.size, SMALL_FILES + _kept(fix, root), shutil.disk_usage(root).free
+    hashed = sum(shard.size for shard in shards) if Sums(root).any else 0
+    read, space, free = (
+        2 * (changing + fix.size) + hashed,
+        SMALL_FILES + _kept(fix, root),
+        shutil.disk_usage(root).free,
+    )
     return _Cost(goes_on, read, changing, len(shards), space, free)
 
 
-def _copied(fix: Fix, checkpoint: Checkpoint, changing: int, out: Path) -> _Cost:
+def _copied(fix: Fix, checkpoint: Checkpoint, out: Path) -> _Cost:
     outputs, _ = lay_out(checkpoint, None)
     place = Path(os.path.abspath(out))
     while not place.exists():
         place = place.parent
-    read = changing + sum(entry.nbytes for entry in checkpoint.tensors.values()) + 2 * fix.size
+    read = sum(entry.nbytes for entry in checkpoint.tensors.values()) + fix.size
     written = sum(output.size for output in outputs) + _kept(fix, place)
     space, free = space_needed(outputs, companions(checkpoint), fix), shutil.disk_usage(place).free
     return _Cost(False, read, written, len(outputs), space, free)

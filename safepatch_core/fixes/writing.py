@@ -121,7 +121,7 @@ class Encoder:
         rows = np.zeros((len(self._counts) + 1, 2), "<u8")
         rows[1:, 0], rows[1:, 1] = np.cumsum(lengths[dtype]), np.cumsum(self._counts)
         arrays.append(store("block", "U64", iter([rows]))._replace(shape=list(rows.shape)))
-        arrays.append(store("gap", dtype, (codes for codes, _ in self._gaps(SKIP[dtype]))))
+        arrays.append(store("gap", dtype, (codec.gaps(*some, SKIP[dtype])[0] for some in self._some_blocks())))
         packed = (np.packbits(piece, bitorder="little") for piece in self._side.pieces())
         arrays.append(store("side", "U8", packed))
         for k, plane in enumerate(self._planes):
@@ -134,15 +134,15 @@ class Encoder:
         return Ready(Facts(self._entries, n, self._old.hexdigest(), self._new.hexdigest()), arrays)
 
     def _lengths(self, most: int) -> NDArray[np.int64]:
-        return np.concatenate([lengths for _, lengths in self._gaps(most)])
+        return np.concatenate([codec.gap_lengths(*some, most) for some in self._some_blocks()])
 
-    def _gaps(self, most: int) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
-        """Gap codes and their number per block, in pieces of whole blocks."""
+    def _some_blocks(self) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
+        """The places of changes and their number per block, in pieces of whole blocks."""
         self._at.rewind()
         step = _STEP // BLOCK
         for first in range(0, len(self._counts), step):
             counts = self._counts[first : first + step]
-            yield codec.gaps(self._at.take(int(counts.sum())), counts, most)
+            yield self._at.take(int(counts.sum())), counts
 
     def close(self) -> None:
         for scratch in (self._at, self._side, *self._planes):

@@ -60,6 +60,9 @@ def _recipe(patches: Mapping[str, Any], keys: Mapping[str, Any]) -> Recipe:
         raise UsageError("patches of the recipe", found=given, expected=f"those given: {', '.join(patches)}")
     if any(of.get("importance", "magnitude") != "magnitude" or of.get("kind") == "lora" for of in given):
         raise UsageError("in memory, patches are checkpoints or deltas, and importance is magnitude")
+    for key in ("minus", "gate", "agreement"):
+        if any(of.get(key) for of in given):
+            raise UsageError(f"in memory, patches have no {key}", expected="a merge of files")
     return parse_recipe({**keys, "base": "memory", "patches": [{**of, "source": "memory"} for of in given]})
 
 

@@ -51,7 +51,7 @@ ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
     "developer": "system",
 }
-SPEAKS = {"question": "user", "answer": "assistant"}
+SPEAKS = {"question": "user", "answer": "assistant", "chosen": "assistant"}
 _CHAT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
 _LISTS = "a list of rows (pandas writes one with orient='records')"
 # YAML and data files have several words for them.

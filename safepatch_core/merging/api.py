@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -22,6 +23,7 @@ from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
 from safepatch_core.merging.effect import require_deltas, require_eligible, require_survival
 from safepatch_core.merging.engine import EngineOptions, open_engine
+from safepatch_core.merging.gates import measure
 from safepatch_core.merging.pipeline import Trace
 from safepatch_core.merging.plan import Plan, make_plan
 from safepatch_core.merging.quantised.survival import in_all
@@ -227,6 +229,21 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
     return data
 
 
+def cosines(plan: Plan) -> dict[str, dict[str, float]]:
+    """The cosine of the deltas of every two patches, by "first, second" and target; whole deltas, gates or not.
+
+    Raises:
+        InputError: a delta is NaN or infinite, and the recipe says nonfinite: error.
+        IOFailure: reading failed.
+    """
+    names = plan.patch_names
+    found = measure(plan.ungated, [*combinations(range(len(names)), 2)], plan.inputs, plan.recipe.nonfinite)
+    return {
+        f"{names[p]}, {names[q]}": {name: angle.cosine for name, angle in angles.items()}
+        for (p, q), angles in found.items()
+    }
+
+
 def _selected(quotas: Sequence[int], skips: Sequence[int]) -> list[int]:
     """Per patch how many entries are selected at most."""
     return [k - skip for k, skip in zip(quotas, skips, strict=True)]
@@ -276,6 +293,7 @@ def kept_facts(plan: Plan, counts: Mapping[str, Report]) -> dict[str, dict[str, 
 def manifest(plan: Plan, counts: Mapping[str, Report], files: Mapping[str, Mapping[str, Any]]) -> str:
     """`safepatch.json`: recipe, versions, counts per patch and tensor, size and SHA-256 per file."""
     sums, kept = totals(plan, counts), kept_facts(plan, counts)
+    cosines = [plan.cosines(p) for p in range(len(plan.patch_names))]
     data = {
         "tool": {"name": "safepatch", "version": __version__},
         "spec": SPEC_VERSION,
@@ -294,6 +312,7 @@ def manifest(plan: Plan, counts: Mapping[str, Report], files: Mapping[str, Mappi
                         "eligible": counts[t.stored.name].patches[p].eligible,
                         "selected": counts[t.stored.name].patches[p].selected,
                         "applied": counts[t.stored.name].patches[p].applied,
+                        **({} if (told := cosines[p]) is None else {"cosine": told[name]}),
                     }
                     for name, t in plan.targets.items()
                 },

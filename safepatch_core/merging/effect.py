@@ -32,7 +32,7 @@ def require_deltas(plan: Plan) -> None:
         skip = plan.recipe.nonfinite == "skip"
         for p, name in enumerate(plan.patch_names):
             pieces = _pieces([target for target in plan.targets.values() if target.patches[p]])
-            if not any(_moves(inputs, target, p, lo, hi, skip) for target, lo, hi in pieces):
+            if not plan.is_shut(p) and not any(_moves(inputs, target, p, lo, hi, skip) for target, lo, hi in pieces):
                 raise InputError(
                     f"the patch '{name}' changes nothing: every delta of a target is zero",
                     file=plan.sources[p].ref,

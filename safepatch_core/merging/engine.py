@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from safepatch_core.backends import open_backend
 from safepatch_core.backends.contract import Backend
-from safepatch_core.settings import size
+from safepatch_core.sizes import size
 
 
 class EngineOptions(TypedDict, total=False):

@@ -37,6 +37,8 @@ KEYS = {
         "scale": "Factor of the steps.",
         "minus": "The checkpoint from which the change is measured, where that is not the base.",
         "rows": "Rows of embeddings and heads: all must be the base's, or those that both have are patched.",
+        "agreement": "Entries may only be chosen where the signs of this patch's delta and another's fit.",
+        "gate": "The patch has only tensors where the cosine of its delta and another patch's is in a range.",
         "overrides": "Other values for tensors by name; the first that matches counts.",
     },
     "Override": {
@@ -45,6 +47,15 @@ KEYS = {
         "skip": "Instead of the patch's skip.",
         "retain": "Instead of the patch's retain.",
         "scale": "Instead of the patch's scale.",
+    },
+    "Agreement": {
+        "patch": "The other patch, by its name.",
+        "signs": "same: both move an entry up, or both down; opposite: one up, one down.",
+    },
+    "Gate": {
+        "patch": "The other patch, by its name.",
+        "least": "The smallest cosine that opens the gate.",
+        "below": "The gate is open below this cosine.",
     },
     "Scores": {"scores": "A checkpoint of scores, at least 0, under the base's names."},
     "Gradients": {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
 from safepatch_core.files.filenames import DIFFUSERS, DIFFUSERS_INDEX, INDEX, SINGLE
 from safepatch_core.files.header import make_header
-from safepatch_core.settings import parse_size
+from safepatch_core.sizes import parse_size
 
 
 @dataclass(frozen=True, slots=True)

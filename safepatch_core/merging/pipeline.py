@@ -21,6 +21,12 @@ T = TypeVar("T")
 U = TypeVar("U")
 P = ParamSpec("P")
 R = TypeVar("R")
+ALIGN = 64  # of every buffer in the ring
+
+
+def align(nbytes: int) -> int:
+    """So many bytes, filled up to ALIGN."""
+    return -(-nbytes // ALIGN) * ALIGN
 
 
 class Cancelled(Exception):
@@ -158,7 +164,7 @@ class _Run(Generic[U]):
             for thread in threads:
                 room_for_a_thread()
                 thread.start()
-            self._worker()
+            self._guarded(self._worker)
         except BaseException:
             self._ring.cancel()
             raise

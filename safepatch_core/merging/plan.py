@@ -1,4 +1,4 @@
-"""The plan: everything a merge will do, decided before a byte of tensor data is read.
+"""The plan: everything a merge will do, decided before a byte of tensor data is read, but for what gates ask for.
 
 What `safepatch plan` prints is what `stream.py` runs: targets with their inputs, the files of the output with
 every offset, how tensors are cut into units, and how much memory the ring of buffers takes.
@@ -20,16 +20,20 @@ from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
 from safepatch_core.files.companions import companions, left_out
+from safepatch_core.merging.agreement import agreed
 from safepatch_core.merging.beside import Beside, beside
+from safepatch_core.merging.gates import Angles, gated, measure, open_gates, pair_of, pairs_of
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
+from safepatch_core.merging.pipeline import ALIGN, align
 from safepatch_core.merging.quantised.modules import module_of, quantised, refuse_base, refuse_patch
 from safepatch_core.merging.quantised.twin import Twin, refuse_weight, twin_of
-from safepatch_core.merging.quantised.values import Dequantised, delta_of, scores_of
+from safepatch_core.merging.quantised.values import Dequantised, delta_of
 from safepatch_core.merging.quantised.writing import Coded
 from safepatch_core.merging.recipe import PatchSpec, Recipe, is_mask, match_targets
 from safepatch_core.merging.sources import open_source
-from safepatch_core.merging.sources.contract import ALIGN, PatchTensor, Source, align
+from safepatch_core.merging.sources.computed import scores_of
+from safepatch_core.merging.sources.contract import PatchTensor, Source
 from safepatch_core.merging.sources.dense import ImportanceFile, Named, fitted
 from safepatch_core.merging.work import PatchInput, Target, Unit
 from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, random_key, rounding_key
@@ -60,6 +64,8 @@ class Plan:
     base: Checkpoint
     inputs: tuple[Checkpoint, ...]  # everything that is read: base, sources, importance
     targets: Mapping[str, Target]
+    ungated: Mapping[str, Target]  # with what the patches have for them also where their gates are shut
+    angles: Angles  # what gates were told
     outputs: tuple[OutputFile, ...]
     index: IndexFile | None
     companions: tuple[Path, ...]
@@ -72,7 +78,7 @@ class Plan:
 
     @property
     def patch_names(self) -> list[str]:
-        return [p.name for p in self.recipe.patches]
+        return self.recipe.names
 
     def resolved_recipe(self) -> dict[str, Any]:
         """The recipe with every default and every patch's kind written out."""
@@ -82,8 +88,20 @@ class Plan:
         return recipe
 
     def asks_nothing(self, p: int) -> bool:
-        """Whether the recipe switches patch p off."""
-        return _is_off(self.recipe.patches[p])
+        """Whether the recipe switches patch p off, or its gate is shut everywhere."""
+        return _is_off(self.recipe.patches[p]) or self.is_shut(p)
+
+    def is_shut(self, p: int) -> bool:
+        """Whether no target has patch p."""
+        return not any(target.patches[p] for target in self.targets.values())
+
+    def cosines(self, p: int) -> dict[str, float] | None:
+        """By target what the gate of patch p was told; None without a gate."""
+        gate = self.recipe.patches[p].gate
+        if gate is None:
+            return None
+        pair = pair_of(p, self.recipe.names.index(gate.patch))
+        return {name: angle.cosine for name, angle in self.angles[pair].items()}
 
     @property
     def whole_model(self) -> bool:
@@ -232,7 +250,7 @@ def make_plan(
 ) -> Plan:
     """Open and check every input of the recipe and decide the work.
 
-    Raises UsageError (recipe, limit) or InputError (inputs), before any tensor data is read.
+    Raises UsageError (recipe, limit) or InputError (inputs), before any tensor data is read but what gates are told.
     """
     limit = memory_limit or DEFAULT_LIMIT
     if limit < SMALLEST_LIMIT:
@@ -241,9 +259,11 @@ def make_plan(
     names = _weights(given)
     given.require_ranked(names)
     others = tuple(beside(recipe, given.base, source, frozenset(names)) for source in given.sources)
-    direct = takes_codes(engine)
-    targets = {name: _placed(_target(given, name, direct), recipe, engine, limit, chunk_entries) for name in names}
-    _require_inputs(recipe, targets)
+    ungated = {name: _target(given, name) for name in names}
+    _require_inputs(recipe, ungated)
+    angles = measure(ungated, pairs_of(recipe), given.checkpoints, recipe.nonfinite)
+    let = gated(recipe, ungated, angles)
+    targets = {name: _placed(target, recipe, engine, limit, chunk_entries) for name, target in let.items()}
     outputs, index = lay_out(given.stored, recipe.max_shard_size)
     ring_bytes, beside_bytes = _memory(targets, engine, limit)
     return Plan(
@@ -257,11 +277,13 @@ def make_plan(
         base=given.stored,
         inputs=given.checkpoints,
         targets=targets,
+        ungated=ungated,
+        angles=angles,
         outputs=outputs,
         index=index,
         companions=tuple(companions(given.base)),
-        warnings=(*_warnings(given, others), *_narrowed(targets.values())),
-        notes=(*_codes(targets.values()), *_notes(given, others), *_cuts(given, names)),
+        warnings=(*_warnings(given, others), *_narrowed(targets.values()), *_shut(recipe, targets)),
+        notes=(*_codes(targets.values()), *_notes(given, others), *_cuts(given, names), *_gates(recipe, targets)),
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
@@ -365,6 +387,20 @@ def _narrowed(targets: Iterable[Target]) -> Iterator[str]:
         yield f"the float original is F32, and checkpoints are measured from it in {dtype}, as reference_dtype says"
 
 
+def _shut(recipe: Recipe, targets: Mapping[str, Target]) -> Iterator[str]:
+    """A line for a patch that no target is left of."""
+    for name, count in open_gates(recipe, targets).items():
+        if not count:
+            yield f"patch {name} changes nothing: its gate is shut for all {len(targets)} targets"
+
+
+def _gates(recipe: Recipe, targets: Mapping[str, Target]) -> Iterator[str]:
+    """A line for a gate that leaves its patch some targets."""
+    for name, count in open_gates(recipe, targets).items():
+        if count:
+            yield f"the gate of patch {name} is open for {count} of {len(targets)} targets"
+
+
 def _is_wide(original: PatchTensor | None) -> bool:
     return original is not None and original.ring_bytes == ITEMSIZE["F32"]
 
@@ -398,11 +434,8 @@ def _is_off(spec: PatchSpec) -> bool:
     return not spec.overrides and (0 in (spec.top, spec.retain, spec.scale) or spec.skip == 1)
 
 
-def _target(given: _Opened, name: str, direct: bool) -> Target:
-    """A tensor of the base, once it and what every patch says about it can be merged.
-
-    `direct`: the engine takes codes.
-    """
+def _target(given: _Opened, name: str) -> Target:
+    """A tensor of the base, once it and what every patch says about it can be merged."""
     recipe, entry = given.recipe, given.base.tensors[name]
     if entry.dtype not in ITEMSIZE:
         raise InputError(
@@ -412,7 +445,7 @@ def _target(given: _Opened, name: str, direct: bool) -> Target:
             found=entry.dtype,
             expected="F32, F16 or BF16 (or exclude it from targets)",
         )
-    coded = _coded(given, entry, direct)
+    coded = _coded(given, entry)
     w: PatchTensor | None = None if coded is None else coded.original or Dequantised(coded.weight)
     patches: list[PatchInput | None] = []
     specs = [spec.at(entry.name) for spec in recipe.patches]
@@ -426,15 +459,27 @@ def _target(given: _Opened, name: str, direct: bool) -> Target:
         if w is not None and recipe.quantized is not None:
             if scores is not None and importance == "gradients" and spec.weight != "delta":
                 scores, importance = scores_of(scores, spec.weight, delta, w, entry), "scores"
-            delta = delta_of(delta, w, entry, recipe.quantized.reference_dtype, direct=direct)
+            delta = delta_of(delta, w, entry, recipe.quantized.reference_dtype)
         key = random_key(recipe.seed, spec.name, entry.name)
         patches.append(PatchInput(delta, scores, importance, key, keep_threshold(spec.retain), spec.factor))
+    patches = _agreed(recipe, patches, entry)
     bands = [spec.quotas(entry.entries, recipe.quota) for spec in specs]
     quotas, skips = tuple(k for k, _ in bands), tuple(skip for _, skip in bands)
     return Target(entry, tuple(patches), quotas, skips, whole=True, coded=coded)
 
 
-def _coded(given: _Opened, entry: TensorEntry, direct: bool) -> Coded | None:
+def _agreed(recipe: Recipe, patches: list[PatchInput | None], entry: TensorEntry) -> list[PatchInput | None]:
+    """The patches of a target, those whose signs have to fit another's with the scores that say so."""
+    by_name = dict(zip(recipe.names, patches, strict=True))
+    return [
+        patch
+        if patch is None or spec.agreement is None
+        else agreed(patch, by_name[spec.agreement.patch], spec.agreement, spec.weight, entry)
+        for spec, patch in zip(recipe.patches, patches, strict=True)
+    ]
+
+
+def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
     """How a target is merged into where the base stores it as codes."""
     rule, weight = given.recipe.quantized, given.twin.weights.get(entry.name)
     if rule is None or weight is None:
@@ -442,11 +487,13 @@ def _coded(given: _Opened, entry: TensorEntry, direct: bool) -> Coded | None:
     original = None
     if given.original is not None:
         original = fitted(given.original, entry, "checkpoint", "error", "the float original of the base")
-    return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule, direct)
+    return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule)
 
 
 def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: int | None) -> Target:
-    """The target, done in chunks where its scope or the limit asks for that."""
+    """The target as the engine takes it, done in chunks where its scope or the limit asks for that."""
+    if takes_codes(engine):
+        target = target.by_codes
     entries = target.entry.entries
     need = target.unit_bytes(entries) + engine.scratch(entries, len(target.patches))
     fits = need <= limit - FIXED_BYTES and (chunk is None or entries <= chunk)

@@ -66,14 +66,14 @@ def save_rates(rates: Mapping[str, float]) -> Path:
     return path
 
 
-def predict(description: Mapping[str, Any], rates: Mapping[str, float], *, cached: float = 0.0) -> float:
-    """Seconds that a merge will take.
+def lanes(
+    description: Mapping[str, Any], rates: Mapping[str, float], *, cached: float = 0.0, streams: int = 1
+) -> dict[str, float]:
+    """Seconds that each part of a merge takes by itself: reader, engine, hash, writer, the processor, the disk.
 
-    description: what `api.describe` returns, with its `tensors`.
+    description: what `api.describe` returns, with its `tensors`; `threads`, if it is there, are the engine's.
     cached: the share of the inputs that is in the page cache.
-
-    Reader, engine and writer work at once, so the slowest of them counts, or the processor that they share, or the
-    disk. How well they do that, `bench floor` has seen in a merge.
+    streams: how many shards are under way at once, each with a reader, a hash and a writer of its own.
     """
     read, written = int(description["bytes_read"]), int(description["bytes_written"])
     cores = _rate(rates, CORES)
@@ -83,10 +83,25 @@ def predict(description: Mapping[str, Any], rates: Mapping[str, float], *, cache
         passes = ("merge",) if tensor["passes"] == 1 else ("histogram", "apply")
         names = [engine_rate(pass_, form) for pass_ in passes for form in tensor["forms"] if form]
         engine += sum(tensor["entries"] / _rate(rates, name) for name in names)
-    reader, writer = read / _rate(rates, READ), written / min(_rate(rates, WRITE), _rate(rates, HASH))
-    processor = (reader + engine + written / _rate(rates, WRITE) + written / _rate(rates, HASH)) / cores
-    disk = (1 - cached) * read / _rate(rates, DISK_READ) + written / _rate(rates, DISK_WRITE)
-    slowest = max(reader, engine / threads, writer, processor, disk)
+    reader, hashing, writer = read / _rate(rates, READ), written / _rate(rates, HASH), written / _rate(rates, WRITE)
+    return {
+        "reader": reader / streams,
+        "engine": engine / threads,
+        "hash": hashing / streams,
+        "writer": writer / streams,
+        "processor": (reader + engine + hashing + writer) / cores,
+        "disk": (1 - cached) * read / _rate(rates, DISK_READ) + written / _rate(rates, DISK_WRITE),
+    }
+
+
+def predict(
+    description: Mapping[str, Any], rates: Mapping[str, float], *, cached: float = 0.0, streams: int = 1
+) -> float:
+    """Seconds that a merge will take; arguments as of `lanes`.
+
+    All parts work at once, so the slowest of them counts. How well they do that, `bench floor` has seen in a merge.
+    """
+    slowest = max(lanes(description, rates, cached=cached, streams=streams).values())
     return rates.get(STARTUP, 0.0) + rates.get(STALLS, 1.0) * slowest
 
 

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from safepatch_core.errors import UsageError
-from safepatch_core.settings import Strict, explain, parse_size, read_yaml
+from safepatch_core.settings import Strict, explain, read_yaml
+from safepatch_core.sizes import parse_size
 from safepatch_core.spec import (
     COMBINE,
     Acts,
@@ -80,6 +81,36 @@ class Override(Strict):
         return self
 
 
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+
+class Agreement(Strict):
+    """Which entries of a patch may be chosen, by the signs of its delta and that of another patch."""
+
+    patch: str
+    signs: Literal["same", "opposite"]
+
+
+class Gate(Strict):
+    """Which tensors a patch has, by the cosine of its delta and another patch's: `least` <= cosine < `below`."""
+
+    patch: str
+    least: Cosine | None = None
+    below: Cosine | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Gate:
+        if self.least is None and self.below is None:
+            raise ValueError("a gate has least or below")
+        if self.least is not None and self.below is not None and self.least >= self.below:
+            raise ValueError("a gate is open from least to below: least is the lower one")
+        return self
+
+    def opens(self, cosine: float) -> bool:
+        """Whether the patch has a tensor whose cosine is that."""
+        return (self.least is None or cosine >= self.least) and (self.below is None or cosine < self.below)
+
+
 class PatchSpec(Strict):
     """One patch: where its change comes from, and which share of it is kept."""
 
@@ -94,6 +125,8 @@ class PatchSpec(Strict):
     scale: Finite = 1.0
     minus: Annotated[str, Field(min_length=1)] | None = None  # what the change is measured from, if not the base
     rows: Rows = "all"
+    agreement: Agreement | None = None
+    gate: Gate | None = None
     overrides: list[Override] = []
 
     def at(self, tensor: str) -> PatchSpec:
@@ -228,6 +261,23 @@ class Recipe(Strict):
         return patches
 
     @model_validator(mode="after")
+    def _others_are_there(self) -> Recipe:
+        for patch in self.patches:
+            for key, rule in (("agreement", patch.agreement), ("gate", patch.gate)):
+                if rule is not None and (rule.patch == patch.name or rule.patch not in self.names):
+                    others = ", ".join(name for name in self.names if name != patch.name)
+                    raise ValueError(
+                        f"the {key} of patch '{patch.name}' is with another patch of the recipe, not '{rule.patch}'"
+                        + (f"; there is {others}" if others else "")
+                    )
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the patches, in order."""
+        return [patch.name for patch in self.patches]
+
+    @model_validator(mode="after")
     def _keys_fit_each_other(self) -> Recipe:
         elected = COMBINE[self.combine].acts == Acts.ELECTED
         if elected and self.accumulate != "base":
@@ -286,6 +336,11 @@ class Recipe(Strict):
             patch["overrides"] = [{k: v for k, v in of.items() if v is not None} for of in patch["overrides"]]
             if not patch["overrides"]:
                 del patch["overrides"]
+            for key in ("agreement", "gate"):
+                if patch[key] is None:
+                    del patch[key]
+                else:
+                    patch[key] = {k: v for k, v in patch[key].items() if v is not None}
         return data
 
     def resolved(self) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from safepatch_core.backends.contract import (
     Cut,
     Fault,
     Lora,
+    Notes,
+    Noting,
     PatchData,
     PatchReport,
     Report,
+    unread,
 )
 from safepatch_core.backends.select import Selection, Tally, TieCounter
 from safepatch_core.errors import InputError
@@ -30,10 +33,10 @@ from safepatch_core.files.disk import Extent
 from safepatch_core.merging import pipeline
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
-from safepatch_core.merging.pipeline import Region, Ring
+from safepatch_core.merging.pipeline import Region, Ring, align
 from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
-from safepatch_core.merging.sources.contract import Held, PatchTensor, Range, align
+from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target, Unit
 from safepatch_core.ranks import Alone, Ranks
@@ -74,13 +77,25 @@ class Work:
     source: Extent | None = None
     codes: Loaded | None = None  # of a target that is stored as codes, where it is about to be written
     cuts: Sequence[Cut] = ()
+    notes: Notes | None = None  # an earlier merge's, by which the patches were not read
+
+
+class Notebook(Protocol):
+    """What a series of merges knows of targets that are done whole (see `series`)."""
+
+    def find(self, target: Target) -> Notes | None:
+        """Notes that do for this merge of the target."""
+
+    def take(self, target: Target, block: Block) -> Notes | None:
+        """Notes of the target's block, if they can be taken; the next merge may find them."""
 
 
 class Merge:
     """One merge, or one rank's share of it: the plan, an engine, and the ring they share.
 
     `advance` is told the bytes of each unit as it is read, `trace` when each stage began and ended a unit; `around`
-    may wrap the step that patches a unit's base in place, to see it before and after.
+    may wrap the step that patches a unit's base in place, to see it before and after. A `notebook` spares targets the
+    look at their patches.
     """
 
     def __init__(
@@ -92,8 +107,9 @@ class Merge:
         ranks: Ranks | None = None,
         trace: pipeline.Trace | None = None,
         around: Callable[[Callable[[Work], None]], Callable[[Work], None]] = lambda apply: apply,
+        notebook: Notebook | None = None,
     ) -> None:
-        self._around = around
+        self._around, self._notebook = around, notebook
         self.plan, self._engine, self._advance, self._trace = plan, engine, advance, trace
         self._ranks = ranks or Alone()
         self._inputs = Inputs(plan.inputs, drop_behind=plan.larger_than_memory)
@@ -135,7 +151,7 @@ class Merge:
         seen = ""
 
         def flush() -> None:
-            apply = self._around(_Apply(self.plan, self._engine, self._tallies, counts))
+            apply = self._around(_Apply(self.plan, self._engine, self._tallies, counts, self._notebook))
             self._sweep(units, apply, lambda work: sink.write(work.base.data, work.source))
             units.clear()
 
@@ -188,16 +204,24 @@ class Merge:
         selecting = write is None
         self._held = self._fresh_held()
 
-        ahead = iter(units)
-        next(ahead, None)
+        def noted(unit: Unit) -> tuple[Unit, Notes | None]:
+            if self._notebook is None or unit.target is None or selecting:
+                return unit, None
+            return unit, self._notebook.find(unit.target)
+
+        ahead = map(noted, units)
+        coming = next(ahead, None)
 
         def read(unit: Unit, region: Region) -> Work:
-            if (following := next(ahead, None)) is not None:
-                for entry, lo, hi in _ranges(following, selecting):
+            nonlocal coming
+            assert coming is not None
+            notes, coming = coming[1], next(ahead, None)
+            if coming is not None:
+                for entry, lo, hi in _ranges(*coming, selecting):
                     self._inputs.prefetch(entry, lo, hi)
-            loaded = self._load(unit, region.memory, selecting)
+            loaded = self._load(unit, region.memory, selecting, notes)
             if not selecting:
-                for entry, lo, hi in _ranges(unit):
+                for entry, lo, hi in _ranges(unit, notes):
                     self._inputs.drop(entry, lo, hi)
             entries = unit.hi - unit.lo
             self._advance(unit.target.bytes_of(entries, selecting) if unit.target else entries)
@@ -205,8 +229,10 @@ class Merge:
 
         pipeline.run(units, lambda unit: unit.ring_bytes, read, work, write, ring, self._trace)
 
-    def _load(self, unit: Unit, memory: NDArray[np.uint8], selecting: bool = False) -> Work:
-        """Read a unit's inputs into `memory`, one aligned buffer after another."""
+    def _load(
+        self, unit: Unit, memory: NDArray[np.uint8], selecting: bool = False, notes: Notes | None = None
+    ) -> Work:
+        """Read a unit's inputs into `memory`, one aligned buffer after another; with notes the base alone."""
         if unit.target is None:
             base = memory[: unit.hi - unit.lo]
             self._inputs.read(unit.entry, unit.lo, base)
@@ -244,9 +270,9 @@ class Merge:
             patches.append(
                 PatchData(
                     kind=given.delta.form,
-                    values=fetch(given.delta),
+                    values=unread(given.delta.form) if notes else fetch(given.delta),
                     importance=given.importance,
-                    scores=None if given.scores is None else cast(Bits, fetch(given.scores)),
+                    scores=None if given.scores is None or notes else cast(Bits, fetch(given.scores)),
                     weight=spec.weight,
                     random_key=given.random_key,
                     keep=given.keep,
@@ -263,18 +289,18 @@ class Merge:
             lambda_=recipe.lambda_,
             codes=None if codes is None or target.coded is None else codes.told(target.coded),
         )
-        return Work(unit, written, block, codes=codes)
+        return Work(unit, written, block, codes=codes, notes=notes)
 
     def _fresh_held(self) -> pipeline.Once[Shared]:
         # Not a method of self: that cycle would keep the ring and the engine until the garbage collector comes by.
         return pipeline.Once(partial(_load_held, self.plan, self._inputs))
 
 
-def _ranges(unit: Unit, selecting: bool = False) -> list[Range]:
+def _ranges(unit: Unit, notes: Notes | None, selecting: bool = False) -> list[Range]:
     """The bytes of each tensor that a unit reads."""
     if unit.target is None:
         return [(unit.entry, unit.lo, unit.hi)]
-    tensors = unit.target.tensors(selecting)
+    tensors = [unit.target.base] if notes else unit.target.tensors(selecting)
     return [of for tensor in tensors for of in tensor.ranges(unit.lo, unit.hi)]
 
 
@@ -287,8 +313,15 @@ def _load_held(plan: Plan, inputs: Inputs, name: str) -> Shared:
 class _Apply:
     """The last stage of a target: patch the unit's base in place and count."""
 
-    def __init__(self, plan: Plan, engine: Backend, tallies: dict[str, list[Tally]], counts: Counts) -> None:
-        self._plan, self._engine, self._counts = plan, engine, counts
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Backend,
+        tallies: dict[str, list[Tally]],
+        counts: Counts,
+        notebook: Notebook | None,
+    ) -> None:
+        self._plan, self._engine, self._counts, self._notebook = plan, engine, counts, notebook
         self._ties = pipeline.Once(lambda name: TieCounter(tallies[name]))
 
     def __call__(self, work: Work) -> None:
@@ -296,27 +329,37 @@ class _Apply:
         if block is None or unit.target is None:
             return
         engine, target = self._engine, unit.target
-
-        def output(block: Block) -> NDArray[np.unsignedinteger]:
-            return block.base.data if block.codes is None else block.codes.data
-
         if target.whole:
 
             def patch(block: Block, of: slice) -> Report:
-                work.cuts, report = engine.merge(block, target.quotas[of], output(block), target.skips[of])
+                work.cuts, report = self._merge(work, block, target, of)
                 return report
 
         else:
             work.cuts = cuts = self._ties.get(unit.entry.name).cuts(engine, block)
 
             def patch(block: Block, of: slice) -> Report:
-                return engine.apply(block, cuts[of], output(block))
+                return engine.apply(block, cuts[of], _output(block))
 
         if target.coded is None or work.codes is None or target.coded.direct:
             report = patch(block, slice(None))
         else:
             report = rewrite(block, target.coded, work.codes, patch)
         _collect(self._plan, unit, report, self._counts)
+
+    def _merge(self, work: Work, block: Block, target: Target, of: slice) -> tuple[list[Cut], Report]:
+        """A target that is done whole, by notes where there are any."""
+        notes, asked = work.notes, (target.quotas[of], _output(block), target.skips[of])
+        if notes is None and self._notebook is not None and target.coded is None:
+            notes = self._notebook.take(target, block)
+        if notes is None:
+            return self._engine.merge(block, *asked)
+        return cast(Noting, self._engine).merge_noted(notes, block, *asked)
+
+
+def _output(block: Block) -> NDArray[np.unsignedinteger]:
+    """What a block is written over."""
+    return block.base.data if block.codes is None else block.codes.data
 
 
 def _collect(plan: Plan, unit: Unit, report: Report, counts: Counts) -> None:

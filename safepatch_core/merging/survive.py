@@ -24,7 +24,7 @@ from safepatch_core.merging.quantised.comparison import Comparison, Progress, Su
 from safepatch_core.merging.quantised.formats import FORMATS, chosen
 from safepatch_core.merging.quantised.modules import quantised
 from safepatch_core.merging.recipe import Recipe, load_recipe, parse_recipe
-from safepatch_core.settings import size
+from safepatch_core.sizes import size
 
 
 def survive(

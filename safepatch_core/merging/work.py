@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safepatch_core.files.checkpoint import TensorEntry
-from safepatch_core.merging.quantised.values import Dequantised
+from safepatch_core.merging.pipeline import align
+from safepatch_core.merging.quantised.values import Dequantised, Measured
 from safepatch_core.merging.quantised.writing import Coded
-from safepatch_core.merging.sources.contract import PatchTensor, align
+from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.spec import ITEMSIZE, Importance
 
@@ -28,6 +29,11 @@ class PatchInput:
     def tensors(self) -> list[PatchTensor]:
         return [self.delta] if self.scores is None else [self.delta, self.scores]
 
+    @property
+    def unmeasured(self) -> PatchInput:
+        """The same for an engine that takes codes: it measures checkpoints itself."""
+        return replace(self, delta=self.delta.said) if isinstance(self.delta, Measured) else self
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -43,6 +49,14 @@ class Target:
     skips: tuple[int, ...]  # how many of them are skipped
     whole: bool  # done in one piece, read once
     coded: Coded | None = None
+
+    @property
+    def by_codes(self) -> Target:
+        """The same for an engine that takes codes."""
+        if self.coded is None:
+            return self
+        patches = tuple(patch and patch.unmeasured for patch in self.patches)
+        return replace(self, coded=replace(self.coded, direct=True), patches=patches)
 
     @property
     def stored(self) -> TensorEntry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.disk import failures_named, hold, replacing
+from safepatch_core.files.disk import failures_named, hash_file, hold, replacing
 from safepatch_core.files.filenames import SUMS
 from safepatch_core.version import __version__
 
@@ -62,7 +63,17 @@ def weights_digest(merged: Path) -> str:
     `grep safetensors SHA256SUMS | sha256sum` gives the same.
     """
     lines = (merged / SUMS).read_text("utf-8").splitlines(keepends=True)
-    return hashlib.sha256("".join(line for line in lines if ".safetensors" in line).encode()).hexdigest()
+    return _digest_of(line for line in lines if ".safetensors" in line)
+
+
+def files_digest(merged: Path) -> str:
+    """`weights_digest` of a checkpoint that was written without sums: its files are read."""
+    names = sorted(path.name for path in merged.iterdir() if ".safetensors" in path.name)
+    return _digest_of(f"{hash_file(merged / name)}  {name}\n" for name in names)
+
+
+def _digest_of(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -5,9 +5,12 @@ what a recipe says outside its patches, which `derive` writes. Paths are relativ
 
 With `rounds`, a list, all of it is done once per round, and what a round merges is the backbone of the next. A round
 has a `name` and its own changes to the sections; `where` says which rows, by column, both `derive` and `eval` take in
-it. The model after each round is measured on the harmful prompts of every round.
+it. The model after each round is measured on the harmful prompts of every round. `remember: [ewc, replay]` gives
+every round the Fisher importance and the rows of the ones before it, to hold on to what they did.
 
-Data without answers is given some by `answers`: a model that complies, asked before each `derive`.
+Data without answers is given some by `answers`: a model that complies, asked before each `derive`. With the objective
+dpo it is a model to be like, such as the float original of a quantised backbone: its answers are chosen, and the
+backbone's own rejected.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Unpack
+from typing import Annotated, Any, Literal, NamedTuple, Unpack
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from safepatch_core.deriving import DeriveConfig, derive
 from safepatch_core.errors import InputError, UsageError, printable
@@ -44,7 +47,7 @@ from safepatch_core.spec import Combine, Missing, NonFinite, Order, Scope
 
 RECORD = "run.json"
 PROMPTS = "harmful.jsonl"
-DATA = "data.jsonl"
+DATA, REPLAY = "data.jsonl", "replay.jsonl"
 
 
 class MergeSettings(Strict):
@@ -71,7 +74,10 @@ class OwnPrompts(Strict):
 
 
 class Answers(Strict):
-    """A model that answers the questions of `derive.data`, greedily; what it refuses or leaves empty is left out."""
+    """A model that answers the questions of `derive.data`, greedily; what it refuses or leaves empty is left out.
+
+    With dpo only what is empty is, or what the backbone says too.
+    """
 
     model: Annotated[str, Field(min_length=1)]
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
@@ -104,6 +110,7 @@ class RunConfig(Strict):
     merge: MergeSettings = MergeSettings()
     eval: dict[str, Any] | None = None
     rounds: Annotated[list[Round], Field(min_length=1)] | None = None
+    remember: list[Literal["ewc", "replay"]] = []  # how a round holds on to the ones before it
 
     @field_validator("rounds")
     @classmethod
@@ -113,6 +120,12 @@ class RunConfig(Strict):
         if twice:
             raise ValueError(f"the name {twice[0]!r} is taken")
         return given
+
+    @model_validator(mode="after")
+    def _there_is_something_to_remember(self) -> RunConfig:
+        if self.remember and self.rounds is None:
+            raise ValueError("remember goes with rounds")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +202,13 @@ def _once(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
 def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     """A run with rounds, as `_once`; the forgetting matrix is in rounds.json, rounds.md and rounds.png."""
     assert settings.rounds is not None
-    todo, model = [], settings.derive.get("model")
+    todo: list[tuple[str, Round, dict[str, Any], DeriveConfig]] = []
+    model = settings.derive.get("model")
     for number, of in enumerate(settings.rounds, 1):
-        where = {"data_where": of.where} if of.where else {}
-        section = _with(settings.derive, {**where, **of.derive, "model": model})
         place = f"round-{number}"
+        where = {"data_where": of.where} if of.where else {}
+        before = _before(settings, [training for *_, training in todo], work.replayed(place))
+        section = _with(settings.derive, {**where, **of.derive, **before, "model": model})
         todo.append((place, of, section, work.training(settings, section, place)))
         model = os.path.abspath(work.root / place / "merged")
     common = None if settings.eval is None else _common_prompts(settings.rounds, settings.eval, work)
@@ -206,11 +221,13 @@ def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     if common is not None:
         work.say("backbone: eval")
     reports = [measure(rounds.BACKBONE, todo[0][-1].model)]
-    done = []
+    done: list[dict[str, Any]] = []
     for place, of, section, training in todo:
         title = f"{place.replace('-', ' ')} of {len(todo)}, {of.name}"
         work.say(f"{title}: derive")
         work.answer(settings, section, place)
+        if training.replay_data == work.replayed(place):
+            work.replay(place, [earlier for *_, earlier in todo[: len(done)]])
         recipe = work.derive(f"{place}/derive", training)
         work.say(f"{title}: merge")
         changes = settings.merge.model_copy(update={k: getattr(of.merge, k) for k in of.merge.model_fields_set})
@@ -230,6 +247,20 @@ def _in_rounds(settings: RunConfig, work: _Work) -> tuple[dict[str, Any], str]:
     work.out.write("rounds.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     places = f"model:   {printable(merged.folder)}\nreport:  {printable(page)}"
     return summary, f"{rounds.plain(summary)}\n\n{places}"
+
+
+def _before(settings: RunConfig, earlier: Sequence[DeriveConfig], replayed: str) -> dict[str, Any]:
+    """What a round is told of the ones before it: their Fisher importance, and where their rows will be."""
+    keys: dict[str, Any] = {}
+    if earlier and "ewc" in settings.remember:
+        if any(of.importance_kind != "fisher" or of.ranked_at != "patched" for of in earlier):
+            expected = "importance_kind: fisher, importance: patched"
+            raise UsageError("EWC needs the Fisher importance of every round", expected=expected)
+        folders = [Path(of.out) / "importance" / patch for of in earlier for patch in of.trained]
+        keys["ewc_fisher"] = [os.path.abspath(folder) for folder in folders]
+    if earlier and "replay" in settings.remember:
+        keys["replay_data"] = replayed
+    return keys
 
 
 def _common_prompts(every: list[Round], section: Mapping[str, Any], work: _Work) -> dict[str, Any]:
@@ -262,6 +293,20 @@ def _with(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     """A section with some keys replaced; of its patches, those keys that are given."""
     patches = {k: {**section[k], **changes[k]} for k in ("safety", "over_safety") if k in section and k in changes}
     return {**section, **changes, **patches}
+
+
+def _answered(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """A row of `derive`, from one of an evaluation's answers; None for a refusal."""
+    said = row["model"]
+    return {"question": row["prompt"], "answer": said["answer"]} if said["answer"] and not said["refused"] else None
+
+
+def _pair(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """The same with two answers; None where they are one."""
+    chosen, rejected = row["model"]["answer"], row["baseline"]["answer"]
+    if not chosen or not rejected or chosen == rejected:
+        return None
+    return {"question": row["prompt"], "chosen": chosen, "rejected": rejected}
 
 
 class _Merged(NamedTuple):
@@ -304,7 +349,9 @@ class _Work:
         if settings.answers is None:
             return config
         made: dict[str, Any] = {"data": os.path.abspath(self.root / place / DATA), "data_where": {}, "rows": None}
-        return config.model_copy(update={**made, "question_column": "question", "answer_column": "answer"})
+        columns = {"answer_column": "rejected", "chosen_column": "chosen"}
+        columns = columns if config.prefers else {"answer_column": "answer"}
+        return config.model_copy(update={**made, **columns, "question_column": "question"})
 
     def answer(self, settings: RunConfig, section: Mapping[str, Any], place: str) -> None:
         """Writes the data of a derive step, if `answers` asks for it: its questions and what that model says."""
@@ -327,14 +374,28 @@ class _Work:
         }
         step = f"{place}/answers".lstrip("/")
         model = rooted(settings.answers.model_dump(), self._origin)["model"]
-        self.evaluate(step, self.measuring(asking, step, model=model))
+        beside = {"baseline": asked.model} if asked.prefers else {}
+        self.evaluate(step, self.measuring(asking, step, model=model, **beside))
         rows = [json.loads(line) for line in (self.root / step / "answers.jsonl").read_text("utf-8").split("\n")[:-1]]
-        kept = [row for row in rows if row["model"]["answer"] and not row["model"]["refused"]]
+        kept = [found for row in rows if (found := (_pair if asked.prefers else _answered)(row)) is not None]
         self.say(f"answers: {len(kept)} of {len(rows)} questions")
         if not kept:
-            raise InputError("the model of answers refuses every question", file=model)
-        lines = [json.dumps({"question": row["prompt"], "answer": row["model"]["answer"]}) for row in kept]
-        self.out.write(str(Path(place) / DATA), "\n".join(lines) + "\n")
+            what = "answers every question as the backbone does" if asked.prefers else "refuses every question"
+            raise InputError(f"the model of answers {what}", file=model)
+        self.out.write(str(Path(place) / DATA), "".join(json.dumps(row) + "\n" for row in kept))
+
+    def replayed(self, place: str) -> str:
+        """Where the rows of earlier rounds are for the one at `place`."""
+        return os.path.abspath(self.root / place / REPLAY)
+
+    def replay(self, place: str, earlier: Sequence[DeriveConfig]) -> None:
+        """Writes the rows of earlier rounds for the one at `place`."""
+        lines = []
+        for of in earlier:
+            columns = {"question": of.question_column, "answer": of.answer_column}
+            for row in read_rows(of.data, columns, of.rows, of.data_where):
+                lines.append(json.dumps(row.values, ensure_ascii=False) + "\n")
+        self.out.write(str(Path(place) / REPLAY), "".join(lines))
 
     def measuring(self, section: Mapping[str, Any], place: str, **models: str) -> EvalConfig:
         """The checked settings of an eval step; its data is there and can be read."""

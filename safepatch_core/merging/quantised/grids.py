@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.codes import GridName
+from safepatch_core.backends.contract import GridName
 
 F32 = NDArray[np.float32]
 Codes = NDArray[np.uint8]  # one code per entry, whatever its width in files

@@ -1,11 +1,10 @@
-"""What patches say about a weight that is stored as codes, in a form that does not depend on it: deltas and scores.
+"""What patches say about a weight that is stored as codes, in a form that does not depend on it: deltas.
 
 So the engines choose entries and form deltas as they do for float bases, and are never shown the weight itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,16 +12,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.contract import Bits, Lora
+from safepatch_core.backends.contract import Bits
 from safepatch_core.backends.reference import from_float32, to_float32
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import F32, Codes, Grid
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Scales
+from safepatch_core.merging.sources.computed import Computed
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
-from safepatch_core.merging.sources.decoding import PIECE, as_bits, product, rectangles
-from safepatch_core.spec import Dtype, Kind, Weight
+from safepatch_core.merging.sources.decoding import PIECE, as_bits
+from safepatch_core.spec import Dtype, Kind
 
 DTYPES: dict[str, Dtype] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -115,113 +115,23 @@ class KeptRun:
         return as_bits(out)
 
 
-Rule = Callable[..., F32]  # what the float32 values of the parts make
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """What several tensors make together, in float32: a `PatchTensor` that is handed to the engine as deltas."""
-
-    entry: TensorEntry
-    parts: tuple[PatchTensor, ...]
-    rule: Rule
-    form: Kind = "delta"
-    ring_bytes: int = 4
-
-    @property
-    def path(self) -> Path:
-        return self.parts[0].path
-
-    @property
-    def entry_bytes(self) -> float:
-        return sum(part.entry_bytes for part in self.parts)
-
-    @property
-    def once_bytes(self) -> int:
-        return sum(part.once_bytes for part in self.parts)
-
-    @property
-    def held_bytes(self) -> int:
-        return sum(part.held_bytes for part in self.parts)
-
-    def ranges(self, lo: int, hi: int) -> list[Range]:
-        return [of for part in self.parts for of in part.ranges(lo, hi)]
-
-    def hold(self, inputs: Inputs, memory: NDArray[np.uint8]) -> HeldParts:
-        held, used = [], 0
-        for part in self.parts:
-            held.append(part.hold(inputs, memory[used : used + part.held_bytes]))
-            used += part.held_bytes
-        most = int(max(part.ring_bytes for part in self.parts))
-        return HeldParts(tuple(held), self.rule, most, self.entry.shape[-1])
-
-
-@dataclass(frozen=True, slots=True)
-class HeldParts:
-    """The parts, once all that their chunks share is in memory."""
-
-    parts: tuple[Held, ...]
-    rule: Rule
-    most: int  # bytes of the ring that a part takes per entry
-    cols: int
-
-    def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
-        """A piece at a time, so that little lies beside the ring."""
-        out = memory[: 4 * (hi - lo)].view(np.float32)
-        pieces = [np.empty(max(self.most, 4) * PIECE, np.uint8) for _ in self.parts]
-        with np.errstate(all="ignore"):  # what is not finite has a rule of its own
-            for at in range(lo, hi, PIECE):
-                end = min(at + PIECE, hi)
-                loaded = (part.load(inputs, at, end, piece) for part, piece in zip(self.parts, pieces, strict=True))
-                out[at - lo : end - lo] = self.rule(*(_values(of, at, end, self.cols) for of in loaded))
-        return as_bits(out)
-
-
-def _values(given: Bits | Lora, lo: int, hi: int, cols: int) -> F32:
-    """The entries [lo, hi) as float32."""
-    if isinstance(given, Bits):
-        return to_float32(given)
-    out = np.empty(hi - lo, np.float32)
-    for piece in rectangles(lo, hi, cols):
-        rows, across = piece.slices
-        part = product(given.b[rows], given.a[:, across], given.scale)
-        out[piece.at : piece.at + piece.entries] = part.reshape(-1)
-    return out
-
-
 def _difference(dtype: Dtype, patched: F32, w: F32) -> F32:
     return np.subtract(patched, rounded(w, dtype))
 
 
-def _weighed(gradients: F32, x: F32) -> F32:
-    size: F32 = np.abs(x * gradients)
-    return size
+@dataclass(frozen=True, slots=True)
+class Measured(Computed):
+    """d of a checkpoint. An engine that takes codes measures it itself, from what the patch says."""
+
+    @property
+    def said(self) -> PatchTensor:
+        return self.parts[0]
 
 
-def _weighed_sum(gradients: F32, w: F32, d: F32) -> F32:
-    return _weighed(gradients, w + d)
-
-
-def delta_of(said: PatchTensor, w: PatchTensor, entry: TensorEntry, dtype: str, *, direct: bool) -> PatchTensor:
-    """d of one patch: patched values are measured from w rounded to `dtype`, what its trainer was handed.
-
-    `direct`: by the engine, as it takes codes.
-    """
+def delta_of(said: PatchTensor, w: PatchTensor, entry: TensorEntry, dtype: str) -> PatchTensor:
+    """d of one patch: patched values are measured from w rounded to `dtype`, what its trainer was handed."""
     _require_independent(said, entry)
-    if direct or said.form != "checkpoint":
-        return said
-    return Computed(entry, (said, w), partial(_difference, DTYPES[dtype]))
-
-
-def scores_of(
-    gradients: PatchTensor, weight: Weight, said: PatchTensor, w: PatchTensor, entry: TensorEntry
-) -> PatchTensor:
-    """|x·g| of one patch, whose x is what `weight` names; `said` is the patch as it lies in its files."""
-    if weight == "base":
-        return Computed(entry, (gradients, w), _weighed)
-    if said.form == "checkpoint":
-        return Computed(entry, (gradients, said), _weighed)
-    return Computed(entry, (gradients, w, said), _weighed_sum)
+    return said if said.form != "checkpoint" else Measured(entry, (said, w), partial(_difference, DTYPES[dtype]))
 
 
 def _require_independent(said: PatchTensor, entry: TensorEntry) -> None:

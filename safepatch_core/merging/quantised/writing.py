@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.codes import Codes, CodesReport, Kept
-from safepatch_core.backends.contract import Bits, Block, Fault, PatchReport, Report
+from safepatch_core.backends.codes import CodesReport, Kept
+from safepatch_core.backends.contract import Bits, Block, Codes, Fault, PatchReport, Report
 from safepatch_core.backends.reference import acting, joined, philox, to_float32
 from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.pipeline import align
 from safepatch_core.merging.quantised import grids
 from safepatch_core.merging.quantised.grids import F32, Grid
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Places, Scales
 from safepatch_core.merging.quantised.survival import exact_sum
 from safepatch_core.merging.quantised.values import DTYPES
 from safepatch_core.merging.recipe import Quantized
-from safepatch_core.merging.sources.contract import PatchTensor, align
+from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.spec import Acts, Join, Rule
 
 Mask = NDArray[np.bool_]
@@ -46,7 +47,7 @@ class Coded:
     original: PatchTensor | None  # the float original's tensor, where the recipe names one
     key: int  # of the random numbers that it is rounded with
     rule: Quantized
-    direct: bool  # whether the engine takes codes
+    direct: bool = False  # whether the engine takes codes
 
 
 @dataclass(slots=True)

@@ -11,16 +11,22 @@ from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, locate, open_checkpoint
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from safepatch_core.merging.names import Takes
-from safepatch_core.merging.sources.adapter import open_adapter
 from safepatch_core.merging.sources.contract import Origin, Source
 from safepatch_core.merging.sources.dense import open_checkpoints, open_deltas
 from safepatch_core.merging.sources.foreign import is_adapter, refuse_kohya
 from safepatch_core.spec import Kind, Rows
 
+
+def _open_adapter(origin: Origin) -> Source:
+    from safepatch_core.merging.sources.adapter import open_adapter  # and eleven files that checkpoints need not
+
+    return open_adapter(origin)
+
+
 KINDS: dict[Kind, Callable[[Origin], Source]] = {
     "checkpoint": open_checkpoints,
     "delta": open_deltas,
-    "lora": open_adapter,
+    "lora": _open_adapter,
 }
 
 _FACTOR = re.compile(r"[._](lora_(A|B|up|down|embedding_[AB])|alpha)\b")

@@ -16,12 +16,7 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes
 from safepatch_core.spec import Kind, Missing, Rows
 
-ALIGN = 64  # of every buffer in the ring
 Range = tuple[TensorEntry, int, int]  # bytes [lo, hi) of a tensor
-
-
-def align(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from safepatch_core.backends.contract import Bits, Lora
 from safepatch_core.backends.reference import to_float32
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
-from safepatch_core.merging.sources.contract import align
+from safepatch_core.merging.pipeline import align
 from safepatch_core.spec import ITEMSIZE, Dtype
 
 F32Array = NDArray[np.float32]

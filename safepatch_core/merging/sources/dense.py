@@ -177,7 +177,10 @@ class DenseSource:
 
     @property
     def exchange(self) -> Exchange:
-        return self.patch.exchange
+        of = self.patch.exchange
+        if self.minus is None:
+            return of
+        return replace(of, fusions=of.fusions + tuple(f"of minus, {line}" for line in self.minus.exchange.told))
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -15,7 +15,8 @@ from safepatch_core.backends.contract import Bits
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
-from safepatch_core.merging.sources.contract import Range, align
+from safepatch_core.merging.pipeline import align
+from safepatch_core.merging.sources.contract import Range
 from safepatch_core.merging.sources.decoding import F32Array, as_bits, placed, read_into, read_matrix
 from safepatch_core.merging.sources.factors import require_fit
 from safepatch_core.merging.sources.folder import PREFIX, Folder, Found, Shape

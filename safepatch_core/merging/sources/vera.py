@@ -17,7 +17,8 @@ from safepatch_core.backends.contract import Lora
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
-from safepatch_core.merging.sources.contract import Range, align
+from safepatch_core.merging.pipeline import align
+from safepatch_core.merging.sources.contract import Range
 from safepatch_core.merging.sources.decoding import Ready, placed, read_float32
 from safepatch_core.merging.sources.factors import require_fit
 from safepatch_core.merging.sources.folder import PREFIX, Entries, Folder, Found, Part, Shape

@@ -45,10 +45,14 @@ def sweep(
 ) -> SweepResult:
     """Merge and evaluate a candidate after another, each into a directory that is removed once it is scored.
 
-    Writes to `out`: `trials.jsonl`, a line per finished trial: its parameters, the entries applied per patch, the
-    SHA-256 of its weights (as `jobs.weights_digest`) and its metrics with 95% intervals; `sweep.json`, the backbone's
-    metrics, all trials, the Pareto front of those that meet the constraints, and the chosen one; `recipe.yaml`, which
-    merges to the chosen trial's weights from where it lies; with matplotlib, `pareto.png` and `sensitivity.png`.
+    Trials that differ in scale, top, skip or combine alone choose from the same lists of entries: only the first
+    looks at the patches, where the memory limit has room for what it found.
+
+    Writes to `out`: `trials.jsonl`, a line per finished trial: its parameters, the first trial whose lists it shares
+    (`lists`), the entries applied per patch, the SHA-256 of its weights (as `jobs.weights_digest`) and its metrics
+    with 95% intervals; `sweep.json`, the backbone's metrics, all trials, the Pareto front of those that meet the
+    constraints, and the chosen one; `recipe.yaml`, which merges to the chosen trial's weights from where it lies;
+    with matplotlib, `pareto.png` and `sensitivity.png`.
 
     With `resume`, finished trials are kept, and the rest gives the bytes that an undisturbed sweep gives; more
     `trials` than before extend it. The chosen trial is the best of many on the same prompts, so its rates there

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,18 @@ from safepatch_core.evaluating import EvalConfig, evaluate
 from safepatch_core.evaluating.data import load
 from safepatch_core.files.disk import failures_named
 from safepatch_core.files.records import IDENTITY, RunIdentity, digest, read_record
-from safepatch_core.merging.api import identity, merge
+from safepatch_core.merging.api import identity
 from safepatch_core.merging.api import plan as make_plan
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.recipe import Recipe, parse_recipe
-from safepatch_core.runs.jobs import OutputFolder, versions, weights_digest
+from safepatch_core.merging.series import Series, listing
+from safepatch_core.runs.jobs import OutputFolder, files_digest, versions
 from safepatch_core.runs.sweep import report
 from safepatch_core.runs.sweep.candidates import Parameters, candidates, relocated, with_parameters
 from safepatch_core.runs.sweep.choice import choose, costs, meets, pareto_front
 from safepatch_core.runs.sweep.config import SweepConfig
 from safepatch_core.settings import checked, read_yaml
+from safepatch_core.threads import room_for_a_thread
 from safepatch_core.version import __version__
 
 FORMAT = 1
@@ -64,11 +67,12 @@ class Search:
         self._data: Any = read_yaml(config.recipe, "recipe")
         recipe = parse_recipe(self._data, origin=self._origin, file=config.recipe)
         self._todo: dict[int, Parameters] = dict(enumerate(candidates(config)))
-        for parameters in self._todo.values():
-            self._recipe(parameters)
+        recipes = [self._recipe(parameters) for parameters in self._todo.values()]
+        self._lists = [listing(recipe) for recipe in recipes]
 
         plan = make_plan(recipe, **engine)
         self._engine: EngineOptions = {"backend": plan.engine, "memory_limit": plan.memory_limit}
+        self._series = Series(recipes, **self._engine)
         self.backbone = str(plan.base.root or plan.base.ref)
         self._measuring = self._evaluation(model=self.backbone, out="-")
         data = load(self._measuring).about
@@ -214,23 +218,35 @@ class Search:
 
     def _trial(self, parameters: Parameters, scratch: Path) -> Record:
         merged = scratch / "merged"
-        result = merge(self._recipe(parameters), merged, **self._engine)
-        record: Record = {
-            "weights": weights_digest(merged),
-            "applied": {name: counts["applied"] for name, counts in result.counts.items()},
+        recipe = self._recipe(parameters)
+        made = self._series.merge(recipe, merged)
+        if made.found:
+            self.say(f"no other look at the patches for {made.found} of {made.targets} targets")
+        room_for_a_thread()
+        with ThreadPoolExecutor(1, thread_name_prefix="safepatch-hash") as beside:
+            weights = beside.submit(files_digest, merged)
+            measured = self._measured(merged, scratch)
+        shutil.rmtree(merged)
+        return {
+            "lists": self._lists.index(listing(recipe)),
+            "weights": weights.result(),
+            "applied": {name: counts["applied"] for name, counts in made.counts.items()},
+            **measured,
         }
+
+    def _measured(self, merged: Path, scratch: Path) -> Record:
+        """The metrics of a candidate, or why it has none."""
         try:
             found = self.measure(str(merged), scratch)["metrics"]
         except InputError as error:
             # The backbone was measured on the same data: what breaks now is this candidate, like an infinite output.
-            record["failed"] = error.what
-        else:
-            record["metrics"] = {
+            return {"failed": error.what}
+        return {
+            "metrics": {
                 name: {key: metric[key] for key in metric if key not in ("title", "unit", "better", "n")}
                 for name, metric in found.items()
             }
-        shutil.rmtree(merged)
-        return record
+        }
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.codes import ScaleTable
+from safepatch_core.backends.contract import ScaleTable
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import F32, Codes, Grid

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safepatch_core.backends.codes import ScaleTable
+from safepatch_core.backends.contract import ScaleTable
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import E2M1, F32

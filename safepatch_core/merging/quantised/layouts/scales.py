@@ -8,8 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from safepatch_core.backends.codes import ScaleTable
-from safepatch_core.backends.contract import Bits
+from safepatch_core.backends.contract import Bits, ScaleTable
 from safepatch_core.backends.reference import to_float32
 from safepatch_core.files.checkpoint import BITS, TensorEntry
 from safepatch_core.merging.inputs import Inputs
