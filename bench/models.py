@@ -15,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import UsageError
 from safepatch_core.files.header import make_header
+from safepatch_core.merging.quantised.grids import E4M3
 from safepatch_core.spec import Kind
 
 PATCHES = ("safety", "over-safety")
@@ -31,8 +33,24 @@ SHARD_BYTES = 5_000_000_000
 POOL = (1 << 22) - 3  # entries; odd, so that the stretches of equal tensors of several layers do not line up
 PAGE = 4096
 RUN_BYTES = 256 << 10  # a run of real values in a sparse tensor
+TWIN = "base-fp8"  # the FP8 twin's directory in a set
+FP8_BLOCK = 128  # rows and columns that share a scale
+FP8_SCALE = np.float32(0.07 / 448)  # of every block: no entry of a base is larger than 0.0693
 
 Bits = NDArray[np.uint16]
+
+
+class Made(NamedTuple):
+    """A tensor to write: a stretch of a pool of `POOL` entries, or what repeats a single one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pool: NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return self.pool.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,10 @@ class ModelShape:
         if not self.tied:
             yield "lm_head.weight", (self.vocab, self.hidden)
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether its FP8 twin holds codes for a linear layer."""
+        return not name.endswith("gate.weight")
+
     @property
     def entries(self) -> int:
         return sum(math.prod(shape) for _, shape in self.tensors())
@@ -110,6 +132,54 @@ class ModelShape:
         return data
 
 
+@dataclass(frozen=True)
+class DeepSeekShape(ModelShape):
+    """DeepSeek-V3's names: latent attention, and experts one by one behind a few dense layers."""
+
+    dense: int = 3  # layers without experts
+    expert: int = 2048  # their intermediate size
+    q_rank: int = 1536
+    kv_rank: int = 512
+    rope: int = 64  # of a head, beside as many dimensions without positions as values have
+    value: int = 128
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "model.embed_tokens.weight", (self.vocab, self.hidden)
+        for i in range(self.layers):
+            layer = f"model.layers.{i}."
+            yield from self._attention(f"{layer}self_attn.")
+            if i < self.dense:
+                yield from _feed_forward(f"{layer}mlp.", self.hidden, self.intermediate)
+            else:
+                yield f"{layer}mlp.gate.weight", (self.experts, self.hidden)
+                yield f"{layer}mlp.gate.e_score_correction_bias", (self.experts,)
+                for name in ("shared_experts", *(f"experts.{e}" for e in range(self.experts))):
+                    yield from _feed_forward(f"{layer}mlp.{name}.", self.hidden, self.expert)
+            yield f"{layer}input_layernorm.weight", (self.hidden,)
+            yield f"{layer}post_attention_layernorm.weight", (self.hidden,)
+        yield "model.norm.weight", (self.hidden,)
+        yield "lm_head.weight", (self.vocab, self.hidden)
+
+    def _attention(self, stem: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{stem}q_a_proj.weight", (self.q_rank, self.hidden)
+        yield f"{stem}q_a_layernorm.weight", (self.q_rank,)
+        yield f"{stem}q_b_proj.weight", (self.heads * (self.value + self.rope), self.q_rank)
+        yield f"{stem}kv_a_proj_with_mqa.weight", (self.kv_rank + self.rope, self.hidden)
+        yield f"{stem}kv_a_layernorm.weight", (self.kv_rank,)
+        yield f"{stem}kv_b_proj.weight", (self.heads * 2 * self.value, self.kv_rank)
+        yield f"{stem}o_proj.weight", (self.hidden, self.heads * self.value)
+
+    def config(self) -> dict[str, object]:
+        """As far as safepatch reads one."""
+        return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": self.hidden}
+
+
+def _feed_forward(stem: str, hidden: int, intermediate: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{stem}gate_proj.weight", (intermediate, hidden)
+    yield f"{stem}up_proj.weight", (intermediate, hidden)
+    yield f"{stem}down_proj.weight", (hidden, intermediate)
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -124,6 +194,7 @@ SHAPES = {
         ModelShape("Mixtral-8x7B", 4096, 32, 32, 8, 14336, 32000, experts=8),
         ModelShape("Llama-3-70B", 8192, 80, 64, 8, 28672, 128256),
         ModelShape("Llama-3.1-405B", 16384, 126, 128, 8, 53248, 128256),
+        DeepSeekShape("DeepSeek-V3", 7168, 61, 128, 128, 18432, 129280, experts=256),
     )
 }
 
@@ -170,28 +241,37 @@ def pools(seed: int) -> dict[str, Bits]:
     return found
 
 
-def _pieces(pool: Bits, name: str, lo: int, hi: int) -> Iterator[memoryview]:
-    """Bytes [lo, hi) of tensor `name`, as views of the pool; `lo` and `hi` are even."""
-    at = (zlib.crc32(name.encode()) + lo // 2) % POOL
-    left = (hi - lo) // 2
+@lru_cache(maxsize=2)
+def code_pool(seed: int) -> NDArray[np.uint8]:
+    """The base's entries as E4M3, at the same places."""
+    exact = (pools(seed)["base"].astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return E4M3.encode(exact / FP8_SCALE)
+
+
+def _pieces(made: Made, lo: int, hi: int) -> Iterator[memoryview]:
+    """Bytes [lo, hi) of a tensor, as views of its pool; both end no entry in two."""
+    pool = made.pool if len(made.pool) > 1 else np.repeat(made.pool, min(hi - lo, RUN_BYTES))
+    at = (zlib.crc32(made.name.encode()) + lo // pool.itemsize) % len(pool)
+    left = (hi - lo) // pool.itemsize
     while left:
-        n = min(left, POOL - at)
+        n = min(left, len(pool) - at)
         yield pool[at : at + n].data.cast("B")
         left, at = left - n, 0
 
 
 def _runs(name: str, nbytes: int, start: int, sparse: int | None) -> Iterator[tuple[int, int]]:
     """The stretches of a tensor that hold values; with `sparse`, about that many bytes, in runs on page borders."""
-    if sparse is None or nbytes <= max(sparse, RUN_BYTES):
+    run = RUN_BYTES if sparse is None else max(min(RUN_BYTES, sparse), PAGE)
+    if sparse is None or nbytes <= max(sparse, run):
         yield 0, nbytes
         return
-    count = max(sparse // RUN_BYTES, 1)
+    count = max(sparse // run, 1)
     stride = nbytes // count
     for i in range(count):
-        shift = zlib.crc32(f"{name}/{i}".encode()) % max(stride - RUN_BYTES, 1)
+        shift = zlib.crc32(f"{name}/{i}".encode()) % max(stride - run, 1)
         lo = (start + i * stride + shift) // PAGE * PAGE - start
         lo = max(lo, 0)
-        yield lo, min(lo + RUN_BYTES, nbytes)
+        yield lo, min(lo + run, nbytes)
 
 
 def _write_all(fd: int, data: memoryview, at: int) -> None:
@@ -200,12 +280,10 @@ def _write_all(fd: int, data: memoryview, at: int) -> None:
         data, at = data[n:], at + n
 
 
-def _write_file(
-    path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], pool: Bits, ones: Bits | None, sparse: int | None
-) -> None:
-    """One safetensors file, tensors by name; vectors are `ones` where given."""
-    ordered = sorted(tensors)
-    header, ranges = make_header(((name, "BF16", shape) for name, shape in ordered), {"format": "pt"})
+def _write_file(path: Path, tensors: Sequence[Made], sparse: int | None) -> None:
+    """One safetensors file, tensors by name."""
+    ordered = sorted(tensors, key=lambda made: made.name)
+    header, ranges = make_header(((made.name, made.dtype, made.shape) for made in ordered), {"format": "pt"})
     total = sum(hi - lo for lo, hi in ranges.values())
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -214,15 +292,11 @@ def _write_file(
         else:
             os.posix_fallocate(fd, 0, len(header) + total)
         _write_all(fd, memoryview(header), 0)
-        for name, shape in ordered:
-            lo, hi = ranges[name]
-            start, nbytes = len(header) + lo, hi - lo
-            if len(shape) == 1 and ones is not None:
-                _write_all(fd, ones[: nbytes // 2].data.cast("B"), start)
-                continue
-            for lo, hi in _runs(name, nbytes, start, sparse):
+        for made in ordered:
+            start = len(header) + ranges[made.name][0]
+            for lo, hi in _runs(made.name, made.nbytes, start, sparse):
                 at = start + lo
-                for piece in _pieces(pool, name, lo, hi):
+                for piece in _pieces(made, lo, hi):
                     _write_all(fd, piece, at)
                     at += len(piece)
     finally:
@@ -243,41 +317,68 @@ def write_checkpoint(
     part: "base", a patch's name (its fine-tuned model), or that name with "/delta".
     sparse: write only about so many bytes of each tensor and leave holes for the rest.
     """
-    folder.mkdir(parents=True)
-    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    used = 0
+    pool = pools(seed)[part]
+    # A norm's weights are ones, which fine-tuning leaves alone.
+    one = np.array([0 if part.endswith("/delta") else 0x3F80], np.uint16)
+    made = [Made(name, "BF16", dims, one if len(dims) == 1 else pool) for name, dims in shape.tensors()]
+    return _write_shards(folder, made, shape.config(), shard_bytes, sparse)
+
+
+def write_twin(folder: Path, shape: ModelShape, *, seed: int = 0, sparse: int | None = None) -> Path:
+    """The base as fine-grained FP8: codes for what the suite's recipes patch, and a scale for each block of them."""
+    codes, one = code_pool(seed), np.array([0x3F80], np.uint16)
+    made = []
     for name, dims in shape.tensors():
-        nbytes = 2 * math.prod(dims)
-        if groups[-1] and used + nbytes > shard_bytes:
+        if not is_target(name, dims) or not shape.is_quantised(name):
+            made.append(Made(name, "BF16", dims, one if len(dims) == 1 else pools(seed)["base"]))
+            continue
+        table = tuple(-(-n // FP8_BLOCK) for n in dims)
+        made.append(Made(name, "F8_E4M3", dims, codes))
+        made.append(Made(f"{name}_scale_inv", "F32", table, np.array([FP8_SCALE])))
+    said = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+    return _write_shards(folder, made, shape.config() | {"quantization_config": said}, SHARD_BYTES, sparse)
+
+
+def _write_shards(
+    folder: Path, tensors: Sequence[Made], config: dict[str, object], shard_bytes: int, sparse: int | None
+) -> Path:
+    """A checkpoint of these tensors, in this order."""
+    folder.mkdir(parents=True)
+    groups: list[list[Made]] = [[]]
+    used = 0
+    for made in tensors:
+        if groups[-1] and used + made.nbytes > shard_bytes:
             groups.append([])
             used = 0
-        groups[-1].append((name, dims))
-        used += nbytes
-    # A norm's weights are ones, which fine-tuning leaves alone.
-    ones = np.full(shape.hidden, 0 if part.endswith("/delta") else 0x3F80, np.uint16)
+        groups[-1].append(made)
+        used += made.nbytes
     weight_map = {}
     for i, group in enumerate(groups, 1):
         many = len(groups) > 1
         file = f"model-{i:05d}-of-{len(groups):05d}.safetensors" if many else "model.safetensors"
-        weight_map.update({name: file for name, _ in group})
-        _write_file(folder / file, group, pools(seed)[part], ones, sparse)
+        weight_map.update({made.name: file for made in group})
+        _write_file(folder / file, group, sparse)
     if len(groups) > 1:
-        index = {"metadata": {"total_size": shape.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        total = sum(made.nbytes for made in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 
-def write_adapter(folder: Path, shape: ModelShape, part: str, *, rank: int = RANK, seed: int = 0) -> Path:
+def write_adapter(
+    folder: Path, shape: ModelShape, part: str, *, rank: int = RANK, seed: int = 0, sparse: int | None = None
+) -> Path:
     """A PEFT LoRA adapter of every linear layer of `shape`, in bfloat16; `part` is the patch's name."""
     folder.mkdir(parents=True)
     linear = [(name, dims) for name, dims in shape.tensors() if is_target(name, dims)]
-    factors = []
+    # The same values for both patches would make both rank alike: each reads its own pool.
+    factors, pool = [], pools(seed)[part]
     for name, (rows, cols) in linear:
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        factors += [(f"{module}.lora_A.weight", (rank, cols)), (f"{module}.lora_B.weight", (rows, rank))]
-    # The same values for both patches would make both rank alike: each reads its own pool.
-    _write_file(folder / "adapter_model.safetensors", factors, pools(seed)[part], None, None)
+        factors.append(Made(f"{module}.lora_A.weight", "BF16", (rank, cols), pool))
+        factors.append(Made(f"{module}.lora_B.weight", "BF16", (rows, rank), pool))
+    _write_file(folder / "adapter_model.safetensors", factors, sparse)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -298,7 +399,7 @@ def write_patch(
 ) -> Path:
     """One patch of `shape` as a source of the given kind."""
     if kind == "lora":
-        return write_adapter(folder, shape, name, seed=seed)
+        return write_adapter(folder, shape, name, seed=seed, sparse=sparse)
     part = name if kind == "checkpoint" else f"{name}/delta"
     return write_checkpoint(folder, shape, part, seed=seed, sparse=sparse)
 
@@ -314,6 +415,12 @@ def write_recipe(path: Path, kind: Kind = "checkpoint", *, scope: str = "tensor"
     document = {"base": "base", "patches": patches, "scope": scope, "seed": 0} | changes
     path.write_text(json.dumps(document, indent=2) + "\n")  # JSON is YAML
     return path
+
+
+def write_twin_recipe(folder: Path, kind: Kind = "checkpoint") -> Path:
+    """The same for the FP8 twin of a set's base; any survival will do, as its values are made up."""
+    rule = {"survival": [-1e9, 1e9]}
+    return write_recipe(folder / f"recipe-fp8-{kind}.yaml", kind, base=TWIN, quantized=rule)
 
 
 def source_name(patch: str, kind: Kind) -> str:

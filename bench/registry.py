@@ -26,7 +26,19 @@ from . import models
 from .measure import Failed, Red, Series, Skipped, remove
 from .models import ModelShape
 
-MODULES = ("kernels", "merges", "series", "floor", "peers", "fixes", "derive", "shape", "simulate", "tracing")
+MODULES = (
+    "kernels",
+    "merges",
+    "series",
+    "floor",
+    "peers",
+    "fixes",
+    "derive",
+    "shape",
+    "quantised",
+    "simulate",
+    "tracing",
+)
 
 
 @dataclass
@@ -67,17 +79,26 @@ class Bench:
     vram_limit: str | None = None
 
     def models(
-        self, shape: ModelShape, kinds: Sequence[Kind] = ("checkpoint",), *, sparse: int | None = None
+        self,
+        shape: ModelShape,
+        kinds: Sequence[Kind] = ("checkpoint",),
+        *,
+        sparse: int | None = None,
+        base: bool = True,
+        twin: bool = False,
     ) -> Path:
         """A set of models of `shape` in the working directory, made once; what other cases left makes room for it.
 
-        Raises Skipped where it and one output don't fit.
+        base, twin: whether the bfloat16 base and its FP8 twin are part of it. Raises Skipped where it and one output
+        don't fit.
         """
         folder = self.workdir / "models" / (shape.name if sparse is None else f"{shape.name}-sparse")
         folder.mkdir(parents=True, exist_ok=True)
-        writers: dict[str, Callable[[Path], object]] = {
-            "base": lambda path: models.write_checkpoint(path, shape, sparse=sparse)
-        }
+        writers: dict[str, Callable[[Path], object]] = {}
+        if base:
+            writers["base"] = lambda path: models.write_checkpoint(path, shape, sparse=sparse)
+        if twin:
+            writers[models.TWIN] = lambda path: models.write_twin(path, shape, sparse=sparse)
         for kind, patch in product(kinds, models.PATCHES):
             writers[models.source_name(patch, kind)] = partial(
                 models.write_patch, shape=shape, name=patch, kind=kind, sparse=sparse
@@ -93,6 +114,8 @@ class Bench:
         for kind in kinds:
             for scope in ("tensor", "model"):
                 models.write_recipe(models.recipe_path(folder, kind, scope), kind, scope=scope)
+            if twin:
+                models.write_twin_recipe(folder, kind)
         return folder
 
     def _make_room(self, wanted: dict[Path, int], output: int) -> None:

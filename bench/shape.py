@@ -52,15 +52,15 @@ def _pieces(entry: TensorEntry) -> Iterator[bytes]:
             yield file.read(min(PIECE, entry.nbytes - lo))
 
 
-def _extract(entries: Sequence[TensorEntry], folder: Path) -> None:
+def extract(entries: Sequence[TensorEntry], folder: Path, file: str = "model.safetensors") -> None:
     """A checkpoint of a few tensors of another, byte for byte."""
     folder.mkdir()
     header, ranges = make_header((entry.name, entry.dtype, entry.shape) for entry in entries)
     by_name = {entry.name: entry for entry in entries}
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(header)
+    with open(folder / file, "wb") as to:
+        to.write(header)
         for name in ranges:
-            file.writelines(_pieces(by_name[name]))
+            to.writelines(_pieces(by_name[name]))
 
 
 def check_sample(folder: Path, out: Path, names: Sequence[str], scratch: Path) -> None:
@@ -71,7 +71,7 @@ def check_sample(folder: Path, out: Path, names: Sequence[str], scratch: Path) -
         remove(part)
         part.mkdir()
         for source in ("base", *models.PATCHES):
-            _extract([open_checkpoint(folder / source).tensors[name]], part / source)
+            extract([open_checkpoint(folder / source).tensors[name]], part / source)
         recipe = models.write_recipe(part / "recipe.yaml", targets="all")
         merge(recipe, part / "out", backend="reference", memory_limit="2GiB")
         expected = open_checkpoint(part / "out").tensors[name]

@@ -21,6 +21,7 @@ from safepatch_core.bench import (
     measure,
     merges,
     models,
+    quantised,
     registry,
     report,
     results,
@@ -36,6 +37,7 @@ from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.fixes import codec
 from safepatch_core.merging import rates
 from safepatch_core.merging.api import describe, plan
+from safepatch_core.merging.quantised.grids import E4M3
 from safepatch_core.spec import Kind
 
 TINY = models.SHAPES["tiny"]
@@ -256,11 +258,24 @@ def test_a_sparse_model_has_holes_and_values_in_every_tensor(tmp_path: Path) -> 
         ("Llama-3.1-405B", 405.853388800),
         ("Mixtral-8x7B", 46.702792704),
         ("SmolLM2-135M", 0.134515008),
+        ("DeepSeek-V3", 671.026419200),
         ("1.1B", 1.100048384),
     ],
 )
 def test_named_shapes_have_the_real_models_sizes(name: str, billions: float) -> None:
     assert models.shape_named(name.lower()).entries == round(billions * 1e9)
+
+
+def test_an_fp8_twin_stands_for_the_base(tmp_path: Path) -> None:
+    models.write_checkpoint(tmp_path / "base", TINY)
+    twin = open_checkpoint(models.write_twin(tmp_path / models.TWIN, TINY))
+    base = values(tmp_path / "base")
+    name = "model.layers.1.mlp.down_proj.weight"
+    codes = np.fromfile(twin.tensors[name].path, np.uint8)[twin.tensors[name].start :][: TINY.hidden * 176]
+    apart = np.abs(E4M3.decode(codes) * models.FP8_SCALE - base[name].ravel())
+    assert apart.max() < 0.07 / 28 and apart.mean() < 0.05 * np.abs(base[name]).mean()
+    assert twin.tensors[f"{name}_scale_inv"].shape == (1, 2)
+    assert twin.tensors["lm_head.weight"].dtype == "BF16" and "lm_head.weight_scale_inv" not in twin.tensors
 
 
 def test_an_unknown_shape_is_refused() -> None:
@@ -505,6 +520,44 @@ def test_predictions_follow_the_plan(bench: registry.Bench) -> None:
     made = plan(models.recipe_path(folder), backend="reference")
     slow = seconds("checkpoint", "tensor", 0.0, **{rates.DISK_READ: 1e4, rates.DISK_WRITE: 1e9})
     assert slow == pytest.approx(1.0 + made.bytes_to_read / 1e4, rel=1e-3)
+
+
+# Quantised bases
+
+SMALL = models.DeepSeekShape("small-deepseek", 128, 3, 2, 2, 192, 320, experts=2, dense=1, expert=160, q_rank=32)
+
+
+def test_both_bases_are_merged_in_turn(bench: registry.Bench) -> None:
+    quantised.equals_reference(bench)
+    measured = quantised._measure("tiny", bench)
+    assert measured.ratios == [("fp8-lora", "bf16-lora"), ("fp8-delta", "bf16-delta")]
+    assert all(len(measured.series[name]["wall_s"]) == bench.rounds for pair in measured.ratios for name in pair)
+    assert measured.facts["moved_share-lora"] < measured.facts["moved_share-delta"] < 1
+
+
+def test_the_gate_of_twins_sees_one_wrong_byte(monkeypatch: pytest.MonkeyPatch, bench: registry.Bench) -> None:
+    def wrong(a: Path, b: Path) -> None:
+        raise Red(f"{b.name} differs from {a.name}")
+
+    monkeypatch.setattr(quantised, "same_bytes", wrong)
+    with pytest.raises(Red, match="engine differs from reference"):
+        quantised.equals_reference(bench)
+
+
+def test_a_mixture_with_latent_attention_is_planned_and_a_sample_recomputed(
+    bench: registry.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.SHAPES, SMALL.name, SMALL)
+    bench.backend = "cpu"
+    measured = quantised._plan(SMALL.name, bench)
+    assert measured.facts["targets"] == sum(models.is_target(*of) for of in SMALL.tensors())
+    assert any("experts.1.gate_proj" in name for name in measured.facts["sample"])
+    assert len(measured.series["plan"]["peak_bytes"]) == bench.rounds
+    unchanged = lambda recipe, out, **engine: shutil.copytree(recipe.parent / models.TWIN, out)  # noqa: E731
+    monkeypatch.setattr(quantised, "merge", unchanged)
+    with bench.scratch() as scratch, pytest.raises(Red, match="changed no code"):
+        folder = bench.workdir / "models" / f"{SMALL.name}-sparse"
+        quantised.check_sample(folder, measured.facts["sample"], scratch, bench)
 
 
 # Simulated machines
