@@ -175,6 +175,8 @@ class _Fault:
 
 def gated(recipe: Recipe, targets: Mapping[str, Target], angles: Angles) -> dict[str, Target]:
     """The targets without the patches whose gates are shut there, or that have no delta there that is not zero."""
+    if not angles:
+        return dict(targets)
     shut: dict[int, set[str]] = {}
     for p, spec in enumerate(recipe.patches):
         if spec.gate is not None:

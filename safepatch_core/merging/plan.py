@@ -18,7 +18,7 @@ from typing import Any
 from safepatch_core.backends.codes import takes_codes
 from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint, uncollected
 from safepatch_core.files.companions import companions, left_out
 from safepatch_core.merging.agreement import agreed
 from safepatch_core.merging.beside import Beside, beside
@@ -245,6 +245,7 @@ class Plan:
                     yield Unit(entry, None, lo, hi, align(hi - lo))
 
 
+@uncollected()
 def make_plan(
     recipe: Recipe, engine: Backend, memory_limit: int | None = None, *, chunk_entries: int | None = None
 ) -> Plan:
@@ -259,7 +260,7 @@ def make_plan(
     names = _weights(given)
     given.require_ranked(names)
     others = tuple(beside(recipe, given.base, source, frozenset(names)) for source in given.sources)
-    ungated = {name: _target(given, name) for name in names}
+    ungated = {name: _target(given, name, takes_codes(engine)) for name in names}
     _require_inputs(recipe, ungated)
     angles = measure(ungated, pairs_of(recipe), given.checkpoints, recipe.nonfinite)
     let = gated(recipe, ungated, angles)
@@ -434,8 +435,11 @@ def _is_off(spec: PatchSpec) -> bool:
     return not spec.overrides and (0 in (spec.top, spec.retain, spec.scale) or spec.skip == 1)
 
 
-def _target(given: _Opened, name: str) -> Target:
-    """A tensor of the base, once it and what every patch says about it can be merged."""
+def _target(given: _Opened, name: str, direct: bool) -> Target:
+    """A tensor of the base, once it and what every patch says about it can be merged.
+
+    `direct`: the engine takes codes.
+    """
     recipe, entry = given.recipe, given.base.tensors[name]
     if entry.dtype not in ITEMSIZE:
         raise InputError(
@@ -445,7 +449,7 @@ def _target(given: _Opened, name: str) -> Target:
             found=entry.dtype,
             expected="F32, F16 or BF16 (or exclude it from targets)",
         )
-    coded = _coded(given, entry)
+    coded = _coded(given, entry, direct)
     w: PatchTensor | None = None if coded is None else coded.original or Dequantised(coded.weight)
     patches: list[PatchInput | None] = []
     specs = [spec.at(entry.name) for spec in recipe.patches]
@@ -479,7 +483,7 @@ def _agreed(recipe: Recipe, patches: list[PatchInput | None], entry: TensorEntry
     ]
 
 
-def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
+def _coded(given: _Opened, entry: TensorEntry, direct: bool) -> Coded | None:
     """How a target is merged into where the base stores it as codes."""
     rule, weight = given.recipe.quantized, given.twin.weights.get(entry.name)
     if rule is None or weight is None:
@@ -487,13 +491,13 @@ def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
     original = None
     if given.original is not None:
         original = fitted(given.original, entry, "checkpoint", "error", "the float original of the base")
-    return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule)
+    return Coded(weight, original, rounding_key(given.recipe.seed, entry.name), rule, direct)
 
 
 def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: int | None) -> Target:
     """The target as the engine takes it, done in chunks where its scope or the limit asks for that."""
-    if takes_codes(engine):
-        target = target.by_codes
+    if target.coded is not None and target.coded.direct:
+        target = target.unmeasured
     entries = target.entry.entries
     need = target.unit_bytes(entries) + engine.scratch(entries, len(target.patches))
     fits = need <= limit - FIXED_BYTES and (chunk is None or entries <= chunk)

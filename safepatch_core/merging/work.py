@@ -51,12 +51,10 @@ class Target:
     coded: Coded | None = None
 
     @property
-    def by_codes(self) -> Target:
+    def unmeasured(self) -> Target:
         """The same for an engine that takes codes."""
-        if self.coded is None:
-            return self
-        patches = tuple(patch and patch.unmeasured for patch in self.patches)
-        return replace(self, coded=replace(self.coded, direct=True), patches=patches)
+        patches = tuple([patch and patch.unmeasured for patch in self.patches])
+        return self if patches == self.patches else replace(self, patches=patches)
 
     @property
     def stored(self) -> TensorEntry:

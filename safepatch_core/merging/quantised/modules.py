@@ -36,6 +36,7 @@ _LAYOUTS: tuple[tuple[str, frozenset[str], str], ...] = (
     (r".*", _TINY, "FP4 or FP6"),
     (r"", _PACKED, "packed integers"),  # of any name, see `_row_of`
 )
+_CODES = frozenset().union(*(dtypes for _, dtypes, _ in _LAYOUTS))
 CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")  # under which a config tells of codes
 _ADVICE = "a float base, with the merge quantised afterwards (or targets that leave quantised modules out)"
 
@@ -68,6 +69,8 @@ class Quantised:
 
 def quantised(checkpoint: Checkpoint) -> Quantised | None:
     """The quantised modules of a checkpoint; None where it has none."""
+    if not any(entry.dtype in _CODES for entry in checkpoint.tensors.values()):
+        return None
     config = _method(checkpoint)
     modules: dict[str, list[TensorEntry]] = {}
     for entry in checkpoint.tensors.values():
@@ -85,6 +88,8 @@ def quantised(checkpoint: Checkpoint) -> Quantised | None:
 
 def _row_of(entry: TensorEntry, announced: bool) -> int | None:
     """The row of `_LAYOUTS` that a name and dtype fit; with a quantization_config any small integers are codes."""
+    if entry.dtype not in _CODES:
+        return None
     for row, (pattern, dtypes, _) in enumerate(_LAYOUTS):
         if entry.dtype in dtypes and re.fullmatch(pattern, entry.name):
             return row

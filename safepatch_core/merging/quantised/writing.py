@@ -47,7 +47,7 @@ class Coded:
     original: PatchTensor | None  # the float original's tensor, where the recipe names one
     key: int  # of the random numbers that it is rounded with
     rule: Quantized
-    direct: bool = False  # whether the engine takes codes
+    direct: bool  # whether the engine takes codes
 
 
 @dataclass(slots=True)

@@ -108,10 +108,12 @@ def _read_layers(folder: Folder, pairs: list[Pair], scaled: Scaled) -> Found:
         linear = {p.target: f.shape for p, f in zip(pairs, given, strict=True) if not p.embedding}
         layers = Orientation(folder.base, there, linear, folder.flag("fan_in_fan_out"))
         found: dict[str, Part] = {}
+        dora = folder.flag("use_dora")
         for pair, factors in zip(pairs, given, strict=True):
             turned = pair.embedding or layers.transposed(pair.target)
-            factors = replace(factors, transposed=turned)
-            found[pair.target] = _directions(folder, pair, factors) if folder.flag("use_dora") else factors
+            if factors.transposed != turned:
+                factors = replace(factors, transposed=turned)
+            found[pair.target] = _directions(folder, pair, factors) if dora else factors
             if "bias" in pair.sides:
                 found[f"{pair.module}.bias"] = Bias(pair.sides["bias"], factors.scale)
         return found

@@ -32,11 +32,12 @@ class Orientation:
         self, base: Checkpoint, there: Mapping[str, TensorEntry], layers: Mapping[str, tuple[int, int]], flag: bool
     ) -> None:
         self._base, self._there, self._layers, self._flag = base, there, layers, flag
-        self._told = {self._by_shape(name) for name in layers} - {None}
+        self._shapes = {name: self._by_shape(name) for name in layers}
+        self._told = set(self._shapes.values()) - {None}
 
     def transposed(self, name: str) -> bool:
         """Whether the base stores the layer as [in, out]."""
-        told, leaf = self._by_shape(name), name.removesuffix(".weight").rpartition(".")[2]
+        told, leaf = self._shapes[name], name.removesuffix(".weight").rpartition(".")[2]
         if told is not None:
             return told
         if name not in self._there or set(self._there[name].shape) != set(self._layers[name]):
