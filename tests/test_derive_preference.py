@@ -222,6 +222,8 @@ def test_what_does_not_go_together_is_refused(where: Path) -> None:
         settings(where, {"mask_top": 0.5}, method="lora")
     with pytest.raises(UsageError, match="weight_decay.*must be 0"):
         settings(where, {"mask_top": 0.5}, weight_decay=0.1)
+    with pytest.raises(UsageError, match="dpo goes with training"):
+        settings(where, {}, method="direction", utility_data="u", refused_data="r")
     with pytest.raises(InputError, match="no column 'better'.*--chosen-column to name one"):
         derive(settings(where, {}, chosen_column="better"), quiet=True)
     assert not (where / "run").exists()

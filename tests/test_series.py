@@ -89,8 +89,8 @@ def test_what_another_patch_or_a_weight_decides_is_looked_at_again(models: Path,
     gradients = [{"importance": {"gradients": "scores", "weight": weight}} for weight in ("base", "delta", "patched")]
     signs = [{"agreement": {"patch": "two", "signs": signs}} for signs in ("same", "opposite")]
     gates = [{"gate": {"patch": "two", **gate}} for gate in ({"below": 0.0}, {"least": 0.0})]
-    ones: list[dict[str, Any]] = [{}, *gradients, *signs, *gates]
-    recipes = [recipe(models, one, combine="sum") for one in ones]
+    every: list[dict[str, Any]] = [{}, *gradients, *signs, *gates]
+    recipes = [recipe(models, one, combine="sum") for one in every]
     assert len({listing(of) for of in recipes}) == len(recipes)
     series = Series(recipes, backend="cpu", threads=1)
     # Both gates together have every tensor, so one of them may have all of them.

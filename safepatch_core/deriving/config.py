@@ -309,6 +309,8 @@ class DeriveConfig(Strict):
                 "method direction reads harmful questions (data), ordinary ones (utility_data), and harmless ones "
                 "that are refused (refused_data)"
             )
+        if self.method == "direction" and self.prefers:
+            raise ValueError("safety.objective dpo goes with training: method full or lora")
         if self.method != "direction" and self.refused_data is not None:
             raise ValueError("refused_data goes with method direction")
         return self
