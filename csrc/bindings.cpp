@@ -25,8 +25,14 @@ using Lora = std::tuple<py::array, py::array, float>;  // a, b, scale
 // Kind, importance, weight, values, scores, Philox key, keep, scale.
 using Patch =
     std::tuple<int32_t, int32_t, int32_t, std::variant<Bits, Lora>, std::optional<Bits>, uint64_t, uint64_t, float>;
-// Base, start, columns, patches, acts, join, order, lambda.
-using Given = std::tuple<Bits, int64_t, int64_t, std::vector<std::optional<Patch>>, int32_t, int32_t, int32_t, float>;
+using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // rows, columns, and those of a block
+using Scales = std::tuple<py::array, int64_t, bool>;           // table, its first row, turned
+// Grid, flip, data, first, entries, shape, scales, handed dtype, rounding, Philox key, original.
+using Codes = std::tuple<int32_t, int32_t, py::array, int64_t, int64_t, Shape, Scales, int32_t, int32_t, uint64_t,
+                         std::optional<Bits>>;
+// Base, start, columns, patches, acts, join, order, lambda, codes.
+using Given = std::tuple<Bits, int64_t, int64_t, std::vector<std::optional<Patch>>, int32_t, int32_t, int32_t, float,
+                         std::optional<Codes>>;
 
 sp_bits bits(const Bits& given) { return {std::get<0>(given).data(), std::get<1>(given)}; }
 
@@ -58,13 +64,36 @@ sp_patch patch(const std::optional<Patch>& given, int64_t cols) {
     return p;
 }
 
+sp_codes codes_of(Codes given) {
+    auto& [grid, flip, data, first, entries, shape, scales, handed, rounding, random_key, original] = given;
+    sp_codes codes{};
+    codes.size = sizeof codes;
+    codes.grid = grid;
+    codes.flip = flip;
+    codes.data = static_cast<uint8_t*>(data.mutable_data());
+    codes.first = first;
+    codes.entries = entries;
+    std::tie(codes.rows, codes.cols, codes.block_rows, codes.block_cols) = shape;
+    const auto& [table, table_first, turned] = scales;
+    codes.scales = static_cast<const float*>(table.data());
+    codes.scale_first = table_first;
+    codes.scale_rows = table.shape(0);
+    codes.turned = turned;
+    codes.handed = handed;
+    codes.rounding = rounding;
+    codes.random_key = random_key;
+    if (original) codes.original = bits(*original);
+    return codes;
+}
+
 // The same in the C interface's words; `given` must outlive it.
 struct Block {
     std::vector<sp_patch> patches;
+    sp_codes codes{};
     sp_block block{};
 
     explicit Block(const Given& given) {
-        const auto& [base, start, cols, of_patches, acts, join, order, lambda] = given;
+        const auto& [base, start, cols, of_patches, acts, join, order, lambda, of_codes] = given;
         for (const auto& p : of_patches) patches.push_back(patch(p, cols));
         block.size = sizeof block;
         block.base = bits(base);
@@ -76,23 +105,48 @@ struct Block {
         block.join = join;
         block.order = order;
         block.lambda = &lambda;
+        if (!of_codes) return;
+        codes = codes_of(*of_codes);
+        block.codes = &codes;
     }
+    Block(const Block&) = delete;
 };
 
 struct Found {
     std::vector<sp_patch_report> patches;
+    std::vector<sp_kept> kept;  // of codes
     sp_report report{};
 
-    explicit Found(size_t n) : patches(n) {
+    explicit Found(const Block& block) : patches(block.patches.size()) {
         for (sp_patch_report& of : patches) of.size = sizeof of;
         report.size = sizeof report;
         report.patches = patches.data();
+        if (block.block.codes == nullptr) return;
+        kept.resize(patches.size());
+        for (sp_kept& of : kept) of.size = sizeof of;
+        report.kept = kept.data();
     }
 };
 
 py::tuple fault(const sp_fault& f) { return py::make_tuple(f.count, f.first); }
 
-// ([(eligible, selected, applied, bad delta, bad score, negative)], overflow, acted, changed), a fault being
+template <size_t kWords>
+py::bytes bytes(const uint64_t (&words)[kWords]) {
+    return {reinterpret_cast<const char*>(words), sizeof words};
+}
+
+// ([(acted, changed, saturated, (along, asked, moved))], bad scales, saturated).
+py::object kept(const Found& found) {
+    if (found.report.kept == nullptr) return py::none();
+    py::list patches;
+    for (const sp_kept& of : found.kept) {
+        const py::tuple sums = py::make_tuple(bytes(of.along), bytes(of.asked), bytes(of.moved));
+        patches.append(py::make_tuple(of.acted, of.changed, of.saturated, sums));
+    }
+    return py::make_tuple(patches, fault(found.report.bad_scale), fault(found.report.saturated));
+}
+
+// ([(eligible, selected, applied, bad delta, bad score, negative)], overflow, acted, changed, kept), a fault being
 // (count, first).
 py::tuple report(const Found& found) {
     py::list patches;
@@ -100,7 +154,8 @@ py::tuple report(const Found& found) {
         patches.append(py::make_tuple(p.eligible, p.selected, p.applied, fault(p.bad_delta), fault(p.bad_score),
                                       fault(p.negative)));
     }
-    return py::make_tuple(patches, fault(found.report.overflow), found.report.acted, found.report.changed);
+    return py::make_tuple(patches, fault(found.report.overflow), found.report.acted, found.report.changed,
+                          kept(found));
 }
 
 struct Unsupported : std::runtime_error {
@@ -165,7 +220,7 @@ class Engine {
 
     py::tuple histogram(const Given& given, std::vector<Window>& requests) {
         const Block block(given);
-        Found found(block.patches.size());
+        Found found(block);
         std::vector<sp_window> windows;
         for (auto& [p, lo, shift, counts] : requests) {
             auto* bins = static_cast<int64_t*>(counts.mutable_data());
@@ -187,7 +242,7 @@ class Engine {
     py::tuple apply(const Given& given, const std::vector<Cut>& wanted, py::array& out) {
         const Block block(given);
         same_length(block, wanted.size());
-        Found found(wanted.size());
+        Found found(block);
         std::vector<sp_cut> cuts;
         for (const auto& [key, before, skip_key, skip_before] : wanted) {
             cuts.push_back({sizeof(sp_cut), key, before, skip_key, skip_before});
@@ -205,7 +260,7 @@ class Engine {
         same_length(block, quotas.size());
         if (!skips.empty()) same_length(block, skips.size());
         for (size_t p = 0; p < skips.size(); ++p) block.patches[p].skip = skips[p];
-        Found found(quotas.size());
+        Found found(block);
         std::vector<sp_cut> cuts(quotas.size(), {sizeof(sp_cut), 0, 0, 0, 0});
         void* to = out.mutable_data();
         released([&] {

@@ -34,11 +34,47 @@ void check(const sp_patch& patch, const sp_block& block, bool inputs) {
     need(patch.skip >= 0, "patch skip");
     if (!inputs) return;
     if (patch.importance != SP_MAGNITUDE) check(patch.scores, any, "patch scores");
+    need(block.codes == nullptr || patch.importance != SP_GRADIENTS || patch.weight == SP_WEIGHT_DELTA,
+         "patch weight: of codes, gradients are multiplied with deltas");
     if (patch.kind == SP_LORA) {
         check(patch.lora, block);
     } else {
         check(patch.values, any, "patch values");
     }
+}
+
+// Rows of the table of scales before that of an entry's row.
+int64_t scale_row(const sp_codes& codes, int64_t place) {
+    const int64_t row = place / codes.cols, down = (codes.rows - 1) / codes.block_rows + 1;
+    return row / codes.rows * down + row % codes.rows / codes.block_rows;
+}
+
+void check(const sp_codes& codes, const sp_block& block) {
+    need(codes.grid >= SP_E4M3 && codes.grid <= SP_INT4, "codes grid");
+    const int64_t step = codes.grid == SP_E4M3 || codes.grid == SP_INT8 ? 1 : 2;
+    need(codes.flip >= 0 && codes.flip <= 255, "codes flip");
+    need(codes.first >= 0 && codes.first % step == 0, "codes first");
+    need(codes.entries >= 0 && codes.first <= INT64_MAX - codes.entries, "codes entries");
+    need(codes.first <= block.start && block.start + block.entries <= codes.first + codes.entries,
+         "codes: the block ends beyond them");
+    need(codes.rows > 0 && codes.cols > 0 && codes.rows <= INT64_MAX / 2 / codes.cols, "codes shape");
+    need(codes.block_rows > 0 && codes.block_cols > 0 && codes.block_cols <= INT64_MAX / 2, "codes blocks");
+    need(codes.turned == 0 || codes.turned == 1, "codes turned");
+    const int64_t matrix = codes.rows * codes.cols;
+    need(!codes.turned || (codes.first % matrix == 0 && codes.entries % matrix == 0), "codes turned: whole matrices");
+    need(codes.handed >= SP_F32 && codes.handed <= SP_BF16, "codes handed");
+    need(codes.rounding == SP_STOCHASTIC || codes.rounding == SP_NEAREST, "codes rounding");
+    need(codes.reserved == 0, "codes reserved");
+    check(codes.original, false, "codes original");
+    need(codes.original.data == nullptr || aligned(codes.original.data, width(codes.original)), "codes original");
+    if (codes.entries == 0) return;
+    need(codes.data != nullptr, "codes data");
+    need(codes.scales != nullptr && aligned(codes.scales, sizeof(float)), "codes scales");
+    need(codes.scale_first >= 0 && codes.scale_rows >= 0 && codes.scale_first <= INT64_MAX - codes.scale_rows,
+         "codes scale rows");
+    need(codes.scale_first <= scale_row(codes, codes.first) &&
+             scale_row(codes, codes.first + codes.entries - 1) < codes.scale_first + codes.scale_rows,
+         "codes scales: codes lie beyond them");
 }
 
 void skip(sp_bits& bits, int64_t entries) {
@@ -47,8 +83,10 @@ void skip(sp_bits& bits, int64_t entries) {
 
 }  // namespace
 
-OwnBlock::OwnBlock(const sp_block& block, std::vector<sp_patch> own) : sp_block(block), held(std::move(own)) {
+OwnBlock::OwnBlock(const sp_block& block, std::vector<sp_patch> own, std::vector<sp_codes> own_codes)
+    : sp_block(block), held(std::move(own)), stored(std::move(own_codes)) {
     patches = held.data();
+    if (codes != nullptr) codes = stored.data();
 }
 
 OwnBlock::OwnBlock(const sp_block* from, bool inputs) : sp_block(adopted(from, "block")) {
@@ -58,17 +96,22 @@ OwnBlock::OwnBlock(const sp_block* from, bool inputs) : sp_block(adopted(from, "
     need(join >= SP_SUM && join <= SP_WEIGHTED, "block join");
     need(order >= SP_RETAIN_FIRST && order <= SP_SELECT_FIRST, "block order");
     need(aligned(lambda, sizeof(float)), "block lambda");
-    check(base, entries > 0, "block base");
+    if (codes != nullptr) {
+        stored = adopted(codes, 1, "codes");
+        codes = stored.data();
+        check(*codes, *this);
+    }
+    check(base, entries > 0 && codes == nullptr, "block base");
     held = adopted(patches, patch_count, "patch");
     patches = held.data();
     for (const sp_patch& patch : held) check(patch, *this, inputs);
 }
 
 OwnBlock OwnBlock::part(int64_t lo, int64_t hi) const {
-    OwnBlock cut(*this, held);
+    OwnBlock cut(*this, held, stored);
     cut.start += lo;
     cut.entries = hi - lo;
-    skip(cut.base, lo);
+    if (codes == nullptr) skip(cut.base, lo);
     for (sp_patch& patch : cut.held) {
         skip(patch.values, lo);
         skip(patch.scores, lo);

@@ -8,7 +8,8 @@
 namespace safepatch {
 
 struct OwnBlock : sp_block {
-    std::vector<sp_patch> held;  // what `patches` points to
+    std::vector<sp_patch> held;    // what `patches` points to
+    std::vector<sp_codes> stored;  // and `codes`: one or none
 
     // Without `inputs`, what patches say isn't read and may be missing. Throws std::invalid_argument.
     explicit OwnBlock(const sp_block* from, bool inputs = true);
@@ -19,7 +20,7 @@ struct OwnBlock : sp_block {
     OwnBlock part(int64_t lo, int64_t hi) const;
 
   private:
-    OwnBlock(const sp_block& block, std::vector<sp_patch> patches);
+    OwnBlock(const sp_block& block, std::vector<sp_patch> patches, std::vector<sp_codes> codes);
 };
 
 }  // namespace safepatch

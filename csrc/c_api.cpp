@@ -18,16 +18,23 @@ namespace {
 // A caller's report: filled on our side, handed over when all has gone well.
 class Findings {
   public:
-    Findings(sp_report* report, size_t patches) : to_(report), own_{}, patches_(patches) {
+    Findings(sp_report* report, const OwnBlock& block) : to_(report), own_{}, patches_(block.patch_count) {
         safepatch::stride_of(report, "report");
-        if (patches > 0) safepatch::stride_of(report->patches, "report of a patch");
+        if (block.patch_count > 0) safepatch::stride_of(report->patches, "report of a patch");
         own_.patches = patches_.data();
+        if (block.codes == nullptr || block.patch_count == 0) return;
+        need(report->size >= offsetof(sp_report, bad_scale), "report: too small for codes");
+        safepatch::stride_of(report->kept, "what is kept of a patch");
+        kept_.resize(block.patch_count);
+        own_.kept = kept_.data();
     }
     sp_report& report() { return own_; }
     void hand_over() {
-        sp_patch_report* to = to_->patches;
-        give(to, patches_);
-        own_.patches = to;
+        own_.patches = to_->patches;
+        give(own_.patches, patches_);
+        own_.kept = nullptr;
+        if (to_->size >= offsetof(sp_report, bad_scale)) own_.kept = to_->kept;
+        if (!kept_.empty()) give(own_.kept, kept_);
         give(to_, own_);
     }
 
@@ -35,9 +42,14 @@ class Findings {
     sp_report* to_;
     sp_report own_;
     std::vector<sp_patch_report> patches_;
+    std::vector<sp_kept> kept_;
 };
 
 void check_output(const sp_block& block, const void* out) {
+    if (block.codes != nullptr) {
+        need(out == block.codes->data, "output: of codes, their own data");
+        return;
+    }
     need(block.entries == 0 || (out != nullptr && aligned(out, block.base.dtype == SP_F32 ? 4 : 2)), "output");
 }
 
@@ -50,7 +62,7 @@ void check_quotas(const OwnBlock& block, const int64_t* quotas) {
 template <class Call>
 void merge_by(const OwnBlock& block, const int64_t* quotas, const void* out, sp_cut* cuts, sp_report* report,
               const Call& call) {
-    Findings found(report, block.patch_count);
+    Findings found(report, block);
     check_quotas(block, quotas);
     need(block.patch_count == 0 || cuts != nullptr, "null array");
     check_output(block, out);
@@ -153,7 +165,7 @@ sp_status sp_histogram(sp_engine* engine, const sp_block* block, const sp_window
     return guarded([&] {
         need(engine != nullptr, "null engine");
         const OwnBlock own(block);
-        Findings found(report, own.patch_count);
+        Findings found(report, own);
         need(count == 0 || windows != nullptr, "null windows");
         const std::vector<sp_window> all = adopted(windows, count, "window");
         for (const sp_window& window : all) {
@@ -179,7 +191,7 @@ sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut* cuts,
     return guarded([&] {
         need(engine != nullptr, "null engine");
         const OwnBlock own(block);
-        Findings found(report, own.patch_count);
+        Findings found(report, own);
         need(own.patch_count == 0 || cuts != nullptr, "null array");
         check_output(own, out);
         engine->engine.apply(own, adopted(cuts, own.patch_count, "cut").data(), out, found.report());
@@ -218,7 +230,7 @@ sp_status sp_notes_merge(sp_notes* notes, sp_engine* engine, const sp_block* blo
         const OwnBlock own(block, false);
         need(notes->kept->fits(own), "another block than the notes are of");
         merge_by(own, quotas, out, cuts, report, [&](sp_cut* chosen, sp_report& found) {
-            need(notes->kept->reach(quotas), "a quota beyond the notes'");
+            need(notes->kept->reach(own, quotas), "a quota or skip beyond the notes'");
             engine->engine.merge(own, quotas, *notes->kept, out, chosen, found);
         });
     });

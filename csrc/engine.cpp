@@ -42,6 +42,33 @@ bool from_lists(const Pass& pass) {
 
 void add(Fault& to, const Fault& more) { to.add(more.count, more.first); }
 
+// In units of 2^-360, which all sums are whole numbers of: bin 0 is in units of 2^-1075.
+void add(uint64_t (&to)[12], const ExactSum& more) {
+    for (int i = 22; i < 64; ++i) {
+        const int shift = 32 * i - 1075 + 360, by = std::max(shift, 0) % 64;
+        const __int128 whole = shift < 0 ? more.bins[i] >> -shift : more.bins[i], sign = whole < 0 ? -1 : 0;
+        // Three words, and above them the sign.
+        const auto low = static_cast<unsigned __int128>(whole) << by;
+        const __int128 top = by > 0 ? whole >> (128 - by) : sign;
+        const __int128 parts[] = {static_cast<__int128>(low), static_cast<__int128>(low >> 64), top, sign};
+        unsigned __int128 carry = 0;
+        for (int word = std::max(shift, 0) / 64, k = word; k < 12; ++k) {
+            carry += static_cast<unsigned __int128>(to[k]) + static_cast<uint64_t>(parts[std::min(k - word, 3)]);
+            to[k] = static_cast<uint64_t>(carry);
+            carry >>= 64;
+        }
+    }
+}
+
+void add(sp_kept& to, const Remains& more) {
+    to.acted += more.acted;
+    to.changed += more.changed;
+    to.saturated += more.saturated;
+    add(to.along, more.along);
+    add(to.asked, more.asked);
+    add(to.moved, more.moved);
+}
+
 }  // namespace
 
 void Buffer::Free::operator()(void* p) const { std::free(p); }
@@ -92,11 +119,12 @@ bool Kept::fits(const sp_block& block) const {
     });
 }
 
-bool Kept::reach(const int64_t* quotas) const {
-    return std::all_of(patches.begin(), patches.end(), [&quotas](const Patch& patch) {
-        const int64_t quota = *quotas++;
-        return !patch.of.present || quota <= patch.quota;
-    });
+bool Kept::reach(const sp_block& block, const int64_t* quotas) const {
+    for (size_t p = 0; p < patches.size(); ++p) {
+        const sp_patch& patch = block.patches[p];
+        if (patch.present && std::max(quotas[p], patch.skip) > patches[p].quota) return false;
+    }
+    return true;
 }
 
 size_t Kept::bytes() const {
@@ -138,6 +166,7 @@ void Engine::prepare(const sp_block& block, const std::vector<Request>& requests
         thread->sinks.assign(patches, Sink{});
         thread->space.lora.assign(patches, nullptr);
         thread->written = {};
+        if (block.codes != nullptr) thread->written.kept.resize(patches);
         thread->uncollected = 0;
         for (size_t p = 0; p < patches; ++p) {
             const sp_patch& patch = block.patches[p];
@@ -181,9 +210,10 @@ void Engine::sweep(const Pass& pass, const std::vector<Request>& requests,
     assert(std::all_of(tasks.begin(), tasks.end(), [](const Task& task) { return task.sound(); }));
     const auto listing = [](const Task& task) { return task.collect || task.eligible == Eligible::listed; };
     const sp_block& block = *pass.block;
-    prepare(block, requests, std::any_of(tasks.begin(), tasks.end(), listing));
+    const bool recoding = pass.out != nullptr && block.codes != nullptr;
+    prepare(block, requests, recoding || std::any_of(tasks.begin(), tasks.end(), listing));
     const Chunks chunks(block);
-    const auto step = from_lists(pass) ? isa_.patch_up : isa_.visit;
+    const auto step = recoding ? isa_.recode : from_lists(pass) ? isa_.patch_up : isa_.visit;
     std::atomic<int64_t> done{0};
     pool_.run(chunks.count(), [&](int i, int64_t slot) {
         Thread& thread = *threads_[static_cast<size_t>(i)];
@@ -220,6 +250,18 @@ void Engine::report_all(sp_report& report, size_t patches) const {
         add(sum.overflow, thread->written.overflow);
         sum.acted += thread->written.acted;
         sum.changed += thread->written.changed;
+        add(sum.bad_scale, thread->written.bad_scale);
+        add(sum.saturated, thread->written.saturated);
+    }
+    report.bad_scale = plain(sum.bad_scale);
+    report.saturated = plain(sum.saturated);
+    for (size_t p = 0; report.kept != nullptr && p < patches; ++p) {
+        sp_kept& kept = report.kept[p];
+        kept = {};
+        kept.size = sizeof kept;
+        for (const auto& thread : threads_) {
+            if (p < thread->written.kept.size()) add(kept, thread->written.kept[p]);
+        }
     }
     report.overflow = plain(sum.overflow);
     report.acted = sum.acted;

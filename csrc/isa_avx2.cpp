@@ -17,12 +17,14 @@ namespace avx2 {
 
 #include "passes.inl"
 
+#include "codes.inl"
+
 }  // namespace avx2
 }  // namespace safepatch
 
 #pragma GCC pop_options
 
 const safepatch::Isa safepatch::avx2_isa{"avx2", safepatch::avx2::visit, safepatch::avx2::patch_up,
-                                         safepatch::avx2::count};
+                                         safepatch::avx2::recode, safepatch::avx2::count};
 
 #endif

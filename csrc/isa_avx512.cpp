@@ -21,12 +21,14 @@ namespace avx512 {
 
 #include "passes.inl"
 
+#include "codes.inl"
+
 }  // namespace avx512
 }  // namespace safepatch
 
 #pragma GCC pop_options
 
 const safepatch::Isa safepatch::avx512_isa{"avx512", safepatch::avx512::visit, safepatch::avx512::patch_up,
-                                           safepatch::avx512::count};
+                                           safepatch::avx512::recode, safepatch::avx512::count};
 
 #endif

@@ -13,9 +13,11 @@ namespace neon {
 
 #include "passes.inl"
 
+#include "codes.inl"
+
 }  // namespace neon
 
-const Isa neon_isa{"neon", neon::visit, neon::patch_up, neon::count};
+const Isa neon_isa{"neon", neon::visit, neon::patch_up, neon::recode, neon::count};
 
 }  // namespace safepatch
 

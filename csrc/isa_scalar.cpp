@@ -9,8 +9,10 @@ namespace scalar {
 
 #include "passes.inl"
 
+#include "codes.inl"
+
 }  // namespace scalar
 
-const Isa scalar_isa{"scalar", scalar::visit, scalar::patch_up, scalar::count};
+const Isa scalar_isa{"scalar", scalar::visit, scalar::patch_up, scalar::recode, scalar::count};
 
 }  // namespace safepatch

@@ -515,8 +515,8 @@ void Engine::merge(const sp_block& block, const int64_t* quotas, Kept& kept, voi
 }
 
 size_t Engine::scratch(int64_t entries, size_t patches) const {
-    const size_t tile =
-        sizeof(Lane) + sizeof(Sink) + (kChunk + kSlack) * (sizeof(float) + sizeof(uint32_t) + sizeof(uint16_t));
+    const size_t tile = sizeof(Lane) + sizeof(Sink) + sizeof(Remains) +
+                        (kChunk + kSlack) * (sizeof(float) + sizeof(uint32_t) + sizeof(uint16_t));
     const size_t bins = 2 * 2 * kBins * sizeof(uint32_t);
     const size_t thread = sizeof(Thread) + std::max<size_t>(patches, 1) * (tile + bins + 256);
     const auto chunks = static_cast<size_t>(entries / (kChunk / 2)) + 2;  // LoRA's rows may shorten them

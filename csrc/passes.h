@@ -28,6 +28,8 @@ inline constexpr int kTile = 1024;
 inline constexpr int kWords = kTile / 64;
 // Entries that a thread takes at once, at most.
 inline constexpr int kChunk = 32768;
+// Codes that are rewritten at once.
+inline constexpr int kBatch = 256;
 static_assert(kChunk <= 65536);  // places in a chunk have 16 bits
 // Buffers may be read or written this many entries beyond their end.
 inline constexpr int kSlack = 64;
@@ -130,11 +132,25 @@ struct Range {
     int64_t word;
 };
 
+// A sum of float64 numbers that is never rounded. Mantissas are added up in bins of 32 exponents, shifted to the
+// lowest of them: 85 bits, so that 2^42 numbers fit.
+struct ExactSum {
+    __int128 bins[64];
+};
+
+// As sp_kept.
+struct Remains {
+    int64_t acted, changed, saturated;
+    ExactSum along, asked, moved;
+};
+
 // What a pass found of the entries that it wrote; every thread has its own.
 struct Written {
     Fault overflow;
     int64_t acted = 0;
     int64_t changed = 0;
+    Fault bad_scale, saturated;
+    std::vector<Remains> kept;  // one per patch, where codes are written
 };
 
 // What a pass found for one patch; every thread has its own.
@@ -147,6 +163,21 @@ struct Sink {
     uint32_t* list = nullptr;  // room for kChunk + kSlack
     uint16_t* places = nullptr;
     int64_t listed = 0;
+    int64_t taken = 0;  // of the listed, those whose codes are rewritten
+};
+
+// Codes that are rewritten: the entries of a chunk that some T holds, in order.
+struct alignas(64) Batch {
+    uint16_t place[kBatch];  // in the chunk
+    int64_t at[kBatch];      // in the stored codes
+    float scale[kBatch], v[kBatch], w[kBatch], acc[kBatch], y[kBatch], after[kBatch];
+    uint64_t words[4][kBatch];  // of Philox
+    uint32_t random[kBatch];
+    uint8_t old[kBatch], fresh[kBatch];
+    uint8_t actors[kBatch];  // how many patches act: 0, 1, or 2 for several
+    uint32_t owner[kBatch];  // one of them
+    uint8_t written[kBatch];
+    int n;
 };
 
 // One patch's working memory for a tile.
@@ -156,9 +187,12 @@ struct alignas(64) Lane {
     uint64_t eligible[kWords];
     uint64_t selected[kWords];
     uint64_t acts[kWords];
-    const float* d;  // where the deltas are: `delta`, or the input itself
-    const void* k;   // where the keys are, sign bits to be ignored: `key`, or the deltas
-    int64_t next;    // of the task's list
+    float step[kBatch];      // of a batch of codes: scale * delta,
+    uint8_t holds[kBatch];   // whether T holds the entry,
+    uint8_t acting[kBatch];  // and whether the patch acts on it
+    const float* d;          // where the deltas are: `delta`, or the input itself
+    const void* k;           // where the keys are, sign bits to be ignored: `key`, or the deltas
+    int64_t next;            // of the task's list
     float scale;
 };
 
@@ -179,6 +213,7 @@ struct alignas(64) Workspace {
     uint32_t bits[kTile];
     uint32_t out_bits[kTile];
     uint8_t holders[kChunk];  // how many patches select an entry: 0, 1, or 2 for several
+    Batch batch;
     std::vector<Lane> lanes;
     std::vector<float*> lora;  // per patch, kChunk + kSlack deltas; null unless the patch is a LoRA
 };
@@ -191,6 +226,8 @@ struct Isa {
     // Write a range from lists alone. Patches must either be null or have a list (and, if their keys aren't
     // their deltas, not be LoRA); entries of several patches are left alone, and sinks have room for lists.
     void (*patch_up)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written);
+    // Write a range of a block that is stored as codes. Sinks have room for lists.
+    void (*recode)(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written);
     // Count `n` keys, sign bits ignored, into a window. `keys` has kSlack entries of slack.
     void (*count)(const uint32_t* keys, int64_t n, Workspace& space, Window& window);
 };

@@ -758,6 +758,29 @@ static void write_tile(const Pass& pass, const Tile& tile, const float* base, co
     for (size_t p = 0; p < space.lanes.size(); ++p) sinks[p].applied += count_marks(space.lanes[p].acts, tile.words);
 }
 
+// Of a block that is stored as codes, in space.base; see codes.inl.
+static void find_handed(const sp_codes& codes, const Tile& tile, Workspace& space);
+
+static bool is_base_read(const sp_block& block) {
+    for (size_t p = 0; p < block.patch_count; ++p) {
+        if (block.patches[p].present && block.patches[p].kind == SP_CHECKPOINT) return true;
+    }
+    return false;
+}
+
+// What the patches' deltas and weights are from: the tile as float32.
+static const float* find_base(const sp_block& block, const Tile& tile, Workspace& space, const void*& base_bits) {
+    if (block.codes != nullptr) {
+        if (is_base_read(block)) find_handed(*block.codes, tile, space);
+        return space.base;
+    }
+    base_bits = padded(block.base, tile, space.base_bits);
+    prefetch_next(block.base, tile);
+    if (block.base.dtype == SP_F32) return static_cast<const float*>(base_bits);
+    SP_BY_DTYPE(block.base.dtype, widen, base_bits, space.base, tile.words);
+    return space.base;
+}
+
 static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, Written& written) {
     const sp_block& block = *pass.block;
     const std::vector<Task>& tasks = *pass.tasks;
@@ -771,22 +794,19 @@ static void visit(const Pass& pass, Workspace& space, Range range, Sink* sinks, 
                         n,
                         (n + 63) / 64,
                         rest < kTile ? static_cast<int>(rest) : kTile};
-        const void* base_bits = padded(block.base, tile, space.base_bits);
-        const float* base = space.base;
-        if (block.base.dtype == SP_F32) {
-            base = static_cast<const float*>(base_bits);
-        } else {
-            SP_BY_DTYPE(block.base.dtype, widen, base_bits, space.base, tile.words);
-        }
-        prefetch_next(block.base, tile);
+        const void* base_bits = nullptr;
+        const float* base = find_base(block, tile, space, base_bits);
         for (size_t p = 0; p < tasks.size(); ++p) {
             Lane& lane = space.lanes[p];
             if (tasks[p].patch != nullptr) {
                 visit_patch(tasks[p], tile, base, space.lora[p], range, space, lane, sinks[p]);
             }
-            if (pass.out != nullptr) select_patch(tasks[p], tile, base, lane, sinks[p]);
+            if (pass.out == nullptr) continue;
+            select_patch(tasks[p], tile, base, lane, sinks[p]);
+            if (block.codes != nullptr) list_marked(lane.d, lane.selected, tile.words, within, sinks[p]);
         }
-        if (pass.out != nullptr) write_tile(pass, tile, base, base_bits, space, sinks, written);
+        if (pass.out != nullptr && block.codes == nullptr)
+            write_tile(pass, tile, base, base_bits, space, sinks, written);
     }
 }
 

@@ -19,9 +19,11 @@ inline constexpr size_t first_size = 0;
     inline constexpr size_t first_size<T> = offsetof(T, last) + sizeof(T::last)
 SP_FIRST_SIZE(sp_patch, reserved);
 SP_FIRST_SIZE(sp_block, user);
+SP_FIRST_SIZE(sp_codes, original);
 SP_FIRST_SIZE(sp_cut, before);
 SP_FIRST_SIZE(sp_window, counts);
 SP_FIRST_SIZE(sp_patch_report, negative);
+SP_FIRST_SIZE(sp_kept, moved);
 SP_FIRST_SIZE(sp_report, changed);
 SP_FIRST_SIZE(sp_fix_changes, new_entries);
 SP_FIRST_SIZE(sp_fix_run, changes);

@@ -10,8 +10,23 @@ Bits = tuple[NDArray[np.unsignedinteger], int]
 Lora = tuple[NDArray[np.float32], NDArray[np.float32], float]
 # kind, importance, weight, values, scores, Philox key, keep, scale
 Patch = tuple[int, int, int, Bits | Lora, Bits | None, int, int, float]
-# base, start, columns, patches, acts, join, order, lambda
-Block = tuple[Bits, int, int, Sequence[Patch | None], int, int, int, float]
+# grid, flip, data, first, entries, (rows, columns, and of a block), (scales, their first row, turned), handed dtype,
+# rounding, Philox key, original
+Codes = tuple[
+    int,
+    int,
+    NDArray[np.uint8],
+    int,
+    int,
+    tuple[int, int, int, int],
+    tuple[NDArray[np.float32], int, bool],
+    int,
+    int,
+    int,
+    Bits | None,
+]
+# base, start, columns, patches, acts, join, order, lambda, codes
+Block = tuple[Bits, int, int, Sequence[Patch | None], int, int, int, float, Codes | None]
 # key, before, skip_key, skip_before
 Cut = tuple[int, int, int, int]
 
@@ -19,8 +34,10 @@ Cut = tuple[int, int, int, int]
 _Fault = tuple[int, int]
 # eligible, selected, applied, bad delta, bad score, negative
 _Patch = tuple[int, int, int, _Fault, _Fault, _Fault]
-# per patch, overflow, acted, changed
-_Report = tuple[list[_Patch], _Fault, int, int]
+# per patch (acted, changed, saturated, three sums as little-endian integers), bad scales, saturated
+Kept = tuple[list[tuple[int, int, int, tuple[bytes, bytes, bytes]]], _Fault, _Fault]
+# per patch, overflow, acted, changed, what is kept in codes
+_Report = tuple[list[_Patch], _Fault, int, int, Kept | None]
 
 class Unsupported(RuntimeError): ...
 class BadData(ValueError): ...

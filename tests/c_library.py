@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import safepatch_core
-from safepatch_core.backends.contract import Bits, Block, Cut, Lora, PatchData
+from safepatch_core.backends.contract import Bits, Block, Codes, Cut, GridName, Lora, PatchData, Rounding
 from safepatch_core.spec import Dtype, Importance, Kind, Order, Weight, numbers
 
 LIB = Path(safepatch_core.get_library_dir())
@@ -137,6 +137,17 @@ def cut_of(cut: Any) -> Cut:
     return Cut(cut.key, cut.before, cut.skip_key, cut.skip_before)
 
 
+def codes_of(codes: Codes) -> Any:
+    table = codes.scales
+    given = made("sp_codes", grid=numbers(GridName)[codes.grid], flip=codes.flip, data=address(codes.data))
+    given.first, given.entries, given.original = codes.first, codes.entries, bits_of(codes.original)
+    given.rows, given.cols, (given.block_rows, given.block_cols) = table.rows, table.cols, table.block
+    given.scales, given.scale_first, given.scale_rows = address(table.values), table.first, len(table.values)
+    given.turned, given.handed = table.turned, numbers(Dtype)[codes.handed]
+    given.rounding, given.random_key = numbers(Rounding)[codes.rounding], codes.random_key
+    return given
+
+
 class CBlock:
     """A block in the header's words, and the arrays it points to."""
 
@@ -154,6 +165,9 @@ class CBlock:
         self.c.__setattr__("lambda", ctypes.addressof(self.lambda_))
         self.reports = made("sp_patch_report", n)
         self.report = made("sp_report", patches=ctypes.addressof(self.reports))
+        if block.codes is not None:
+            self.codes, self.kept = codes_of(block.codes), made("sp_kept", n)
+            self.c.codes, self.report.kept = ctypes.addressof(self.codes), ctypes.addressof(self.kept)
 
 
 class CEngine:

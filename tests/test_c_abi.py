@@ -89,7 +89,8 @@ int main(void) {
         uint64_t guard;
     } reports;
     sp_patch_report *found = reports.found;
-    sp_report report = {sizeof report, found, {0, 0}, 0, 0}, counted = {sizeof counted, found, {0, 0}, 0, 0};
+    sp_report report = {.size = sizeof report, .patches = found};
+    sp_report counted = {.size = sizeof counted, .patches = found};
     memset(&reports, 0, sizeof reports);
     memset(cuts, 0, sizeof cuts);
     cuts[0].size = sizeof cuts[0];

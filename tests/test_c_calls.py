@@ -6,6 +6,7 @@ import ctypes
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,13 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from safepatch_core.backends.codes import CodesReport
 from safepatch_core.backends.contract import Bits, Block, Cut, Lora, PatchData
+from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.fixes.build import build_between
 from safepatch_core.fixes.reading import Fix, open_fix
-from safepatch_core.spec import Acts, Join, Rule, keep_threshold, quota, random_key
+from safepatch_core.merging.quantised.grids import E2M1
+from safepatch_core.merging.recipe import Quantized
+from safepatch_core.spec import Acts, Importance, Join, Rule, Weight, keep_threshold, numbers, quota, random_key
 from tests.c_library import PLAIN, STRUCTS, CBlock, CEngine, Memory, Progress, constant, cut_of, library, made
 from tests.oracle import Tensor
+from tests.test_codes import Stored, f32, told, whole
 from tests.test_embed import save_shards
 from tests.test_select import block_of, expected, members
 
@@ -435,7 +441,7 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
 
 # Bytes up to the last field that every version of a struct has had, where later ones have more.
 FIRST = {name: ctypes.sizeof(kind) for name, kind in STRUCTS.items() if issubclass(kind, ctypes.Structure)}
-FIRST |= {"sp_patch": 128, "sp_block": 88, "sp_cut": 24}
+FIRST |= {"sp_patch": 128, "sp_block": 88, "sp_cut": 24, "sp_report": 48}
 # Where NULL is allowed: it says so in the header.
 OPTIONAL = {("sp_engine_open", "isa"), ("sp_fix_gaps", "codes")}
 
@@ -472,6 +478,77 @@ def test_a_struct_that_does_not_say_its_size_is_refused() -> None:
                     struct.size = wrong
                     assert getattr(LIB, name)(*arguments) == BAD, (name, type(struct), wrong)
                 struct.size = right
+
+
+# --- codes
+
+
+def coded_block() -> tuple[Block, Any]:
+    """A block that is stored as codes, and these."""
+    stored = Stored(E2M1, "groups", seed=2)
+    patches = [stored.patch("delta", f32(stored.deltas())), stored.patch("scores", f32(stored.deltas()))]
+    coded, loaded = told(stored, Quantized(), stored.data.copy())
+    block = whole(stored, patches, Rule(Acts.ALL, Join.SUM))
+    return replace(block, codes=loaded.told(coded)), stored.data
+
+
+def test_codes_change_as_they_do_from_python(engine: CEngine) -> None:
+    block, data = coded_block()
+    assert block.codes is not None
+    quotas = [len(block) // 2, len(block) // 3]
+    expected = CpuBackend(1).merge(block, quotas, block.codes.data)[1]
+    assert isinstance(expected, CodesReport)
+    changed = block.codes.data.copy()
+    block.codes.data[:] = data
+    c = CBlock(block)
+    assert engine.merge(c, quotas, block.codes.data)[0] == OK, LIB.sp_last_error()
+    assert np.array_equal(block.codes.data, changed) and not np.array_equal(changed, data)
+    for p, kept in enumerate(expected.kept):
+        sums = [int.from_bytes(bytes(of), "little", signed=True) for of in (c.kept[p].along, c.kept[p].asked)]
+        assert (c.kept[p].acted, c.kept[p].changed, *sums) == (kept.acted, kept.changed, kept.along, kept.asked)
+    found = c.report.bad_scale, c.report.saturated
+    assert [(of.count, of.first) for of in found] == [
+        (of.count, of.first) for of in (expected.bad_scale, expected.saturated)
+    ]
+
+
+def test_codes_that_could_lead_out_of_their_arrays_are_refused(engine: CEngine) -> None:
+    block, _ = coded_block()
+    assert block.codes is not None
+    n, table = len(block), block.codes.scales
+    wrong: dict[str, list[Any]] = {
+        "size": [0, 8, ctypes.sizeof(STRUCTS["sp_codes"]) - 16],
+        "grid": [-1, 4],
+        "flip": [-1, 256],
+        "data": [None],
+        "first": [-1, 1, 2, 1 << 62],
+        "entries": [-1, 0, n - 2, (1 << 63) - 1],
+        "rows": [0, -1, 1 << 62],
+        "cols": [0, -1, 3, 1 << 62],
+        "block_rows": [0, -1],
+        "block_cols": [0, -1, 1 << 63 - 1],
+        "scales": [None, block.codes.scales.values.ctypes.data + 1],
+        "scale_first": [-1, 1, 1 << 62],
+        "scale_rows": [-1, 0, len(table.values) - 1],
+        "turned": [-1, 2],
+        "handed": [-1, 3],
+        "rounding": [-1, 2],
+        "reserved": [1],
+    }
+    for field, values in wrong.items():
+        for value in values:
+            c = CBlock(block)
+            setattr(c.codes, field, value)
+            assert engine.apply(c, made("sp_cut", 2), block.codes.data) == BAD, (field, value)
+    gradients = CBlock(block)
+    gradients.patches[1].importance = numbers(Importance)["gradients"]
+    elsewhere, no_room = CBlock(block), CBlock(block)
+    no_room.report.kept = None
+    assert engine.apply(gradients, made("sp_cut", 2), block.codes.data) == OK  # with deltas
+    gradients.patches[1].weight = numbers(Weight)["base"]
+    assert engine.apply(gradients, made("sp_cut", 2), block.codes.data) == BAD
+    assert engine.apply(no_room, made("sp_cut", 2), block.codes.data) == BAD
+    assert engine.apply(elsewhere, made("sp_cut", 2), block.codes.data.copy()) == BAD
 
 
 def test_null_handles_are_answered() -> None:

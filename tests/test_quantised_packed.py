@@ -439,13 +439,13 @@ def test_scales_at_the_ends_of_e8m0(tmp_path: Path, exponent: int) -> None:
 
 def test_a_matrix_that_the_limit_has_no_room_for(tmp_path: Path) -> None:
     layout = gpt_oss()
-    layout.shape = (1, 1024, 4096)
+    layout.shape = (1, 4096, 4096)
     base = Base.__new__(Base)
     base.root, base.layout, base.rng = tmp_path, layout, np.random.default_rng(0)
-    blocks = Tensor("U8", (1, 4096, 32, 16), bytes(4096 * 512))
-    base.tensors = {f"{EXPERTS}_blocks": blocks, f"{EXPERTS}_scales": Tensor("U8", (1, 4096, 32), bytes(4096 * 32))}
+    blocks = Tensor("U8", (1, 4096, 128, 16), bytes(4096 * 2048))
+    base.tensors = {f"{EXPERTS}_blocks": blocks, f"{EXPERTS}_scales": Tensor("U8", (1, 4096, 128), bytes(4096 * 128))}
     base.save()
-    values = Tensor("BF16", layout.shape, bytes(2 * 4096 * 1024))
+    values = Tensor("BF16", layout.shape, bytes(2 * 4096 * 4096))
     save_file(tmp_path / "a.safetensors", {EXPERTS: values})
     recipe = base.recipe({"name": "a", "source": "a.safetensors", "kind": "delta"})
     told = r"too small for a matrix of '.*gate_up_proj', which is stored the other way round: found .*at least \d+"

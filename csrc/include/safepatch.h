@@ -83,6 +83,35 @@ typedef struct sp_lora {
     float scale;
 } sp_lora;
 
+/* Codes that stand for numbers of a grid, times a scale. A code of 8 bits is E4M3 or a number in two's complement; of
+ * two codes of 4 bits in a byte the low one is first: E2M1, or a number plus 8. */
+enum { SP_E4M3 = 0, SP_E2M1 = 1, SP_INT8 = 2, SP_INT4 = 3 }; /* grid */
+enum { SP_STOCHASTIC = 0, SP_NEAREST = 1 };                  /* rounding */
+
+/* How a tensor is stored as codes: matrices [rows, cols], one below another, and a table of scales, of which one is
+ * shared by block_rows x block_cols entries of a matrix. */
+typedef struct sp_codes {
+    size_t size; /* sizeof(sp_codes) */
+    int32_t grid;
+    int32_t flip;  /* bits of a byte of 8-bit codes that are the other way round in `data` */
+    uint8_t* data; /* the codes of `entries` entries of the tensor from `first` on: all of the block, or more */
+    int64_t first; /* even where codes have 4 bits */
+    int64_t entries;
+    int64_t rows;
+    int64_t cols;
+    int64_t block_rows;
+    int64_t block_cols;
+    const float* scales; /* [scale_rows, ceil(cols / block_cols)], from row `scale_first` of the table on */
+    int64_t scale_first;
+    int64_t scale_rows;
+    int32_t turned;      /* entries are counted in the transposes of the matrices; then `data` holds whole ones */
+    int32_t handed;      /* dtype that values were rounded to when checkpoints were trained on them: what d is from */
+    int32_t rounding;    /* to a neighbour on the grid, or the nearest number (ties to the even code) */
+    int32_t reserved;    /* 0 */
+    uint64_t random_key; /* of the Philox numbers that stochastic rounding draws, one for each entry */
+    sp_bits original;    /* the same entries of the float model, which are then what is patched; or NULL and F32 */
+} sp_codes;
+
 /* One patch's share of a block. */
 typedef struct sp_patch {
     size_t size;        /* sizeof(sp_patch) */
@@ -114,6 +143,9 @@ typedef struct sp_block {
     sp_progress progress; /* NULL: none */
     void* user;           /* handed to `progress` */
     const float* lambda;  /* what that mean or sum is multiplied with; NULL: 1 */
+    /* NULL, or how the tensor is stored: then `base` is not read, `data` is what sp_apply and sp_merge change in
+     * place and are given as output, and gradients are multiplied with deltas only. */
+    const sp_codes* codes;
 } sp_block;
 
 /* Selected are the eligible entries with key > `key`, or key == `key` and index in the tensor < `before`.
@@ -154,12 +186,28 @@ typedef struct sp_patch_report {
     sp_fault negative;  /* finite negative score where the delta is finite */
 } sp_patch_report;
 
+/* What became of the entries on which one patch alone acts, in a tensor that is stored as codes. With v and v' the
+ * values before and after, and D what the patch asked for (its sum less the old value, in float32), the sums are
+ * exact: two's complement of 768 bits, the low word first, in units of 2^-360. */
+typedef struct sp_kept {
+    size_t size; /* sizeof(sp_kept) */
+    int64_t acted;
+    int64_t changed;    /* to another code */
+    int64_t saturated;  /* beyond the grid's range */
+    uint64_t along[12]; /* sum of (v' - v) D */
+    uint64_t asked[12]; /* sum of D^2 */
+    uint64_t moved[12]; /* sum of (v' - v)^2 */
+} sp_kept;
+
 typedef struct sp_report {
     size_t size;              /* sizeof(sp_report) */
     sp_patch_report* patches; /* the caller's array of block->patch_count; a call overwrites all of it */
     sp_fault overflow;        /* acted on, finite before, not finite after rounding; such an entry keeps its bits */
     int64_t acted;            /* entries on which any patch acts */
     int64_t changed;          /* those of them whose bits in the output are not the base's: what survives rounding */
+    sp_kept* kept;      /* with codes, the caller's array of block->patch_count, overwritten too; else not read */
+    sp_fault bad_scale; /* acted on, under a scale that isn't finite or is below 2^-100; the code stays */
+    sp_fault saturated; /* written, and beyond the grid's range */
 } sp_report;
 
 /* @return of the library that is loaded: its version, like "0.1.0" (static text), SP_ABI_VERSION, SP_SPEC_VERSION. */
@@ -238,7 +286,8 @@ SP_API size_t sp_notes_bytes(const sp_notes* notes);
 
 /* As sp_merge, of the tensor that the notes are of. The block is the one that they were taken of, but for what may
  * differ; values, scores and factors of its patches are not read and may be missing.
- * @return as sp_merge; SP_BAD_ARGUMENT also for another block, or a quota above those of sp_notes_take. */
+ * @return as sp_merge; SP_BAD_ARGUMENT also for another block, or a quota or skip above the quotas of sp_notes_take.
+ */
 SP_API sp_status sp_notes_merge(sp_notes* notes, sp_engine* engine, const sp_block* block, const int64_t* quotas,
                                 void* out, sp_cut* cuts, sp_report* report);
 

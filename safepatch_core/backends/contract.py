@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from safepatch_core.spec import (
     Rule,
     Weight,
 )
+
+GridName = Literal["E4M3", "E2M1", "INT8", "INT4"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 class Bits(NamedTuple):
@@ -63,6 +66,43 @@ class PatchData:
     scale: float  # c, already rounded to float32
 
 
+class ScaleTable(NamedTuple):
+    """Scales of a weight whose matrices [rows, cols] are stored one below another."""
+
+    values: NDArray[np.float32]  # [rows, columns] of the table
+    first: int  # the row of the whole table that the first one is
+    rows: int
+    cols: int
+    block: tuple[int, int]  # rows and columns of a matrix that share a scale
+    turned: bool = False  # whether entries are counted in the transposes
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Where the codes of a block lie, and how they are rewritten.
+
+    Attributes:
+        grid: what they stand for.
+        data: uint8, those of `entries` entries of the tensor from `first` on: all of the block, or more.
+        flip: bits of a stored code of 8 bits that are the other way round in the grid's.
+        scales: of these entries.
+        handed: what values were rounded to when checkpoints were trained on them: what their deltas are from.
+        rounding, random_key: of new codes.
+        original: the same entries of the float model, which are then what is patched.
+    """
+
+    grid: GridName
+    data: NDArray[np.uint8]
+    flip: int
+    first: int
+    entries: int
+    scales: ScaleTable
+    handed: Dtype
+    rounding: Rounding
+    random_key: int
+    original: Bits | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """Consecutive entries [start, start + len) of one tensor; a patch that lacks the tensor is None."""
@@ -74,6 +114,7 @@ class Block:
     rule: Rule
     order: Order
     lambda_: float = 1.0  # what Join.MEAN, TOTAL and WEIGHTED multiply before they add to w; rounded to float32
+    codes: Codes | None = None  # how the tensor is stored, for engines that take it so; `base` only tells its length
 
     def __len__(self) -> int:
         return len(self.base.data)

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from safepatch_core.backends.codes import CodesReport, Kept
 from safepatch_core.backends.contract import (
     Bits,
     Block,
+    Codes,
     Cut,
     Fault,
+    GridName,
     Lora,
     Notes,
     PatchData,
     PatchReport,
     Report,
+    Rounding,
     Window,
 )
 from safepatch_core.errors import UsageError, lacks_memory
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 _DTYPES, _KINDS, _IMPORTANCES = numbers(Dtype), numbers(Kind), numbers(Importance)
 _WEIGHTS, _ORDERS = numbers(Weight), numbers(Order)
+_GRIDS, _ROUNDINGS = numbers(GridName), numbers(Rounding)
 
 _UNSIGNED: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.uint32),
@@ -62,6 +67,8 @@ class CpuBackend:
     Raises UsageError if that can't run here. Calls from several threads take turns; a call that is wrong in itself
     (lengths, dtypes) raises ValueError, lack of memory MemoryError.
     """
+
+    takes_codes = True
 
     def __init__(self, threads: int, isa: str | None = None) -> None:
         if threads < 1:
@@ -148,7 +155,10 @@ def open_engine(*, threads: int | None, device: str | None, vram_limit: int | No
 
 def _given(block: Block) -> _engine.Block:
     """A block in the bindings' words. Raises ValueError where its arrays don't fit each other."""
-    _check_bits("base", block.base, len(block))
+    if block.codes is None:
+        _check_bits("base", block.base, len(block))
+    else:
+        _check_codes(block.codes)
     for patch in block.patches:
         if patch is not None:
             _check_patch(patch, block)
@@ -157,8 +167,26 @@ def _given(block: Block) -> _engine.Block:
 
 def _in_numbers(block: Block) -> _engine.Block:
     patches = [None if patch is None else _given_patch(patch) for patch in block.patches]
+    codes = None if block.codes is None else _given_codes(block.codes)
     rule = *block.rule, _ORDERS[block.order], block.lambda_
-    return _given_bits(block.base), block.start, block.cols, patches, *rule
+    return _given_bits(block.base), block.start, block.cols, patches, *rule, codes
+
+
+def _given_codes(codes: Codes) -> _engine.Codes:
+    table = codes.scales
+    return (
+        _GRIDS[codes.grid],
+        codes.flip,
+        codes.data,
+        codes.first,
+        codes.entries,
+        (table.rows, table.cols, *table.block),
+        (table.values, table.first, table.turned),
+        _DTYPES[codes.handed],
+        _ROUNDINGS[codes.rounding],
+        codes.random_key,
+        None if codes.original is None else _given_bits(codes.original),
+    )
 
 
 def _given_patch(patch: PatchData) -> _engine.Patch:
@@ -178,16 +206,18 @@ def _given_bits(bits: Bits) -> _engine.Bits:
     return bits.data, _DTYPES[bits.dtype]
 
 
-def _report(patches: list[Any], overflow: tuple[int, int], acted: int, changed: int) -> Report:
-    return Report(
-        [
-            PatchReport(eligible, selected, applied, Fault(*delta), Fault(*score), Fault(*negative))
-            for eligible, selected, applied, delta, score, negative in patches
-        ],
-        Fault(*overflow),
-        acted,
-        changed,
-    )
+def _report(
+    patches: list[Any], overflow: tuple[int, int], acted: int, changed: int, codes: _engine.Kept | None
+) -> Report:
+    told = [
+        PatchReport(eligible, selected, applied, Fault(*delta), Fault(*score), Fault(*negative))
+        for eligible, selected, applied, delta, score, negative in patches
+    ]
+    if codes is None:
+        return Report(told, Fault(*overflow), acted, changed)
+    kept, bad_scale, saturated = codes
+    sums = [Kept(*counts, *(int.from_bytes(of, "little", signed=True) for of in exact)) for *counts, exact in kept]
+    return CodesReport(told, Fault(*overflow), acted, changed, sums, Fault(*bad_scale), Fault(*saturated))
 
 
 def _check_array(what: str, array: NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> None:
@@ -223,7 +253,19 @@ def _check_patch(patch: PatchData, block: Block) -> None:
         _check_bits("patch scores", patch.scores, len(block))
 
 
+def _check_codes(codes: Codes) -> None:
+    table, width = codes.scales, 4 if codes.grid in ("E2M1", "INT4") else 8
+    _check_array("codes", codes.data, np.dtype(np.uint8), (-(-codes.entries * width // 8),))
+    _check_array("scales", table.values, np.dtype(np.float32), (len(table.values), -(-table.cols // table.block[1])))
+    if codes.original is not None:
+        _check_bits("original", codes.original, codes.entries)
+
+
 def _check_output(block: Block, out: NDArray[np.unsignedinteger]) -> None:
+    if block.codes is not None:
+        if out.ctypes.data != block.codes.data.ctypes.data or not out.flags.writeable:
+            raise ValueError("output: of codes, expected their own data")
+        return
     _check_array("output", out, block.base.data.dtype, block.base.data.shape)
     if not out.flags.writeable:
         raise ValueError("output: found a read-only array")

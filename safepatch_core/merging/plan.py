@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safepatch_core.backends.codes import takes_codes
 from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
@@ -490,7 +491,9 @@ def _coded(given: _Opened, entry: TensorEntry) -> Coded | None:
 
 
 def _placed(target: Target, recipe: Recipe, engine: Backend, limit: int, chunk: int | None) -> Target:
-    """The target, done in chunks where its scope or the limit asks for that."""
+    """The target as the engine takes it, done in chunks where its scope or the limit asks for that."""
+    if takes_codes(engine):
+        target = target.by_codes
     entries = target.entry.entries
     need = target.unit_bytes(entries) + engine.scratch(entries, len(target.patches))
     fits = need <= limit - FIXED_BYTES and (chunk is None or entries <= chunk)

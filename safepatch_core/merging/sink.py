@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from safepatch_core.backends.codes import CodesReport, Kept
 from safepatch_core.backends.contract import PatchReport, Report
 from safepatch_core.files.disk import Extent, HashedFile
 from safepatch_core.files.staging import Staging
 from safepatch_core.merging.layout import OutputPart
-from safepatch_core.merging.quantised.survival import CodesReport, Kept
 
 # After so many bytes a file's beginning is made durable and marked in the journal, where a tensor ends: the most that
 # a kill costs. A mark waited 0.1 to 0.5 s for the disk (2 cores, others at work); shards of ordinary size need none.

@@ -12,6 +12,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from safepatch_core.backends.codes import CodesReport
 from safepatch_core.backends.contract import (
     Backend,
     Bits,
@@ -34,7 +35,6 @@ from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.pipeline import Region, Ring, align
 from safepatch_core.merging.plan import Plan
-from safepatch_core.merging.quantised.survival import CodesReport
 from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
 from safepatch_core.merging.sources.dense import Dense
@@ -259,7 +259,7 @@ class Merge:
                 target.coded, target.present, self._inputs, (unit.lo, unit.hi), memory, selecting=selecting
             )
             bits, written = Bits(codes.tiles[0], "F32"), codes.data
-            if target.coded.original is not None and not selecting:
+            if target.coded.original is not None and codes.scales is not None:
                 codes.original = cast(Bits, fetch(target.coded.original))
         recipe = self.plan.recipe
         patches: list[PatchData | None] = []
@@ -287,6 +287,7 @@ class Merge:
             rule=recipe.rule,
             order=recipe.order,
             lambda_=recipe.lambda_,
+            codes=None if codes is None or target.coded is None else codes.told(target.coded),
         )
         return Work(unit, written, block, codes=codes, notes=notes)
 
@@ -338,9 +339,9 @@ class _Apply:
             work.cuts = cuts = self._ties.get(unit.entry.name).cuts(engine, block)
 
             def patch(block: Block, of: slice) -> Report:
-                return engine.apply(block, cuts[of], block.base.data)
+                return engine.apply(block, cuts[of], _output(block))
 
-        if target.coded is None or work.codes is None:
+        if target.coded is None or work.codes is None or target.coded.direct:
             report = patch(block, slice(None))
         else:
             report = rewrite(block, target.coded, work.codes, patch)
@@ -348,12 +349,17 @@ class _Apply:
 
     def _merge(self, work: Work, block: Block, target: Target, of: slice) -> tuple[list[Cut], Report]:
         """A target that is done whole, by notes where there are any."""
-        notes, asked = work.notes, (target.quotas[of], block.base.data, target.skips[of])
+        notes, asked = work.notes, (target.quotas[of], _output(block), target.skips[of])
         if notes is None and self._notebook is not None and target.coded is None:
             notes = self._notebook.take(target, block)
         if notes is None:
             return self._engine.merge(block, *asked)
         return cast(Noting, self._engine).merge_noted(notes, block, *asked)
+
+
+def _output(block: Block) -> NDArray[np.unsignedinteger]:
+    """What a block is written over."""
+    return block.base.data if block.codes is None else block.codes.data
 
 
 def _collect(plan: Plan, unit: Unit, report: Report, counts: Counts) -> None:

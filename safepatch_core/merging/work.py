@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.pipeline import align
-from safepatch_core.merging.quantised.values import Dequantised
+from safepatch_core.merging.quantised.values import Dequantised, Measured
 from safepatch_core.merging.quantised.writing import Coded
 from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.merging.sources.dense import Dense
@@ -29,6 +29,11 @@ class PatchInput:
     def tensors(self) -> list[PatchTensor]:
         return [self.delta] if self.scores is None else [self.delta, self.scores]
 
+    @property
+    def unmeasured(self) -> PatchInput:
+        """The same for an engine that takes codes: it measures checkpoints itself."""
+        return replace(self, delta=self.delta.said) if isinstance(self.delta, Measured) else self
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -44,6 +49,14 @@ class Target:
     skips: tuple[int, ...]  # how many of them are skipped
     whole: bool  # done in one piece, read once
     coded: Coded | None = None
+
+    @property
+    def by_codes(self) -> Target:
+        """The same for an engine that takes codes."""
+        if self.coded is None:
+            return self
+        patches = tuple(patch and patch.unmeasured for patch in self.patches)
+        return replace(self, coded=replace(self.coded, direct=True), patches=patches)
 
     @property
     def stored(self) -> TensorEntry:
@@ -78,7 +91,8 @@ class Target:
 
     def tensors(self, selecting: bool = False) -> list[PatchTensor]:
         """All that is read, or what is needed to select."""
-        return self.said if selecting and self.coded else [self.base, *self.given]
+        floats = self.coded is not None and not self.coded.direct
+        return self.said if selecting and floats else [self.base, *self.given]
 
     @property
     def step(self) -> int:
@@ -106,7 +120,7 @@ class Target:
         if self.coded is None:
             return [ITEMSIZE[self.entry.dtype], *said]
         original = self.coded.original
-        tiles = [4] * max(1, self.present)
+        tiles = [] if self.coded.direct else [4] * max(1, self.present)
         return [self.base.entry_bytes, *tiles, *([original.ring_bytes] if original else []), *said]
 
     def once_bytes(self, selecting: bool = False) -> int:

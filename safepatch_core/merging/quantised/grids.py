@@ -13,6 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from safepatch_core.backends.contract import GridName
+
 F32 = NDArray[np.float32]
 Codes = NDArray[np.uint8]  # one code per entry, whatever its width in files
 
@@ -21,10 +23,12 @@ class Grid(ABC):
     """A set of numbers with codes.
 
     Attributes:
+        name: what engines call it.
         bits: the width of a code: 8, or 4 for two codes in a byte.
         numbers: float32 [2^bits], what each code stands for; NaN where that is none.
     """
 
+    name: GridName
     bits: int
     numbers: F32
 
@@ -97,8 +101,8 @@ class Integers(Grid):
     A code of 8 bits is the number in two's complement; one of 4 bits is the number plus 8, as pack-quantized has it.
     """
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    def __init__(self, name: GridName, bits: int) -> None:
+        self.name, self.bits = name, bits
         self._zero = 0 if bits == 8 else 1 << (bits - 1)
         half = 1 << (bits - 1)
         numbers = np.arange(-half, half, dtype=np.float32)
@@ -118,8 +122,8 @@ class Minifloats(Grid):
     With `nan` the code of all ones is not a number.
     """
 
-    def __init__(self, bits: int, mantissa: int, lowest_exponent: int, *, nan: bool) -> None:
-        self.bits = bits
+    def __init__(self, name: GridName, bits: int, mantissa: int, lowest_exponent: int, *, nan: bool) -> None:
+        self.name, self.bits = name, bits
         self._mantissa, self._bottom = mantissa, lowest_exponent
         code = np.arange(1 << (bits - 1))
         exponent, fraction = code >> mantissa, code & ((1 << mantissa) - 1)
@@ -156,10 +160,10 @@ def _power(exponent: NDArray[np.int32]) -> F32:
     return bits.view(np.float32)
 
 
-E4M3 = Minifloats(8, 3, -6, nan=True)
-E2M1 = Minifloats(4, 1, 0, nan=False)
-INT8 = Integers(8)
-INT4 = Integers(4)
+E4M3 = Minifloats("E4M3", 8, 3, -6, nan=True)
+E2M1 = Minifloats("E2M1", 4, 1, 0, nan=False)
+INT8 = Integers("INT8", 8)
+INT4 = Integers("INT4", 4)
 
 # The powers of two that an E8M0 scale can be; 255 is not a number, and 0 a subnormal float32.
 E8M0: F32 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)).astype(np.float32), np.float32(np.nan))

@@ -119,10 +119,19 @@ def _difference(dtype: Dtype, patched: F32, w: F32) -> F32:
     return np.subtract(patched, rounded(w, dtype))
 
 
+@dataclass(frozen=True, slots=True)
+class Measured(Computed):
+    """d of a checkpoint. An engine that takes codes measures it itself, from what the patch says."""
+
+    @property
+    def said(self) -> PatchTensor:
+        return self.parts[0]
+
+
 def delta_of(said: PatchTensor, w: PatchTensor, entry: TensorEntry, dtype: str) -> PatchTensor:
     """d of one patch: patched values are measured from w rounded to `dtype`, what its trainer was handed."""
     _require_independent(said, entry)
-    return said if said.form != "checkpoint" else Computed(entry, (said, w), partial(_difference, DTYPES[dtype]))
+    return said if said.form != "checkpoint" else Measured(entry, (said, w), partial(_difference, DTYPES[dtype]))
 
 
 def _require_independent(said: PatchTensor, entry: TensorEntry) -> None:

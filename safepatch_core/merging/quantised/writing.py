@@ -1,8 +1,9 @@
 """The last stage of a target that is stored as codes: where its patches act, codes change, and no other bit does.
 
-The engines are float engines. Each patch alone is handed to one over a base of minus zeros, with c = 1 and steps that
-are added up from +0: what comes back is d at every entry of the patch's T (or +0, where d is 0) and minus zero
-elsewhere, in every engine. All that is left is done here for the entries in a T, in plain numpy.
+An engine that takes codes does all of it. The others are float engines: each patch alone is handed to one over a base
+of minus zeros, with c = 1 and steps that are added up from +0. What comes back is d at every entry of the patch's T
+(or +0, where d is 0) and minus zero elsewhere, in every engine. All that is left is done here for the entries in a T,
+in plain numpy, which is also what an engine that takes codes has to equal in every bit.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.contract import Bits, Block, Fault, PatchReport, Report
+from safepatch_core.backends.codes import CodesReport, Kept
+from safepatch_core.backends.contract import Bits, Block, Codes, Fault, PatchReport, Report
 from safepatch_core.backends.reference import acting, joined, philox, to_float32
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.pipeline import align
-from safepatch_core.merging.quantised.grids import F32, Codes, Grid
+from safepatch_core.merging.quantised import grids
+from safepatch_core.merging.quantised.grids import F32, Grid
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Places, Scales
-from safepatch_core.merging.quantised.survival import CodesReport, Kept, exact_sum
+from safepatch_core.merging.quantised.survival import exact_sum
+from safepatch_core.merging.quantised.values import DTYPES
 from safepatch_core.merging.recipe import Quantized
 from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.spec import Acts, Join, Rule
@@ -43,6 +47,7 @@ class Coded:
     original: PatchTensor | None  # the float original's tensor, where the recipe names one
     key: int  # of the random numbers that it is rounded with
     rule: Quantized
+    direct: bool = False  # whether the engine takes codes
 
 
 @dataclass(slots=True)
@@ -50,10 +55,29 @@ class Loaded:
     """A run of such a target in memory; the arrays lie in the ring."""
 
     first: int  # its first entry
+    entries: int
     data: NDArray[np.uint8]  # the bytes of its codes, which are changed in place
-    scales: Scales | None  # None, as there are no bytes, where it is only selected from
+    scales: Scales | None  # None, as there are no bytes, where an engine of floats only selects from it
     tiles: Sequence[Tile]  # minus zeros: one for each patch that has something for the tensor, or a single one
     original: Bits | None = None
+
+    def told(self, coded: Coded) -> Codes | None:
+        """In the engine's words, if it takes codes."""
+        if not coded.direct or self.scales is None:
+            return None
+        weight, rule = coded.weight, coded.rule
+        return Codes(
+            weight.grid.name,
+            self.data,
+            weight.flip,
+            self.first,
+            self.entries,
+            self.scales.table(),
+            DTYPES[rule.reference_dtype],
+            rule.rounding,
+            coded.key,
+            self.original,
+        )
 
 
 Patch = Callable[[Block, slice], Report]  # runs the engine in place on a block that holds these patches alone
@@ -71,15 +95,19 @@ def load(
         used += align(nbytes)
         return memory[used - align(nbytes) :][:nbytes]
 
-    begin, end = (0, 0) if selecting else weight.stored(lo, hi)
+    alone = selecting and not coded.direct
+    begin, end = (0, 0) if alone else weight.stored(lo, hi)
     data = room(end - begin)
-    tiles = [room(4 * n).view(np.uint32) for _ in range(1 if selecting else max(patches, 1))]
-    for tile in tiles:
-        tile.fill(UNTOUCHED)
-    if selecting:
-        return Loaded(lo, data, None, tiles), used
+    if coded.direct:
+        tiles = [np.broadcast_to(UNTOUCHED, n)]  # no more than a number of entries
+    else:
+        tiles = [room(4 * n).view(np.uint32) for _ in range(1 if alone else max(patches, 1))]
+        for tile in tiles:
+            tile.fill(UNTOUCHED)
+    if alone:
+        return Loaded(lo, n, data, None, tiles), used
     inputs.read(weight.codes, begin, data)
-    return Loaded(lo, data, weight.scales(inputs, lo, hi), tiles), used
+    return Loaded(lo, n, data, weight.scales(inputs, lo, hi), tiles), used
 
 
 def rewrite(block: Block, coded: Coded, loaded: Loaded, patch: Patch) -> CodesReport:
@@ -162,7 +190,7 @@ def _rewrite_piece(piece: _Piece, coded: Coded, loaded: Loaded) -> CodesReport:
     )
 
 
-def _rounded(grid: Grid, y: F32, coded: Coded, positions: Places) -> Codes:
+def _rounded(grid: Grid, y: F32, coded: Coded, positions: Places) -> grids.Codes:
     if coded.rule.rounding == "nearest":
         return grid.encode(y)
     return grid.stochastic(y, draws(coded.key, positions))

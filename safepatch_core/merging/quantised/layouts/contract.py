@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from safepatch_core.backends.contract import ScaleTable
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import F32, Codes, Grid
@@ -29,6 +30,9 @@ class Scales(Protocol):
 
     def run(self, lo: int, hi: int) -> F32:
         """The same for all entries [lo, hi) of the weight."""
+
+    def table(self) -> ScaleTable:
+        """All of them, for engines that take codes."""
 
 
 class CodedWeight(Protocol):
@@ -56,6 +60,10 @@ class CodedWeight(Protocol):
 
     @property
     def grid(self) -> Grid: ...
+
+    @property
+    def flip(self) -> int:
+        """Bits of a stored code that are the other way round in the grid's: the offset of packed 8-bit integers."""
 
     @property
     def step(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safepatch_core.backends.contract import ScaleTable
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import E2M1, F32
@@ -50,6 +51,10 @@ class Scaled:
 
     def run(self, lo: int, hi: int) -> F32:
         return self._scaled(self.groups.run(lo, hi))
+
+    def table(self) -> ScaleTable:
+        groups = self.groups.table()
+        return groups._replace(values=self._scaled(groups.values))
 
     def _scaled(self, groups: F32) -> F32:
         return groups / self.whole if self.divides else groups * self.whole

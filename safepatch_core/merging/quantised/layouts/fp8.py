@@ -24,6 +24,7 @@ class Fp8:
     codes: TensorEntry
     blocks: Blocks
     grid: Grid = E4M3
+    flip: int = 0
     step: int = 1
 
     @property

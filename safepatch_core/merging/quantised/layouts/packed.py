@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from safepatch_core.backends.contract import ScaleTable
 from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import F32, Codes, Grid, split
@@ -31,11 +32,7 @@ class Factors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Row-major codes of 4 or 8 bits, whose rows fill whole bytes. A `layouts.contract.CodedWeight`.
-
-    Attributes:
-        flip: bits of a stored code that are the other way round in the grid's: the offset of packed 8-bit integers.
-    """
+    """Row-major codes of 4 or 8 bits, whose rows fill whole bytes. A `layouts.contract.CodedWeight`."""
 
     name: str
     shape: tuple[int, ...]
@@ -119,6 +116,10 @@ class Turned:
         return self.of.grid
 
     @property
+    def flip(self) -> int:
+        return self.of.flip
+
+    @property
     def step(self) -> int:
         return self.of.shape[-2] * self.of.shape[-1]
 
@@ -168,3 +169,6 @@ class TurnedScales:
         every = table[matrix - self.stored.first // rows, :, down // self.weight.groups.block[1]]
         flat: F32 = every.reshape(-1)[lo - first * rows : hi - first * rows]
         return flat
+
+    def table(self) -> ScaleTable:
+        return self.stored.table()._replace(turned=True)

@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from safepatch_core.backends.contract import Bits
+from safepatch_core.backends.contract import Bits, ScaleTable
 from safepatch_core.backends.reference import to_float32
 from safepatch_core.files.checkpoint import BITS, TensorEntry
 from safepatch_core.merging.inputs import Inputs
@@ -98,6 +98,9 @@ class BlockScales:
         wide = np.repeat(self.values[least : rows[-1] + 1], across, axis=1)[:, :cols]
         values: F32 = wide[rows - least].reshape(-1)
         return values[lo - first * cols : hi - first * cols]
+
+    def table(self) -> ScaleTable:
+        return ScaleTable(self.values, self.first, self.of.rows, self.of.cols, self.of.block)
 
 
 def laid_out(
