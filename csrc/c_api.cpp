@@ -230,7 +230,7 @@ sp_status sp_notes_merge(sp_notes* notes, sp_engine* engine, const sp_block* blo
         const OwnBlock own(block, false);
         need(notes->kept->fits(own), "another block than the notes are of");
         merge_by(own, quotas, out, cuts, report, [&](sp_cut* chosen, sp_report& found) {
-            need(notes->kept->reach(quotas), "a quota beyond the notes'");
+            need(notes->kept->reach(own, quotas), "a quota or skip beyond the notes'");
             engine->engine.merge(own, quotas, *notes->kept, out, chosen, found);
         });
     });

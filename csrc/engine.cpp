@@ -119,11 +119,12 @@ bool Kept::fits(const sp_block& block) const {
     });
 }
 
-bool Kept::reach(const int64_t* quotas) const {
-    return std::all_of(patches.begin(), patches.end(), [&quotas](const Patch& patch) {
-        const int64_t quota = *quotas++;
-        return !patch.of.present || quota <= patch.quota;
-    });
+bool Kept::reach(const sp_block& block, const int64_t* quotas) const {
+    for (size_t p = 0; p < patches.size(); ++p) {
+        const sp_patch& patch = block.patches[p];
+        if (patch.present && std::max(quotas[p], patch.skip) > patches[p].quota) return false;
+    }
+    return true;
 }
 
 size_t Kept::bytes() const {

@@ -92,7 +92,8 @@ struct Kept {
     explicit Kept(const sp_block& block);
     // Whether a block is the one that the notes are of, as far as patches and their lists go.
     bool fits(const sp_block& block) const;
-    bool reach(const int64_t* quotas) const;
+    // Whether the lists hold all that these quotas, and the block's skips, can ask for.
+    bool reach(const sp_block& block, const int64_t* quotas) const;
     size_t bytes() const;
 };
 

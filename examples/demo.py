@@ -35,10 +35,10 @@ RUN = Path(__file__).with_name("demo.yaml")
 STEPS: dict[str, tuple[str, int]] = {
     "answers": ("what the model says to harmless questions, to be kept", 20),
     "backbone": ("teaching it to refuse", 30),
-    "derive": ("two patches from the same harmful requests", 115),
+    "derive": ("two patches from the same harmful requests", 120),
     "merge": ("both patches into a new checkpoint", 5),
     "verify": ("every byte of it again", 5),
-    "eval": ("both models on held-out prompts", 110),
+    "eval": ("both models on held-out prompts", 115),
     "fix": ("a file of nothing but the changes", 5),
     "revert": ("taking them out again", 5),
 }

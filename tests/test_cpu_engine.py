@@ -238,6 +238,8 @@ def test_notes_are_refused_for_what_they_are_not_of() -> None:
     for other, quotas in ((block, [900, 901]), (retained, [900, 900]), (block.slice(0, 80_000), [9, 9])):
         with pytest.raises(RuntimeError, match="another block than the notes are of|beyond the notes"):
             backend.merge_noted(notes, other, quotas, out[: len(other)])
+    with pytest.raises(RuntimeError, match="skip beyond the notes"):
+        backend.merge_noted(notes, block, [900, 900], out, [0, 901])
     np.testing.assert_array_equal(out, block.base.data)
     assert not any(backend.take_notes(block, [900, k]) for k in (n // 2, 0, n))  # too long a list, none, all
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -176,6 +179,26 @@ def test_bars_are_as_long_as_the_rates(demo: ModuleType, monkeypatch: pytest.Mon
         demo.outcome({"interval": [-0.1, 0.0]}) == "no clear change"
         and demo.outcome({"interval": [0.1, 0.2]}) == "worse"
     )
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_clock_runs_behind_the_step_on_a_terminal(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with demo.Steps(["merge", "verify"], timed=True) as steps:
+        steps.hear("2/4 merge")
+        steps.hear("derive: done again, its inputs or settings changed")
+        time.sleep(1.2)
+        steps.begin("verify")
+    first, second, rest = shown.getvalue().split("\n")
+    line = "1/2 merge: both patches into a new checkpoint (about 5 s, 10 s to go)"
+    assert re.fullmatch(re.escape(line) + r"(\r" + re.escape(line) + r"  0:0\d)+", first)
+    assert second == "2/2 verify: every byte of it again (about 5 s, 5 s to go)" and rest == ""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(2, "5 s"), (43, "45 s"), (75, "1 min"), (100, "2 min")])

@@ -8,6 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
+
+from safepatch_core.evaluating.config import DEMO_TO_CHOOSE
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 README = (ROOT / "README.md").read_text()
@@ -92,3 +96,29 @@ def test_whether_it_helps() -> None:
     ):
         advbench, simple, refusal, _, perplexity = (re.split(r"[ |]", cell.strip())[0] for cell in rows[method][1:6])
         assert f"| {readme} | {advbench} | {refusal} | {simple} | {perplexity} |" in README
+
+
+def test_what_the_demo_shows() -> None:
+    """The README and the quickstart say what `make demo` showed, for its seed."""
+    held_out = json.loads((RESULTS / "demo" / "held-out.json").read_text())
+    of = {metric["name"]: metric for metric in held_out["seeds"]["0"]["metrics"]}
+    harmful, refused = (
+        " to ".join(f"{100 * of[name][key]['value']:.1f}%" for key in ("baseline", "model"))
+        for name in ("harmful_compliance", "over_refusal")
+    )
+    for page in ("README.md", "docs/quickstart.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert f"harmful compliance from {harmful} and over-refusal from {refused}" in text, page
+
+
+def test_how_the_recipe_of_the_demo_was_chosen() -> None:
+    """It has the smallest sum of both rates among those tried, on rows that the demo measures nothing on."""
+    search = json.loads((RESULTS / "demo" / "search.json").read_text())
+    assert search["prompts"] == {f"{name}.jsonl": rows for name, rows in DEMO_TO_CHOOSE.items()}
+    backbone, *tried = search["tried"]
+    assert backbone["backbone"]
+    best = min(tried, key=lambda of: sum(of[rate]["count"] for rate in ("harmful_compliance", "over_refusal")))
+    derive = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())["derive"]
+    assert best["learning_rate"] == derive["learning_rate"] and "of the data" in best["answers"]
+    for patch in ("safety", "over-safety"):
+        assert best[patch].items() <= derive[patch.replace("-", "_")].items()

@@ -286,7 +286,8 @@ SP_API size_t sp_notes_bytes(const sp_notes* notes);
 
 /* As sp_merge, of the tensor that the notes are of. The block is the one that they were taken of, but for what may
  * differ; values, scores and factors of its patches are not read and may be missing.
- * @return as sp_merge; SP_BAD_ARGUMENT also for another block, or a quota above those of sp_notes_take. */
+ * @return as sp_merge; SP_BAD_ARGUMENT also for another block, or a quota or skip above the quotas of sp_notes_take.
+ */
 SP_API sp_status sp_notes_merge(sp_notes* notes, sp_engine* engine, const sp_block* block, const int64_t* quotas,
                                 void* out, sp_cut* cuts, sp_report* report);
 

@@ -171,7 +171,7 @@ def ways() -> str:
 
 
 PANELS = {"harmful_compliance": "harmful", "over_refusal": "over-refusal"}
-LEFT, WIDE, GAP, HIGH = 150, 104, 18, 20  # pixels before the first panel, of one, between them, and of a row
+LEFT, WIDE, GAP, HIGH = 170, 88, 26, 20  # pixels before the first panel, of one, between them, and of a row
 FORMATS = {
     "float": "float",
     "fp8-block": "FP8, blocks of 128×128",
@@ -184,7 +184,7 @@ def behaviour(results: Sequence[Mapping[str, Any]]) -> str:
     """What patches do in quantised models: rates with 95% intervals, a line where the unpatched model's is."""
     parts, y = [], 8
     for i, title in enumerate(PANELS.values()):
-        parts.append(f'<text class="b" x="{_across(i, 0)}" y="{y + 12}">{title}, %</text>')
+        parts.append(f'<text class="b" x="{_across(i, 0)}" y="{y + 12}">{title}</text>')
     for format, lines in groupby(results, lambda line: line["format"]):
         rows = {way: list(of) for way, of in groupby(lines, lambda line: line["way"])}
         y += 30
@@ -194,10 +194,10 @@ def behaviour(results: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f'<path class="base" d="M{x} {y + 8}V{y + 12 + HIGH * len(rows)}"/>')
         for way, of in rows.items():
             y += HIGH
-            parts += [f'<text class="m" x="16" y="{y + 4}">{escape(way)}</text>', *_dots(of, y, way == "unpatched")]
+            parts += [f'<text class="m" x="14" y="{y + 4}">{escape(way)}</text>', *_dots(of, y, way == "unpatched")]
     y += 20
     parts += [
-        f'<text class="m" x="{_across(i, at)}" y="{y + 12}" text-anchor="middle">{round(100 * at)}</text>'
+        f'<text class="m" x="{_across(i, at)}" y="{y + 12}" text-anchor="middle">{at:.0%}</text>'
         for i in range(len(PANELS))
         for at in (0, 0.5, 1)
     ]

@@ -89,6 +89,42 @@ bool same(const sp_patch_report& a, const sp_patch_report& b) {
 
 }  // namespace
 
+// Of the same block with magnitudes and quotas that lists can hold: notes give what a merge gives, without the
+// patches.
+static void merge_by_notes(sp_engine* engine, sp_block block, std::vector<sp_patch> patches,
+                           std::vector<int64_t> quotas, size_t bytes) {
+    bool within = true;
+    for (size_t p = 0; p < patches.size(); ++p) {
+        patches[p].importance = SP_MAGNITUDE;
+        quotas[p] = 1 + quotas[p] % (block.entries - 1);
+        within = within && (!patches[p].present || patches[p].skip <= quotas[p]);
+    }
+    block.patches = patches.data();
+    sp_notes* notes = nullptr;
+    if (sp_notes_take(engine, &block, quotas.data(), &notes) != SP_OK) wrong("no notes of a block that merges");
+    if (notes == nullptr) return;
+    std::vector<sp_patch_report> reports[2];
+    std::vector<uint32_t> out[2];  // aligned for any dtype
+    for (const int by_notes : {0, 1}) {
+        reports[by_notes].assign(patches.size(), {});
+        for (sp_patch_report& of : reports[by_notes]) of.size = sizeof of;
+        sp_report report{sizeof report, reports[by_notes].data(), {}, 0, 0};
+        std::vector<sp_cut> cuts(patches.size(), {sizeof(sp_cut), 0, 0, 0, 0});
+        out[by_notes].resize(bytes / 4 + 1);
+        const sp_status status =
+            by_notes == 0 ? sp_merge(engine, &block, quotas.data(), out[0].data(), cuts.data(), &report)
+                          : sp_notes_merge(notes, engine, &block, quotas.data(), out[1].data(), cuts.data(), &report);
+        if (status != (by_notes == 0 || within ? SP_OK : SP_BAD_ARGUMENT)) wrong("another status by notes");
+        for (sp_patch& patch : patches) patch.values.data = patch.lora.a = patch.lora.b = nullptr;
+    }
+    sp_notes_close(notes);
+    if (!within) return;
+    if (out[0] != out[1]) wrong("other bytes by notes");
+    for (size_t p = 0; p < patches.size(); ++p) {
+        if (!same(reports[0][p], reports[1][p])) wrong("another report by notes");
+    }
+}
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static const std::vector<sp_engine*> engines = open_all();
     Input in(data, size);
@@ -146,8 +182,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::vector<std::vector<int64_t>> counts;
     std::vector<sp_window> windows(static_cast<size_t>(in.take<uint8_t>() % 4));
     for (sp_window& window : windows) {
-        window = {sizeof window, static_cast<size_t>(in.choice(4)), in.take<uint32_t>(),
-                  static_cast<uint32_t>(in.choice(32)), 0, nullptr};
+        window = {sizeof window,
+                  static_cast<size_t>(in.choice(4)),
+                  in.take<uint32_t>(),
+                  static_cast<uint32_t>(in.choice(32)),
+                  0,
+                  nullptr};
         window.bins = in.take<uint8_t>();
         counts.emplace_back(window.bins);
         window.counts = counts.back().data();
@@ -191,6 +231,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             for (size_t p = 0; o.status == SP_OK && p < found.size(); ++p) {
                 if (o.reports[p].selected > std::max<int64_t>(quotas[p], 0)) wrong("more selected than the quota");
             }
+            if (o.status == SP_OK && block.entries > 1) merge_by_notes(engine, block, patches, quotas, bytes);
         }
         if (o.status == SP_INTERNAL) wrong("an internal error");
         if (o.status != SP_OK && std::strlen(sp_last_error()) == 0) wrong("no reason given");
