@@ -143,7 +143,7 @@ SP_OP float scale_at(const sp_codes& codes, int64_t place, ScaleRow& row) {
 // The code at a place of `data`. Other threads may change the other half of its byte.
 template <int G>
 SP_OP uint8_t code_at(const sp_codes& codes, int64_t at) {
-    if constexpr (!kHalfBytes<G>) return static_cast<uint8_t>(codes.data[at] ^ codes.flip);
+    if constexpr (!kHalfBytes<G>) return codes.data[at] ^ static_cast<uint8_t>(codes.flip);
     return __atomic_load_n(codes.data + at / 2, __ATOMIC_RELAXED) >> (at % 2 * 4) & 15;
 }
 template <int G>
@@ -217,7 +217,7 @@ static void round_to(float* values, int words) {
 }
 
 // What a trainer was handed, in space.base.
-static void find_handed(const sp_codes& codes, const Tile& tile, Workspace& space) {
+__attribute__((noinline)) static void find_handed(const sp_codes& codes, const Tile& tile, Workspace& space) {
     if (codes.original.data != nullptr) {
         const Tile there{tile.index - codes.first, tile.within, tile.index, tile.n, tile.words, 0};
         const void* p = padded(codes.original, there, space.base_bits);
@@ -353,21 +353,36 @@ static void find_originals(const sp_codes& codes, int64_t index, Batch& batch, W
     SP_BY_DTYPE(original.dtype, widen, space.bits, batch.w, (batch.n + 63) / 64);
 }
 
+// The scales of a batch: in a row of the stored tensor they follow each other.
+static void find_scales(const sp_codes& codes, int64_t index, Batch& batch) {
+    ScaleRow row;
+    const auto width = static_cast<uint64_t>(codes.block_cols);
+    const bool power = (width & (width - 1)) == 0 && codes.cols < INT32_MAX;
+    const int shift = lowest_bit(width);
+    for (int i = 0; i < batch.n;) {
+        const int64_t place = batch.at[i] + codes.first;
+        if (codes.turned || !power) {
+            batch.scale[i++] = scale_at(codes, place, row);
+            continue;
+        }
+        find_row(codes, place, row);
+        const int64_t col = row.begin - index, end = row.end - index;  // places in the chunk
+        for (; i < batch.n && batch.place[i] < end; ++i) batch.scale[i] = row.scales[(batch.place[i] - col) >> shift];
+    }
+}
+
 // Old codes, scales and values.
 template <int G>
 static void look_up(const sp_codes& codes, int64_t index, Batch& batch, Workspace& space) {
-    ScaleRow row;
-    for (int i = 0; i < batch.n; ++i) {
-        const int64_t place = stored_place(codes, index + batch.place[i]);
-        batch.at[i] = place - codes.first;
-        batch.scale[i] = scale_at(codes, place, row);
-        batch.old[i] = code_at<G>(codes, batch.at[i]);
-    }
-    for (int i = 0; i < batch.n; ++i) batch.v[i] = number<G>(batch.old[i]) * batch.scale[i];
+    const int n = batch.n;
+    for (int i = 0; i < n; ++i) batch.at[i] = stored_place(codes, index + batch.place[i]) - codes.first;
+    for (int i = 0; i < n; ++i) batch.old[i] = code_at<G>(codes, batch.at[i]);
+    find_scales(codes, index, batch);
+    for (int i = 0; i < n; ++i) batch.v[i] = number<G>(batch.old[i]) * batch.scale[i];
     if (codes.original.data != nullptr) {
         find_originals(codes, index, batch, space);
     } else {
-        for (int i = 0; i < batch.n; ++i) batch.w[i] = batch.v[i];
+        for (int i = 0; i < n; ++i) batch.w[i] = batch.v[i];
     }
 }
 
@@ -412,14 +427,16 @@ static void round_batch(const sp_codes& codes, int64_t index, Batch& batch) {
     }
 }
 
-static void add(ExactSum& sum, double term) {
+SP_OP void add(ExactSum& sum, double term) {
     uint64_t bits;
     __builtin_memcpy(&bits, &term, 8);
-    const uint64_t exponent = bits >> 52 & 2047, fraction = bits & ((1ULL << 52) - 1);
-    if (exponent == 0 || exponent == 2047) return;  // 0, and what is not finite; the smallest term is 2^-298
-    const auto sign = -static_cast<__int128>(bits >> 63);
-    const auto mantissa = static_cast<__int128>(fraction | 1ULL << 52) << exponent % 32;
-    sum.bins[exponent / 32] += (mantissa ^ sign) - sign;
+    const auto exponent = static_cast<int>(bits >> 52 & 2047) - kLeastExponent;
+    // 0, and what is not finite.
+    if (exponent < 0 || exponent >= kExponents) return;
+    const uint64_t mantissa = (bits & ((1ULL << 52) - 1)) | 1ULL << 52;
+    const auto sign = -static_cast<int64_t>(bits >> 63);
+    sum.high[exponent] += (static_cast<int64_t>(mantissa >> kLowHalf) ^ sign) - sign;
+    sum.low[exponent] += (static_cast<int64_t>(mantissa & ((1ULL << kLowHalf) - 1)) ^ sign) - sign;
 }
 
 template <int G>

@@ -42,21 +42,25 @@ bool from_lists(const Pass& pass) {
 
 void add(Fault& to, const Fault& more) { to.add(more.count, more.first); }
 
-// In units of 2^-360, which all sums are whole numbers of: bin 0 is in units of 2^-1075.
+// In units of 2^-360, which all sums are whole numbers of.
+void add(uint64_t (&to)[12], int64_t more, int shift) {
+    // Two words, and above them the sign.
+    const uint64_t sign = more < 0 ? ~uint64_t{0} : 0;
+    const auto wide = static_cast<unsigned __int128>(static_cast<__int128>(more)) << shift % 64;
+    const uint64_t parts[] = {static_cast<uint64_t>(wide), static_cast<uint64_t>(wide >> 64), sign};
+    unsigned __int128 carry = 0;
+    for (int first = shift / 64, k = first; k < 12; ++k) {
+        carry += static_cast<unsigned __int128>(to[k]) + parts[std::min(k - first, 2)];
+        to[k] = static_cast<uint64_t>(carry);
+        carry >>= 64;
+    }
+}
+
 void add(uint64_t (&to)[12], const ExactSum& more) {
-    for (int i = 22; i < 64; ++i) {
-        const int shift = 32 * i - 1075 + 360, by = std::max(shift, 0) % 64;
-        const __int128 whole = shift < 0 ? more.bins[i] >> -shift : more.bins[i], sign = whole < 0 ? -1 : 0;
-        // Three words, and above them the sign.
-        const auto low = static_cast<unsigned __int128>(whole) << by;
-        const __int128 top = by > 0 ? whole >> (128 - by) : sign;
-        const __int128 parts[] = {static_cast<__int128>(low), static_cast<__int128>(low >> 64), top, sign};
-        unsigned __int128 carry = 0;
-        for (int word = std::max(shift, 0) / 64, k = word; k < 12; ++k) {
-            carry += static_cast<unsigned __int128>(to[k]) + static_cast<uint64_t>(parts[std::min(k - word, 3)]);
-            to[k] = static_cast<uint64_t>(carry);
-            carry >>= 64;
-        }
+    for (int i = 0; i < kExponents; ++i) {
+        const int shift = i - 298 - 52 + 360;
+        if (more.high[i] != 0) add(to, more.high[i], shift + kLowHalf);
+        if (more.low[i] != 0) add(to, more.low[i], shift);
     }
 }
 

@@ -29,7 +29,8 @@ class Buffer {
     // The first `n` entries of another buffer, and no more room than for them and `slack`.
     template <class T>
     void copy(const Buffer& from, size_t n, size_t slack = 0) {
-        std::memcpy(room<T>(n + slack), from.get<T>(), n * sizeof(T));
+        T* to = room<T>(n + slack);
+        if (n > 0) std::memcpy(to, from.get<T>(), n * sizeof(T));
     }
     size_t bytes() const { return size_; }
 

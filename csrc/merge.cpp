@@ -491,7 +491,7 @@ std::unique_ptr<Kept> Engine::keep(const sp_block& block, const int64_t* quotas)
         to.floor = search.floor;
         to.found = search.found;
         to.notes.keys.copy<uint32_t>(search.notes->keys, used, kSlack);
-        to.notes.places.copy<uint16_t>(search.notes->places, used);
+        to.notes.places.copy<uint16_t>(search.notes->places, used, 1);  // an empty list is one, too
         to.notes.spans.copy<Span>(search.notes->spans, static_cast<size_t>(chunks.count()));
     }
     return kept;

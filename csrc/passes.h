@@ -132,10 +132,13 @@ struct Range {
     int64_t word;
 };
 
-// A sum of float64 numbers that is never rounded. Mantissas are added up in bins of 32 exponents, shifted to the
-// lowest of them: 85 bits, so that 2^42 numbers fit.
+// A sum of float64 numbers that is never rounded: both halves of their mantissas by exponent, which 2^36 numbers fit.
+// Terms are products of differences of float32 numbers, so they are 0 or between 2^-298 and 2^258.
+inline constexpr int kLowHalf = 27;
+inline constexpr int kLeastExponent = 1023 - 298;
+inline constexpr int kExponents = 298 + 258 + 1;
 struct ExactSum {
-    __int128 bins[64];
+    int64_t high[kExponents], low[kExponents];
 };
 
 // As sp_kept.
