@@ -182,7 +182,7 @@ static void find_numbers(const sp_codes& codes, int64_t index, int n, float* to)
 }
 
 // v of the entries [index, index + n) of the tensor.
-static void find_values(const sp_codes& codes, int64_t index, int n, float* to) {
+static __attribute__((noinline)) void find_values(const sp_codes& codes, int64_t index, int n, float* to) {
     const auto find = codes.grid == SP_E4M3   ? find_numbers<SP_E4M3>
                       : codes.grid == SP_E2M1 ? find_numbers<SP_E2M1>
                       : codes.grid == SP_INT8 ? find_numbers<SP_INT8>

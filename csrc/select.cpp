@@ -240,7 +240,9 @@ namespace {
 void count(sp_engine& engine, const std::vector<OwnBlock>& sample, const std::vector<sp_window>& windows) {
     for (const OwnBlock& block : sample) {
         std::vector<sp_patch_report> reports(block.patch_count);
-        sp_report report{sizeof report, reports.data(), {0, 0}, 0, 0};
+        sp_report report{};
+        report.size = sizeof report;
+        report.patches = reports.data();
         engine.engine.histogram(block, windows.data(), windows.size(), report);
     }
 }

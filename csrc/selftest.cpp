@@ -129,7 +129,9 @@ uint64_t digest(sp_engine* engine, size_t of, const Case& test) {
     cuts[0].size = sizeof cuts[0];
     sp_patch_report reports[kPatches] = {};
     reports[0].size = sizeof reports[0];
-    sp_report report{sizeof report, reports, {0, 0}, 0, 0};
+    sp_report report{};
+    report.size = sizeof report;
+    report.patches = reports;
     const sp_status status = sp_merge(engine, &block, quotas, base.data(), cuts, &report);
     need_ok(status);
     Digest found;

@@ -60,6 +60,39 @@ sp_bits bits(Input& in, int64_t entries) {
     return of;
 }
 
+// A way in which the block may be stored, and the bytes of its codes; as much memory as it needs and no more.
+std::vector<uint8_t> coded(Input& in, const sp_block& block, sp_codes& codes) {
+    codes.size = sizeof codes;
+    codes.grid = in.take<uint8_t>() % 4;
+    codes.flip = in.take<uint8_t>();
+    codes.rows = 1 + in.take<uint8_t>() % 20;
+    codes.cols = 1 + in.take<uint8_t>() % 40;
+    codes.block_rows = 1 + in.take<uint8_t>() % 24;
+    codes.block_cols = 1 + in.take<uint8_t>() % 48;
+    codes.turned = in.take<uint8_t>() % 4 == 0;
+    codes.handed = in.take<uint8_t>() % 3;
+    codes.rounding = in.take<uint8_t>() % 2;
+    codes.random_key = in.take<uint64_t>();
+    const bool halves = codes.grid == SP_E2M1 || codes.grid == SP_INT4;
+    const int64_t matrix = codes.rows * codes.cols, whole = codes.turned ? (matrix % 2 ? 2 * matrix : matrix) : 2;
+    codes.first = block.start / whole * whole;
+    codes.entries = (block.start + block.entries + whole - 1) / whole * whole - codes.first;
+    const auto row = [&codes](int64_t place) {
+        const int64_t down = (codes.rows - 1) / codes.block_rows + 1, at = place / codes.cols;
+        return at / codes.rows * down + at % codes.rows / codes.block_rows;
+    };
+    codes.scale_first = row(codes.first);
+    codes.scale_rows = codes.entries > 0 ? row(codes.first + codes.entries - 1) + 1 - codes.scale_first : 0;
+    const int64_t scales = codes.scale_rows * ((codes.cols - 1) / codes.block_cols + 1);
+    codes.scales = reinterpret_cast<const float*>(in.buffer(static_cast<size_t>(scales) * 4));
+    codes.original.dtype = in.take<uint8_t>() % 3;
+    const size_t width = codes.original.dtype == SP_F32 ? 4 : 2;
+    if (in.take<uint8_t>() % 4 == 0) codes.original.data = in.buffer(static_cast<size_t>(codes.entries) * width);
+    const auto n = static_cast<size_t>(halves ? codes.entries / 2 : codes.entries);
+    const uint8_t* data = in.buffer(n);
+    return {data, data + n};
+}
+
 // One engine per instruction set, alone and with a helper thread.
 std::vector<sp_engine*> open_all() {
     std::vector<sp_engine*> engines;
@@ -108,7 +141,9 @@ static void merge_by_notes(sp_engine* engine, sp_block block, std::vector<sp_pat
     for (const int by_notes : {0, 1}) {
         reports[by_notes].assign(patches.size(), {});
         for (sp_patch_report& of : reports[by_notes]) of.size = sizeof of;
-        sp_report report{sizeof report, reports[by_notes].data(), {}, 0, 0};
+        sp_report report{};
+        report.size = sizeof report;
+        report.patches = reports[by_notes].data();
         std::vector<sp_cut> cuts(patches.size(), {sizeof(sp_cut), 0, 0, 0, 0});
         out[by_notes].resize(bytes / 4 + 1);
         const sp_status status =
@@ -202,6 +237,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (in.choice(2) != 0) block.lambda = &lambda;
 
     const bool valid = block.entries >= 0 && block.entries <= kMost;
+    sp_codes codes{};
+    std::vector<uint8_t> code_bytes;
+    if (valid && block.start >= 0 && block.start < 1 << 20 && in.take<uint8_t>() % 4 == 1) {
+        code_bytes = coded(in, block, codes);
+        block.codes = &codes;
+    }
     const size_t bytes = valid ? static_cast<size_t>(block.entries) * (block.base.dtype == SP_F32 ? 4 : 2) : 0;
     struct Outcome {
         sp_status status;
@@ -209,13 +250,25 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         std::vector<sp_patch_report> reports;
         sp_fault overflow;
         std::vector<int64_t> numbers;
+        std::vector<uint8_t> codes{};
+        std::vector<sp_kept> kept{};
+        sp_fault saturated{}, bad_scale{};
     };
     std::vector<Outcome> outcomes;
     for (sp_engine* engine : {engines[0], engines[other]}) {
         Outcome o{SP_OK, std::vector<uint8_t>(bytes), std::vector<sp_patch_report>(patches.size()), {}, {}};
+        o.kept.resize(patches.size());
         auto out = std::make_unique<uint8_t[]>(bytes);
         for (sp_patch_report& of : o.reports) of.size = sizeof of;
-        sp_report report{sizeof report, o.reports.data(), {}, 0, 0};
+        sp_report report{};
+        report.size = sizeof report;
+        report.patches = o.reports.data();
+        report.kept = o.kept.data();
+        for (sp_kept& of : o.kept) of.size = sizeof of;
+        auto changed = std::make_unique<uint8_t[]>(code_bytes.size());
+        std::copy(code_bytes.begin(), code_bytes.end(), changed.get());
+        codes.data = changed.get();
+        void* to = block.codes != nullptr ? static_cast<void*>(codes.data) : out.get();
         if (what == 0) {
             for (auto& of : counts) std::fill(of.begin(), of.end(), 0);
             o.status = sp_histogram(engine, &block, windows.data(), windows.size(), &report);
@@ -224,19 +277,23 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             o.numbers.resize(patches.size());
             o.status = sp_count_equal(engine, &block, keys.data(), o.numbers.data());
         } else if (what == 2) {
-            o.status = sp_apply(engine, &block, cuts.data(), out.get(), &report);
+            o.status = sp_apply(engine, &block, cuts.data(), to, &report);
         } else {
             std::vector<sp_cut> found(patches.size(), {sizeof(sp_cut), 0, 0, 0, 0});
-            o.status = sp_merge(engine, &block, quotas.data(), out.get(), found.data(), &report);
+            o.status = sp_merge(engine, &block, quotas.data(), to, found.data(), &report);
             for (size_t p = 0; o.status == SP_OK && p < found.size(); ++p) {
                 if (o.reports[p].selected > std::max<int64_t>(quotas[p], 0)) wrong("more selected than the quota");
             }
-            if (o.status == SP_OK && block.entries > 1) merge_by_notes(engine, block, patches, quotas, bytes);
+            const bool floats = block.codes == nullptr;
+            if (o.status == SP_OK && block.entries > 1 && floats) merge_by_notes(engine, block, patches, quotas, bytes);
         }
         if (o.status == SP_INTERNAL) wrong("an internal error");
         if (o.status != SP_OK && std::strlen(sp_last_error()) == 0) wrong("no reason given");
         if (bytes != 0) std::memcpy(o.out.data(), out.get(), bytes);
+        o.codes.assign(changed.get(), changed.get() + code_bytes.size());
         o.overflow = report.overflow;
+        o.saturated = report.saturated;
+        o.bad_scale = report.bad_scale;
         outcomes.push_back(std::move(o));
     }
     const Outcome& first = outcomes.front();
@@ -249,6 +306,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             if (!same(o.reports[p], first.reports[p])) wrong("another report");
         }
         if (what >= 2 && (o.out != first.out || !same(o.overflow, first.overflow))) wrong("other bytes");
+        if (what < 2 || block.codes == nullptr) continue;
+        if (o.codes != first.codes) wrong("other codes");
+        if (!same(o.saturated, first.saturated) || !same(o.bad_scale, first.bad_scale)) wrong("other faults");
+        for (size_t p = 0; p < patches.size(); ++p) {
+            if (std::memcmp(&o.kept[p], &first.kept[p], sizeof(sp_kept)) != 0) wrong("other sums");
+        }
     }
     return 0;
 }
