@@ -182,7 +182,7 @@ static void find_numbers(const sp_codes& codes, int64_t index, int n, float* to)
 }
 
 // v of the entries [index, index + n) of the tensor.
-static void find_values(const sp_codes& codes, int64_t index, int n, float* to) {
+static __attribute__((noinline)) void find_values(const sp_codes& codes, int64_t index, int n, float* to) {
     const auto find = codes.grid == SP_E4M3   ? find_numbers<SP_E4M3>
                       : codes.grid == SP_E2M1 ? find_numbers<SP_E2M1>
                       : codes.grid == SP_INT8 ? find_numbers<SP_INT8>
@@ -217,7 +217,7 @@ static void round_to(float* values, int words) {
 }
 
 // What a trainer was handed, in space.base.
-__attribute__((noinline)) static void find_handed(const sp_codes& codes, const Tile& tile, Workspace& space) {
+static void find_handed(const sp_codes& codes, const Tile& tile, Workspace& space) {
     if (codes.original.data != nullptr) {
         const Tile there{tile.index - codes.first, tile.within, tile.index, tile.n, tile.words, 0};
         const void* p = padded(codes.original, there, space.base_bits);

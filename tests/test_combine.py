@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from safepatch_core.backends.contract import SELECT_ALL, Backend, Bits, Block, PatchData
+from safepatch_core.backends.contract import SELECT_ALL, Backend, Bits, Block, GridName, PatchData, Rounding
 from safepatch_core.backends.selftest import DTYPES, to_bits
 from safepatch_core.spec import COMBINE, KEEP_ALL, Acts, Dtype, Importance, Join, Kind, Order, Rule, Weight
 from tests import oracle
@@ -93,7 +93,7 @@ def test_the_header_numbers_names_as_the_contract_does() -> None:
         return [name.upper().replace("-", "_") for name in listed]
 
     fields: dict[str, Any] = {"dtype": Dtype, "kind": Kind, "importance": Importance, "weight": Weight}
-    fields |= {"acts": Acts, "join": Join, "order": Order}
+    fields |= {"acts": Acts, "join": Join, "order": Order, "grid": GridName, "rounding": Rounding}
     assert names_in_header() == {field: names(values) for field, values in fields.items()}
     for axis in (Acts, Join):
         assert list(axis) == list(range(len(axis)))

@@ -587,7 +587,7 @@ def test_vector_code_stays_in_its_place(machine_code: dict[str, str]) -> None:
 
 
 # The functions of codes.inl. The compiler makes vectors of their loops, and plain code of the entries at their ends.
-OF_CODES = re.compile(r"rewrite|find_(numbers|handed)|(fill|settle|join|divide)_batch")
+OF_CODES = re.compile(r"rewrite|find_(numbers|values)|(fill|settle|join|divide)_batch")
 
 
 def test_loops_over_codes_are_vectors(machine_code: dict[str, str]) -> None:
@@ -597,7 +597,7 @@ def test_loops_over_codes_are_vectors(machine_code: dict[str, str]) -> None:
             ("join_batch", "vaddps"),
             ("draw_batch", "vpmul(udq|lq)"),
             ("rewriteILi0", "vdivps"),
-            ("find_handed", "vmulps"),
+            ("find_values", "vmulps"),
         ):
             code = [text for name, text in machine_code.items() if isa in name and function in name]
             assert any(re.search(rf"\b{instruction}\b.*{register}", text) for text in code), (isa, function)

@@ -414,10 +414,10 @@ def test_demo_data_is_what_is_measured_without_files() -> None:
     assert data.text is not None and len(data.text.text.split()) > 900
     assert len(harmful.rows) == 120 and harmful.answered and len(set(harmful.categories or [])) == 12
     assert len(harmless.rows) == 120 and len(set(harmless.categories or [])) == 6
-    with pytest.raises(InputError, match="found 18 rows"):
+    with pytest.raises(InputError, match="found 28 rows"):
         load(EvalConfig(model="m", out="o", harmful_where={"category": "fraud"}))
     some, _ = load(EvalConfig(model="m", out="o", harmful_where={"category": "fraud"}, harmful_rows="6:")).sets
-    assert len(some.rows) == 12
+    assert len(some.rows) == 22
 
 
 def test_command(models: tuple[Path, Path], tmp_path: Path) -> None:
