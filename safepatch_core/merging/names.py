@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint
@@ -82,15 +83,20 @@ class _Resolver:
     def __init__(self, base: Checkpoint, takes: Takes, file: object) -> None:
         self._base, self._takes, self._file = base, takes, file
         self.known: dict[str, str] = {}
-        self._alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for name in base.tensors:
-            bare = _bare(name)
-            if self.known.setdefault(bare, name) == name:
-                self._alike[_key(bare)].append(bare)
+            self.known.setdefault(_bare(name), name)
         self.names: dict[str, str] = {}
         self.pairs: list[Pair] = []
         self.closest: str | None = None
         self._most = 0
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, ...], list[str]]:
+        """The base's names by what an exchange of prefixes leaves alone; asked for where names are no base's."""
+        found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for bare in self.known:
+            found[_key(bare)].append(bare)
+        return found
 
     def keep(self, name: str, fits: Sequence[tuple[int, ...]]) -> bool:
         """Whether the base has that name, but for wrappers, with a shape that fits."""

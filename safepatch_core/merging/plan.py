@@ -474,6 +474,8 @@ def _target(given: _Opened, name: str, direct: bool) -> Target:
 
 def _agreed(recipe: Recipe, patches: list[PatchInput | None], entry: TensorEntry) -> list[PatchInput | None]:
     """The patches of a target, those whose signs have to fit another's with the scores that say so."""
+    if all(spec.agreement is None for spec in recipe.patches):
+        return patches
     by_name = dict(zip(recipe.names, patches, strict=True))
     return [
         patch

@@ -76,8 +76,9 @@ def read_lora(folder: Folder) -> Found:
     """What the adapter's factors change."""
     _check_config(folder)
     pairs, parameters, scaled = _sorted_out(folder), Parameters(folder), _scales(folder)
-    layers = [pair for pair in pairs if not parameters.adapted(pair.module)]
-    nested = [_nested(folder, pair) for pair in pairs if parameters.adapted(pair.module)]
+    adapted = {pair.module for pair in pairs if parameters.adapted(pair.module)}
+    layers = [pair for pair in pairs if pair.module not in adapted]
+    nested = [_nested(folder, pair) for pair in pairs if pair.module in adapted]
     rows = trained_rows(folder, folder.config.get("trainable_token_indices"), "trainable_token_indices")
     for pair in layers:
         if pair.target in rows.fits:

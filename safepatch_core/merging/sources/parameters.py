@@ -40,6 +40,8 @@ class Parameters:
 
     def adapted(self, module: str) -> list[str]:
         """The full names of the parameters of the wrapped module, or nothing where it is none."""
+        if not self._targets:
+            return []
         bare = module.replace(".base_layer", "")
         names = (leaf for tail, _, leaf in self._targets if self._is_at(bare, tail, leaf))
         return [f"{bare}.{leaf}" for leaf in dict.fromkeys(names)]
