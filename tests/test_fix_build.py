@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from safepatch_core.commands.cli import cli
 from safepatch_core.errors import InputError, SafepatchError
 from safepatch_core.fixes.build import build, build_between
 from safepatch_core.fixes.reading import open_fix
+from safepatch_core.merging.api import plan
 from safepatch_core.merging.recipe import load_recipe
 from tests import fix_oracle
 from tests.fix_cases import changed, random_tensor, write_both
@@ -148,6 +151,33 @@ def test_large_tensors_within_the_smallest_limit(tmp_path: Path) -> None:
         assert streamed.read_bytes() == between.read_bytes()
     with pytest.raises(SafepatchError, match="at least 32MiB"):
         build(recipe, tmp_path / "x.safetensors", memory_limit="16MiB")
+
+
+def test_what_lies_beside_the_merge_takes_the_other_half_of_the_limit(tmp_path: Path) -> None:
+    """An adapter takes next to nothing, so that a tensor of more than a quarter of the limit is done whole."""
+    rows, cols = 2400, 4096
+    factors = {"lora_A": (2, cols), "lora_B": (rows, 2)}
+    save_file(tmp_path / "base.safetensors", {"a.weight": Tensor("BF16", (rows, cols), bytes(2 * rows * cols))})
+    (tmp_path / "adapter").mkdir()
+    tensors = {
+        f"base_model.model.a.{name}.weight": Tensor("F32", shape, np.ones(shape, "f4").tobytes())
+        for name, shape in factors.items()
+    }
+    save_file(tmp_path / "adapter" / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["a"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{base: base.safetensors, patches: [{name: p, source: adapter, top: 0.02}]}")
+    planned = plan(recipe, backend="cpu", threads=1, memory_limit="32MiB")
+    assert planned.targets["a.weight"].whole and 2 * (2 * rows * cols) > 32 << 20
+    build(recipe, tmp_path / "warm.safetensors", backend="cpu", threads=1)  # imports
+    tracemalloc.start()
+    try:
+        build(recipe, tmp_path / "fix.safetensors", backend="cpu", threads=1, memory_limit="64MiB")
+        peak = tracemalloc.get_traced_memory()[1]  # without the ring, which is not numpy's
+    finally:
+        tracemalloc.stop()
+    assert 32 << 20 < peak < 40 << 20
 
 
 @pytest.mark.parametrize(("scope", "ranks"), [("model", 2), ("tensor", 3)])

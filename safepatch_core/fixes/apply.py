@@ -19,11 +19,7 @@ from safepatch_core.files.disk import replacing
 from safepatch_core.files.filenames import LEDGER, MANIFEST
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
-from safepatch_core.fixes.checking import (
-    Advance,
-    Direction,
-    check_table,
-)
+from safepatch_core.fixes.checking import Advance, Direction, check_table
 from safepatch_core.fixes.copying import Copier
 from safepatch_core.fixes.inplace import carry, held, require_free
 from safepatch_core.fixes.ledger import Entry, Ledger, is_id, keep, kept_path, open_kept

@@ -208,7 +208,7 @@ class _Recorder:
     """Sees the targets of a merge before and after; a `stream.Sink` that keeps no output.
 
     A unit's old bytes are copied before the engine patches it, and compared by the writer's thread while the next
-    unit is patched: there is room for two.
+    unit is patched: there is room for two, or for what the half of the limit that the merge does not have holds.
     """
 
     def __init__(self, plan: Plan, writer: Writer) -> None:
@@ -217,7 +217,8 @@ class _Recorder:
             align(t.stored_bytes(t.entry.entries if t.whole else min(plan.chunk_entries(t), t.entry.entries)))
             for t in plan.targets.values()
         ]
-        self._room = Ring(np.empty(2 * max(sizes, default=0), np.uint8))
+        largest = max(sizes, default=0)
+        self._room = Ring(np.empty(max(largest, min(2 * largest, plan.memory_limit)), np.uint8))
         self._patched: deque[tuple[Unit, Region]] = deque()
         self._encoder: Encoder | None = None
 

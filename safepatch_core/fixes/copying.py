@@ -62,7 +62,7 @@ class Copier:
     ) -> None:
         self._staging, self._fix, self._checkpoint = staging, fix, checkpoint
         self._direction, self._advance = direction, advance
-        self._memory = np.empty(RING_BYTES, np.uint8)
+        self._files, self._memory = Inputs([checkpoint]), np.empty(RING_BYTES, np.uint8)
 
     def copy(self, outputs: Sequence[OutputFile]) -> None:
         """Every shard that no earlier run has finished.
@@ -71,7 +71,7 @@ class Copier:
             InputError: the checkpoint is not on the side that the direction starts from, or the fix is broken.
             IOFailure: reading or writing failed, or an input changed meanwhile.
         """
-        with closing(Inputs([self._checkpoint])) as self._files:
+        with closing(self._files):
             for output in outputs:
                 done = self._staging.finished.get(output.name)
                 if done is not None:

@@ -257,9 +257,9 @@ def _rewrite(
 
     A shard is hashed while the next one is rewritten: to hash it as it is rewritten would order the threads that do.
     """
-    root, sums = checkpoint.root, dict[str, Future[str]]()
+    root, sums, hasher = checkpoint.root, dict[str, Future[str]](), ThreadPoolExecutor(1)
     assert root is not None
-    with ThreadPoolExecutor(1) as hasher:
+    try:
         for shard in _touched(checkpoint, fix):
             path = root / shard.file
             fd = _open(shard, path)
@@ -276,6 +276,8 @@ def _rewrite(
                 sums[shard.file] = hasher.submit(_summed, path)
         fix.check_unchanged()
         return {name: digest.result() for name, digest in sums.items()}
+    finally:
+        hasher.shutdown(cancel_futures=True)
 
 
 def _summed(path: Path) -> str:

@@ -122,12 +122,8 @@ def _in_place(fix: Fix, checkpoint: Checkpoint, ledger: Ledger, changing: int) -
         require_changeable(checkpoint, fix)
     shards = [shard for shard in checkpoint.shards if any(entry.name in fix.tensors for entry in shard.tensors)]
     hashed = sum(shard.size for shard in shards) if Sums(root).any else 0
-    read, space, free = (
-        2 * (changing + fix.size) + hashed,
-        SMALL_FILES + _kept(fix, root),
-        shutil.disk_usage(root).free,
-    )
-    return _Cost(goes_on, read, changing, len(shards), space, free)
+    read, space = 2 * (changing + fix.size) + hashed, SMALL_FILES + _kept(fix, root)
+    return _Cost(goes_on, read, changing, len(shards), space, shutil.disk_usage(root).free)
 
 
 def _copied(fix: Fix, checkpoint: Checkpoint, out: Path) -> _Cost:
