@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from safepatch_core.errors import IOFailure, SafepatchError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # the command line asks here, and starts without numpy
 
 T = TypeVar("T")
 E = TypeVar("E", bound=SafepatchError)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from safepatch_core import merge
+from safepatch_core.version import __version__
 from tests.test_cli import write_safetensors
 
 pytest.importorskip("torch", reason="ranks talk through torch.distributed")
@@ -45,6 +46,7 @@ def recipe(root: Path, scope: str, extra: str = "") -> Path:
 
 
 ROOT = Path(__file__).parents[1]
+VERSION = f"safepatch, version {__version__}\n"
 
 
 def torchrun(ranks: int, chunk: int, *args: str | Path) -> list[str | Path]:
@@ -71,6 +73,17 @@ def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, scope: str, ra
     assert result.returncode == 0, result.stderr
     assert files(tmp_path / "many") == files(tmp_path / "one")
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("ranks", "told"), [("1", f"{VERSION}at exit\n"), ("2", VERSION)])
+def test_a_rank_ends_without_its_interpreter(ranks: str, told: str) -> None:
+    """What it printed is out, and nothing that outlasts its group can abort what is done."""
+    program = "import atexit; atexit.register(print, 'at exit'); from safepatch_core.commands.cli import main; main()"
+    env = {**os.environ, "WORLD_SIZE": ranks}
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--version"], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, told, "")
 
 
 def test_a_rank_that_dies_leaves_the_published_output(tmp_path: Path) -> None:
