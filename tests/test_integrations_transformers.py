@@ -17,7 +17,8 @@ from tests.oracle import Tensor, load_checkpoint, load_file, save_file
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from safepatch_core.integrations.transformers import _Weights, load  # noqa: E402
+from safepatch_core.integrations.transformers import load  # noqa: E402
+from safepatch_core.language.lazy import LazyWeights  # noqa: E402
 
 SIZES = {
     "hidden_size": 32,
@@ -160,7 +161,7 @@ def test_slices_are_those_of_the_fixed_tensor(case: dict[str, Any]) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     merged = load_checkpoint(case["merged"][0])[name]
     with open_fixed(case["base"], case["fixes"][:1]) as fixed:
-        lazy = _Weights(fixed)[name]
+        lazy = LazyWeights(fixed.base.tensors, fixed.dtype, fixed.read)[name]
         whole = lazy[...]
         part = lazy[4:8, 2:]
         assert whole.view(torch.uint8).numpy().tobytes() == merged.data

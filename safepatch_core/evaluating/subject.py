@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.evaluating.config import EvalConfig
+from safepatch_core.evaluating.floats import floats_of
 from safepatch_core.evaluating.spans import Span
 from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.language.chat import Format
@@ -203,7 +204,8 @@ def opened(folder: Path, config: EvalConfig) -> Iterator[Subject]:
             chat = Format(tokenizer, config.system_prompt, thinking=config.thinking, vocabulary=known)
         except InputError as error:
             raise InputError(str(error), file=folder) from error
-        model = load_model(folder, config.dtype, config.device).eval()
+        with floats_of(folder) as weights:
+            model = load_model(folder, config.dtype, config.device, weights=weights).eval()
         try_out(model, folder)
         length = config.window.length
         if positions is not None and length > positions:

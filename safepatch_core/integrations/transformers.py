@@ -7,14 +7,14 @@ right.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import yaml
 
-from safepatch_core import FixedCheckpoint, InputError, SafepatchError, UsageError, open_fix, open_fixed
+from safepatch_core import FixedCheckpoint, InputError, UsageError, open_fix, open_fixed
+from safepatch_core.language.lazy import LazyWeights
 
 # What from_pretrained would take from a path; here the base decides.
 _FROM_BASE = ("gguf_file", "revision", "state_dict", "subfolder", "trust_remote_code", "variant")
@@ -48,20 +48,11 @@ def load(base: Ref, fixes: Iterable[Ref] | None = None, *, model_class: Any = No
         root = _root_of(fixed)
         home = about if (about / "config.json").is_file() else root
         config = kwargs.pop("config", None) or _config_of(home)
-        weights = _Weights(fixed)
-        model = _loaded(model_class or _class_of(config, home), config, weights, _generation(home, kwargs))
+        weights = LazyWeights(fixed.base.tensors, fixed.dtype, fixed.read)
+        found, given = model_class or _class_of(config, home), _generation(home, kwargs)
+        model = weights.loaded_by(lambda: found.from_pretrained(None, config=config, state_dict=weights, **given))
         fixed.require_effect()
     model.name_or_path = model.config.name_or_path = str(base)
-    return model
-
-
-def _loaded(model_class: Any, config: Any, weights: _Weights, kwargs: dict[str, Any]) -> Any:
-    try:
-        model = model_class.from_pretrained(None, config=config, state_dict=weights, **kwargs)
-    except Exception:
-        weights.raise_fault()  # the loader collects failures of its threads under a message of its own
-        raise
-    weights.raise_fault()
     return model
 
 
@@ -131,63 +122,3 @@ def _generation(home: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     if (home / "generation_config.json").is_file():
         kwargs.setdefault("generation_config", _library().GenerationConfig.from_pretrained(home))
     return kwargs
-
-
-class _Weights(Mapping[str, "_Lazy"]):
-    """All tensors by the names in the files, read when transformers asks for them."""
-
-    def __init__(self, fixed: FixedCheckpoint) -> None:
-        self.fixed = fixed
-        self._fault: SafepatchError | None = None
-        self._lock = Lock()
-
-    def __getitem__(self, name: str) -> _Lazy:
-        if name not in self.fixed.base.tensors:
-            raise KeyError(name)
-        return _Lazy(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.fixed.base.tensors)
-
-    def __len__(self) -> int:
-        return len(self.fixed.base.tensors)
-
-    def read(self, name: str) -> Any:
-        try:
-            return self.fixed.read(name)
-        except SafepatchError as error:
-            with self._lock:
-                self._fault = self._fault or error
-            raise
-
-    def raise_fault(self) -> None:
-        """Raises what reading raised first."""
-        if self._fault is not None:
-            raise self._fault from None
-
-
-class _Lazy:
-    """What transformers asks of a tensor that it hasn't read: the calls of a safetensors slice, and its dtype."""
-
-    def __init__(self, weights: _Weights, name: str) -> None:
-        self._weights, self._name = weights, name
-        self._entry = weights.fixed.base.tensors[name]
-
-    @property
-    def dtype(self) -> Any:
-        return self._weights.fixed.dtype(self._name)
-
-    def is_floating_point(self) -> bool:
-        return bool(self.dtype.is_floating_point)
-
-    def get_shape(self) -> list[int]:
-        return list(self._entry.shape)
-
-    def get_dtype(self) -> str:
-        return self._entry.dtype
-
-    def __getitem__(self, index: Any) -> Any:
-        tensor = self._weights.read(self._name)
-        part = tensor[index]
-        # A slice on its own, so that the rest is freed; a whole tensor as it is.
-        return part if part.shape == tensor.shape else part.clone()

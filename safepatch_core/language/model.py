@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from safepatch_core.errors import InputError, IOFailure, UsageError
+from safepatch_core.errors import InputError, IOFailure, SafepatchError, UsageError
+from safepatch_core.language.lazy import LazyWeights
 
 ADAPTER_CONFIG = "adapter_config.json"
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -150,20 +151,24 @@ def _class_of(config: Any, folder: Path) -> str:
 
     Raises InputError if it makes something else.
     """
-    from transformers.models.auto import modeling_auto as auto
-
     if getattr(config, "is_encoder_decoder", False):
         found, expected = f"{config.model_type}, an encoder-decoder", "a decoder-only model"
         raise InputError("not a language model of one stack", file=folder, found=found, expected=expected)
-    kinds = {
+    known = next((kind for kind, mapping in _classes().items() if type(config) in mapping), None)
+    if known is None:
+        raise InputError("not a language model", file=folder, found=f"model_type {config.model_type}")
+    return known
+
+
+def _classes() -> dict[str, Any]:
+    """The auto classes of language models, and which class each of them makes of a config's type."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return {
         "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         "AutoModelForMultimodalLM": auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
     }
-    known = next((kind for kind, mapping in kinds.items() if type(config) in mapping), None)
-    if known is None:
-        raise InputError("not a language model", file=folder, found=f"model_type {config.model_type}")
-    return known
 
 
 def load_model(
@@ -173,6 +178,7 @@ def load_model(
     *,
     kind: str | None = None,
     quantization_config: Any = None,
+    weights: LazyWeights | None = None,
 ) -> Any:
     """A model as transformers loads it, from safetensors alone and without code or an adapter of the checkpoint's.
 
@@ -181,7 +187,8 @@ def load_model(
         dtype: Named as torch's; auto is float32 on the CPU, where halves are slow, else the checkpoint's own.
         device: Where it will be. On `meta` it has shapes alone, and no weight is read.
         kind: One of transformers' auto classes; None for that of a language model.
-        quantization_config: One of transformers', by which linear layers are quantised.
+        quantization_config: One of transformers', by which linear layers are quantised; None for that of the folder.
+        weights: Floats in place of the folder's tensors, which are quantised.
 
     Raises:
         InputError: transformers can't open it so, it is no decoder-only language model, or weights are missing.
@@ -190,24 +197,33 @@ def load_model(
     import transformers
 
     where = find_device(device)
-    kind = kind or _class_of(_config(folder), folder)
+    settings = _config(folder)
+    kind = kind or _class_of(settings, folder)
     if dtype == "auto" and where.type == "cpu":
         dtype = "float32"
     # A quantised model can't be moved: it is made where it will be. So is one without weights.
-    placed = {"device_map": {"": where}} if quantization_config is not None or where.type == "meta" else {}
+    coded = quantization_config is not None or (weights is None and hasattr(settings, "quantization_config"))
+    placed: dict[str, Any] = {"device_map": {"": where}} if coded or where.type == "meta" else {}
+    if quantization_config is not None:  # a None would stand for itself, and codes would be loaded as weights
+        placed["quantization_config"] = quantization_config
+    given: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "use_safetensors": True,
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        **placed,
+    }
     try:
-        with _without_adapter(folder) as plain:
-            model, info = getattr(transformers, kind).from_pretrained(
-                plain,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                quantization_config=quantization_config,
-                **placed,
-            )
-    except (MemoryError, torch.OutOfMemoryError):
+        if weights is not None:
+            given |= _settings_of_floats(settings, folder)
+            # An auto class asks for a folder.
+            made = _classes()[kind][type(settings)]
+            model, info = weights.loaded_by(lambda: made.from_pretrained(None, state_dict=weights, **given))
+        else:
+            with _without_adapter(folder) as plain:
+                model, info = getattr(transformers, kind).from_pretrained(plain, **given)
+    except (MemoryError, torch.OutOfMemoryError, SafepatchError):
         raise
     except Exception as error:  # as above
         raise InputError(f"model can't be opened ({first_line(error)})", file=folder) from error
@@ -215,6 +231,18 @@ def load_model(
         missing = info["missing_keys"]
         raise InputError(f"{len(missing)} tensors of the model are missing", file=folder, tensor=min(missing))
     return model if placed else model.to(where)
+
+
+def _settings_of_floats(config: Any, folder: Path) -> dict[str, Any]:
+    """What from_pretrained would read from the folder of a quantised model, as the model of its floats has it."""
+    from transformers import GenerationConfig
+
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    given = {"config": config}
+    if (folder / "generation_config.json").is_file():
+        given["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return given
 
 
 @torch.no_grad()
