@@ -157,7 +157,8 @@ class Small(Corpora):
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     def few_steps(of: Evidence, variant: str, seed: int, out: Path, **changes: Any) -> DeriveConfig:
-        changes |= {"safety": SafetyPatch(max_steps=2), "over_safety": OverSafetyPatch(max_steps=2)}
+        safety = changes.get("safety", SafetyPatch()).model_copy(update={"max_steps": 2})
+        changes |= {"safety": safety, "over_safety": OverSafetyPatch(max_steps=2)}
         return settings(of, variant, seed, out, **changes, learning_rate=1e-3, ascent_bound=None)
 
     monkeypatch.setattr(quantised, "settings", few_steps)
@@ -187,6 +188,21 @@ def test_rows_are_measured_once_and_told_beside_their_own_twin(job: Evidence) ->
     again = Behaviour(job, "quarter")
     assert {row: again.found(row) for row in rows} == found
     assert (job.out / "quantised" / "patches" / "recipe.yaml").stat() == before
+
+
+def test_a_twin_is_restored_on_what_its_original_answers_otherwise(job: Evidence) -> None:
+    of = Behaviour(job, "quarter")
+    rows = [Row(quantised.INT4, way) for way in (quantised.PLAIN, quantised.RESTORED)]
+    _, restored = told(of, {row: of.found(row) for row in rows})
+    assert restored["codes"].keys() == {"safety"} and restored["codes"]["safety"]["changed"] > 0
+    questions, pairs = (
+        [json.loads(line) for line in (job.out / "quantised" / file).read_text().splitlines()]
+        for file in ("questions.jsonl", "restored/data.jsonl")
+    )
+    assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    asked = {row["question"] for row in questions}
+    assert {"do 120", "do 316"} <= asked and not asked & {"do 119", "do 320"}
+    assert {pair["question"] for pair in pairs} <= asked
 
 
 def test_the_committed_table_is_of_the_committed_rows() -> None:

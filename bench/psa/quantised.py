@@ -15,27 +15,34 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from safepatch_core.bench.psa.backbone import ordinary_questions
 from safepatch_core.bench.psa.methods import METHODS, STRONG, recipe_of
 from safepatch_core.bench.psa.steps import WITH_UTILITY, Evidence, make_backbone, settings
 from safepatch_core.bench.psa.twins import LAYOUTS, as_floats, quantise
-from safepatch_core.deriving import derive
+from safepatch_core.deriving import SafetyPatch, derive
 from safepatch_core.evaluating import EvalConfig
+from safepatch_core.evaluating.config import DEMO, DEMO_FILES, DEMO_TO_DERIVE
 from safepatch_core.evaluating.data import Data, load
 from safepatch_core.evaluating.judge import prefix_verdict
 from safepatch_core.evaluating.measure import Measurement, measure
 from safepatch_core.evaluating.report import build
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.language.model import at_work, limits
+from safepatch_core.language.rows import read_rows
 from safepatch_core.merging.api import merge
 from safepatch_core.merging.recipe import Quantized
+from safepatch_core.runs.run import RunConfig
+from safepatch_core.runs.run import run as run_file
 
 SIZES = {"full": 1, "half": 2, "quarter": 4}  # every n-th harmful prompt, and so much of the text
 FLOATS = "float"
 PLAIN, MERGED = "unpatched", "merged"
 STOCHASTIC, NEAREST, AFTERWARDS, OWN = "stochastic", "nearest", "merged, then quantised", "derived on the twin"
-WAYS = (PLAIN, MERGED, AFTERWARDS, STOCHASTIC, NEAREST, OWN)
+RESTORED = "restored by DPO"
+WAYS = (PLAIN, MERGED, AFTERWARDS, STOCHASTIC, NEAREST, OWN, RESTORED)
 INT4 = "int4-g32"
 DRAWS = (0, 1, 2)
+ORDERS = "120:320:4"  # of AdvBench, that the restored twin is asked: training may see them, the backbone did not
 # Nothing is stopped here; what the guard of a usual recipe would say stands in each row.
 UNGUARDED = [-1e9, 1e9]
 
@@ -62,12 +69,12 @@ def rows() -> Iterator[Row]:
     yield from (Row(FLOATS, PLAIN), Row(FLOATS, MERGED))
     for way in (PLAIN, STOCHASTIC):
         yield from (Row(format, way) for format in LAYOUTS)
-    yield Row(INT4, OWN)
+    yield from (Row(INT4, OWN), Row(INT4, RESTORED))
     for way in (AFTERWARDS, NEAREST):
         yield from (Row(format, way) for format in LAYOUTS)
     for seed in DRAWS[1:]:
         yield from (Row(format, STOCHASTIC, seed) for format in LAYOUTS)
-        yield Row(INT4, OWN, seed)
+        yield from (Row(INT4, OWN, seed), Row(INT4, RESTORED, seed))
 
 
 class Behaviour:
@@ -123,6 +130,8 @@ class Behaviour:
                 quantise(self.job.backbone, place, row.format)
             elif row.way == AFTERWARDS:
                 quantise(self.model(Row(FLOATS, MERGED)), place, row.format)
+            elif row.way == RESTORED:
+                self._merge(self.restored(), row, place, self._into_codes(row) | {"patches": [{}]})
             else:
                 self._merge(self.patches(of_twin=row.way == OWN), row, place, self._into_codes(row))
         return place
@@ -147,6 +156,34 @@ class Behaviour:
             self.job.say(f"derive: {run.name}")
             derive(config, resume=run.exists(), quiet=True)
         return run
+
+    def restored(self) -> Path:
+        """A run of `derive` in which the twin in 4 bits learns its float original's answers (Q-resafe's idea).
+
+        Orders, harmless questions that look harmful and ordinary ones: what training may see of each.
+        """
+        out, questions = self.out / "restored", self.out / "questions.jsonl"
+        run = out / "derive"
+        if not (run / "recipe.yaml").exists():
+            looks = read_rows(DEMO / DEMO_FILES["harmless"], ["question"], DEMO_TO_DERIVE["harmless"])
+            harmful = read_rows(self.job.corpora.advbench, ["goal"], ORDERS)
+            asked = [row.values["goal"] for row in harmful] + [row.values["question"] for row in looks]
+            lines = (json.dumps({"question": text}) + "\n" for text in asked + ordinary_questions())
+            questions.write_text("".join(lines))
+            config = {
+                "derive": settings(self.job, PLAIN, 0, run, **self._restoring(questions)).settings(),
+                "answers": {"model": str(self.job.backbone.resolve()), "max_new_tokens": 32},
+            }
+            self.job.say(f"run: {out.name}")
+            run_file(RunConfig.model_validate(config), out, resume=out.exists())
+        return run
+
+    def _restoring(self, questions: Path) -> dict[str, Any]:
+        """How the run differs from others: Q-resafe trains six entries in ten (arXiv 2506.20251)."""
+        patch = SafetyPatch(objective="dpo", mask_top=0.6, top=1.0, retain=1.0)
+        columns = {"question_column": "question", "answer_column": "answer", "rows": None}
+        data = {"model": str(self.model(Row(INT4, PLAIN)).resolve()), "data": str(questions.resolve())}
+        return data | columns | {"patches": "safety", "safety": patch, "save_as": "delta"}
 
 
 def told(of: Behaviour, found: Mapping[Row, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -203,7 +240,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _about(line: Mapping[str, Any]) -> list[str]:
-    return [line["format"], line["way"], str(line["seed"]) if line["way"] in (STOCHASTIC, OWN) else ""]
+    return [line["format"], line["way"], str(line["seed"]) if line["way"] in (STOCHASTIC, OWN, RESTORED) else ""]
 
 
 def _cells(line: Mapping[str, Any]) -> list[str]:
