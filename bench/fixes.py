@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_core.files.checkpoint import Shard, open_checkpoint
+from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.files.header import make_header
+from safepatch_core.files.parsing import Shard
 from safepatch_core.fixes import codec, reference
 from safepatch_core.fixes.build import build, build_between
 from safepatch_core.fixes.checking import teller_of

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safepatch_core.files.checkpoint import TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.files.header import make_header
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.api import merge
 from safepatch_core.sizes import parse_size
 

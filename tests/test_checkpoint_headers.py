@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.files import checkpoint
-from safepatch_core.files.checkpoint import BITS, HEADER_LIMIT, TensorEntry, read_exact, read_shard, read_tensor
+from safepatch_core.files.parsing import BITS, HEADER_LIMIT, Shard, read_shard
+from safepatch_core.files.reading import TensorEntry, read_exact, read_tensor
 
 library: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
 
@@ -304,7 +304,7 @@ def test_not_regular(tmp_path: Path, alarm: None, kind: str) -> None:
 def test_legal_odd_ones(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
 
-    def read(header: bytes | dict[str, Any], data: bytes = b"") -> checkpoint.Shard:
+    def read(header: bytes | dict[str, Any], data: bytes = b"") -> Shard:
         path.write_bytes(pack(header, data))
         library(path.read_bytes())
         return read_shard(path)

@@ -17,9 +17,10 @@ import pytest
 from safepatch_core import plan
 from safepatch_core.errors import InputError, SafepatchError, UsageError
 from safepatch_core.files import checkpoint
-from safepatch_core.files.checkpoint import open_checkpoint, read_json
+from safepatch_core.files.checkpoint import open_checkpoint
 from safepatch_core.files.companions import COMPANION_LIMIT, companions, lacking, left_out
 from safepatch_core.files.filenames import INDEX
+from safepatch_core.files.parsing import read_json
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -15,7 +15,7 @@ from safepatch_core.backends.codes import CodesReport
 from safepatch_core.backends.contract import SELECT_NONE, Bits, Block, Cut, Lora, PatchData, Report
 from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.backends.reference import ReferenceBackend, from_float32, to_float32
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.quantised.grids import E2M1, E4M3, E8M0, INT4, INT8, Grid
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight
 from safepatch_core.merging.quantised.layouts.fp4 import Scaled

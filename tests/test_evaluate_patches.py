@@ -20,7 +20,8 @@ from safepatch_core import MergeResult, merge, survive
 from safepatch_core.errors import InputError
 from safepatch_core.evaluating import EvalConfig, evaluate, patches
 from safepatch_core.evaluating.patches import layers_of, survival
-from safepatch_core.files.checkpoint import open_checkpoint, read_tensor
+from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.reading import read_tensor
 from safepatch_core.merging.manifest import read_manifest
 from tests.tiny_lm import tiny_llama, write_lm
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.fixes import codec, format, reference
 from safepatch_core.fixes.reading import Proof, Sparse, open_fix
 from safepatch_core.fixes.writing import Writer

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from safepatch_core import UsageError, load_recipe, open_checkpoint
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.integrations.mergekit import BIT_EQUAL, EQUAL_BUT_TIES, SAME_RULE, _band, read_mergekit
 from safepatch_core.merging.recipe import PatchSpec
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from safepatch_core import merge, open_checkpoint
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 
 torch = pytest.importorskip("torch", reason="makes the models")
 transformers = pytest.importorskip("transformers", reason="makes the models")

@@ -13,7 +13,7 @@ import pytest
 
 from safepatch_core import apply, build, merge, revert, verify
 from safepatch_core.errors import InputError, Stopped
-from safepatch_core.files.checkpoint import BITS
+from safepatch_core.files.parsing import BITS
 from safepatch_core.fixes.build import build_between
 from safepatch_core.merging.sink import CheckpointSink
 from tests.oracle import Tensor, from_f32, load_checkpoint, save_file

@@ -13,7 +13,7 @@ import pytest
 
 from safepatch_core.backends.contract import PatchReport, Report
 from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, Stopped
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.files.records import RunIdentity
 from safepatch_core.files.staging import Journal, Staging
 from safepatch_core.merging.layout import OutputFile, OutputPart

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 import safepatch_core
 from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.deriving.config import PATCHES
-from safepatch_core.files.checkpoint import TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.reading import TensorEntry
 
 DEFAULTS = "SafePatching, defaults"
 STRONG = "SafePatching, scale 4"

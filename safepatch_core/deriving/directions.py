@@ -28,8 +28,9 @@ from safepatch_core.deriving.head import keeps_logits
 from safepatch_core.deriving.objective import batches
 from safepatch_core.deriving.saving import read_tensor
 from safepatch_core.errors import UsageError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.language.chat import Example
 from safepatch_core.language.rows import slice_rows
 from safepatch_core.merging.recipe import of_language

@@ -15,7 +15,9 @@ from safepatch_core.deriving.config import DeriveConfig
 from safepatch_core.deriving.saving import DTYPES
 from safepatch_core.deriving.twin import float_copy, is_quantised
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint, read_json
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
+from safepatch_core.files.parsing import FLOATS, read_json
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.language import model as language_model
 
 Target = Callable[[str, int], bool]  # (tensor name, dimensions) -> whether the recipe patches it

@@ -24,9 +24,11 @@ from torch import Tensor
 from safepatch_core.backends.contract import Lora
 from safepatch_core.deriving.names import BaseNames, saved_state
 from safepatch_core.deriving.sharding import full_tensor
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, read_json
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.filenames import INDEX, SINGLE
 from safepatch_core.files.header import make_header
+from safepatch_core.files.parsing import read_json
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources import open_source
 from safepatch_core.merging.sources.contract import PatchTensor, load_alone

@@ -16,9 +16,11 @@ import torch
 
 from safepatch_core.deriving.saving import CONFIG, TensorFiles, read_patch, read_tensor, with_dtype
 from safepatch_core.errors import InputError, OutputError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, read_json
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.companions import companions
 from safepatch_core.files.disk import failures_named, hash_file, removed_on_failure, staged_name, sync_directory
+from safepatch_core.files.parsing import read_json
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.modules import CONFIG_KEYS, quantised
 from safepatch_core.merging.quantised.twin import Twin, recognised, refuse_weight

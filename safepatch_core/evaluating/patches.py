@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_tensor
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
+from safepatch_core.files.reading import TensorEntry, read_tensor
 from safepatch_core.merging.manifest import Manifest
 from safepatch_core.merging.survive import survive
 from safepatch_core.spec import ITEMSIZE

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, belongs, read_json
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.filenames import ADAPTER_CONFIG, COMPANIONS, CONFIG, LEDGER, MANIFEST, SUMS
+from safepatch_core.files.parsing import read_json
+from safepatch_core.files.reading import belongs
 
 COMPANION_LIMIT = 64 << 20  # bytes
 # An adapter's config is left because transformers would load the adapter; and nothing that runs is carried along.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from safepatch_core.files.checkpoint import BITS
+from safepatch_core.files.parsing import BITS
 
 Ranges = dict[str, tuple[int, int]]
 

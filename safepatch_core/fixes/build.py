@@ -17,9 +17,11 @@ import numpy as np
 
 from safepatch_core.backends.contract import Report
 from safepatch_core.errors import Busy, InputError, OutputError, Stopped, UsageError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_json, require_same_table
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint, require_same_table
 from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
+from safepatch_core.files.parsing import read_json
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.fixes import format
 from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW

@@ -14,7 +14,8 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.fixes import codec
 from safepatch_core.fixes.format import BLOCK, WIDTH, table_hash
 from safepatch_core.fixes.reading import WINDOW, Fix, Proof, Touched, stretches

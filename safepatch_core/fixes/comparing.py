@@ -18,16 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import (
-    BITS,
-    Checkpoint,
-    TensorEntry,
-    open_checkpoint,
-    read_json,
-    require_same_table,
-)
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint, require_same_table
 from safepatch_core.files.disk import hash_file
 from safepatch_core.files.filenames import MANIFEST
+from safepatch_core.files.parsing import BITS, read_json
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.fixes.checking import check_table
 from safepatch_core.fixes.format import BLOCK, WIDEST, table_hash
 from safepatch_core.fixes.info import Share, added_up, kind_of, layer_of

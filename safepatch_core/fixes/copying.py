@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.disk import HashedFile
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.files.staging import Staging
 from safepatch_core.fixes.checking import (
     GOAL,

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
 from safepatch_core.files.header import make_header
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.files.records import RunIdentity
 from safepatch_core.files.staging import Staging
 from safepatch_core.fixes import codec

@@ -8,7 +8,8 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import HEADER_LIMIT, TensorEntry, count_marks
+from safepatch_core.files.parsing import HEADER_LIMIT, count_marks
+from safepatch_core.files.reading import TensorEntry
 
 BLOCK = 65536  # entries that one row of the block table stands for
 FORMAT, VERSION = "safepatch-fix", "1"

@@ -20,15 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from safepatch_core.errors import InputError, IOFailure, OutputError, Stopped
-from safepatch_core.files.checkpoint import (
-    Checkpoint,
-    Shard,
-    TensorEntry,
-    identify,
-    open_checkpoint,
-    read_exact,
-    read_json,
-)
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.disk import (
     failures_named,
     hash_file,
@@ -39,6 +31,8 @@ from safepatch_core.files.disk import (
     sync_directory,
 )
 from safepatch_core.files.filenames import BUSY, CONFIG, LEDGER, MANIFEST, SUMS
+from safepatch_core.files.parsing import Shard, read_json
+from safepatch_core.files.reading import TensorEntry, identify, read_exact
 from safepatch_core.fixes.checking import (
     GOAL,
     Advance,

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import read_json
 from safepatch_core.files.disk import replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import KEPT, LEDGER
+from safepatch_core.files.parsing import read_json
 from safepatch_core.fixes.checking import Direction
 from safepatch_core.fixes.reading import Fix
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.companions import companions
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.fixes.checking import Direction, check_table, width_of
 from safepatch_core.fixes.format import BLOCK
 from safepatch_core.fixes.inplace import Sums, require_changeable, require_free

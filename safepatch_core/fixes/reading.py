@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import InputError, IOFailure
-from safepatch_core.files.checkpoint import Shard, TensorEntry, identify, read_exact, read_shard, uncollected
+from safepatch_core.files.parsing import Shard, read_shard, uncollected
+from safepatch_core.files.reading import TensorEntry, identify, read_exact
 from safepatch_core.fixes import format, reference
 from safepatch_core.fixes.format import BLOCK, KEYS, MOST_CODES, VERSION, WIDEST, Facts, blocks, is_sparse
 from safepatch_core.fixes.reference import Broken, Changes, Run

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import open_checkpoint, read_tensor
+from safepatch_core.files.checkpoint import open_checkpoint
+from safepatch_core.files.reading import read_tensor
 from safepatch_core.fixes import codec
 from safepatch_core.fixes.checking import check_table, require
 from safepatch_core.fixes.memory import live_of, settle

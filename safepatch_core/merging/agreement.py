@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.recipe import Agreement
 from safepatch_core.merging.sources.computed import Computed, as_delta, scores_of
 from safepatch_core.merging.sources.contract import PatchTensor

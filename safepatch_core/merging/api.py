@@ -17,8 +17,9 @@ import yaml
 
 from safepatch_core.backends.contract import Backend, Report
 from safepatch_core.errors import IOFailure, UsageError
-from safepatch_core.files.checkpoint import Identity, identify, uncollected
 from safepatch_core.files.filenames import MANIFEST
+from safepatch_core.files.parsing import uncollected
+from safepatch_core.files.reading import Identity, identify
 from safepatch_core.files.records import RunIdentity, digest
 from safepatch_core.files.staging import Staging
 from safepatch_core.merging.effect import require_deltas, require_eligible, require_survival

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import IOFailure
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, identify, is_sparse, read_exact
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.reading import TensorEntry, identify, is_sparse, read_exact
 
 
 class Inputs:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.filenames import DIFFUSERS, DIFFUSERS_INDEX, INDEX, SINGLE
 from safepatch_core.files.header import make_header
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.sizes import parse_size
 
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from safepatch_core.backends.contract import SELECT_NONE, Backend, Bits, Block, Cut, Report
 from safepatch_core.backends.reference import to_float32
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.disk import Extent
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.plan import Plan

@@ -18,8 +18,10 @@ from typing import Any
 from safepatch_core.backends.codes import takes_codes
 from safepatch_core.backends.contract import Backend
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint, uncollected
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.companions import companions, left_out
+from safepatch_core.files.parsing import FLOATS, uncollected
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.agreement import agreed
 from safepatch_core.merging.beside import Beside, beside
 from safepatch_core.merging.gates import Angles, gated, measure, open_gates, pair_of, pairs_of

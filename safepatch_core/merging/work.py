@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.pipeline import align
 from safepatch_core.merging.quantised.values import Dequantised, Measured
 from safepatch_core.merging.quantised.writing import Coded

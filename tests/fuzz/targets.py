@@ -22,8 +22,9 @@ import safetensors
 
 from safepatch_core.backends.contract import Bits, Lora
 from safepatch_core.errors import InputError, IOFailure, SafepatchError, UsageError
-from safepatch_core.files.checkpoint import BITS, Checkpoint, Shard, open_checkpoint, read_shard
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
+from safepatch_core.files.parsing import BITS, Shard, read_shard
 from safepatch_core.fixes.info import prove
 from safepatch_core.fixes.reading import open_fix
 from safepatch_core.merging.inputs import Inputs

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import safepatch_core
-from safepatch_core.files.checkpoint import read_shard
+from safepatch_core.files.parsing import read_shard
 from tests.fuzz.targets import ROOT, TARGETS, Violation, header, safetensors_file, same_as_safetensors
 
 CORPUS = Path(__file__).parents[1] / "corpus"

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from safepatch_core.backends.contract import Bits
 from safepatch_core.backends.reference import to_float32
 from safepatch_core.errors import InputError, UsageError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.formats import Format
 from safepatch_core.merging.quantised.sums import PIECE_BYTES, Found, Owners, Stripe, Survival, measure, nothing

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import BITS, FLOATS, Checkpoint, TensorEntry, read_json
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.parsing import BITS, FLOATS, read_json
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.recipe import Recipe
 
 # Positions and counters are I64, masks BOOL: neither is ever a code.

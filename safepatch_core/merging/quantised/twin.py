@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.quantised.layouts import ACCEPTED, CodedWeight, Unfit, recognise
 from safepatch_core.merging.quantised.modules import Quantised, module_of, quantisation_config, quantised
 from safepatch_core.merging.recipe import Recipe

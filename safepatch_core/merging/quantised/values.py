@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safepatch_core.backends.contract import Bits
 from safepatch_core.backends.reference import from_float32, to_float32
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import F32, Codes, Grid
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Scales

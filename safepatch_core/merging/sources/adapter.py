@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, Identity, TensorEntry, read_tensor
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.reading import Identity, TensorEntry, read_tensor
 from safepatch_core.merging.names import Exchange, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor
 from safepatch_core.merging.sources.dense import Named, fitted

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from safepatch_core.backends.contract import Bits, Lora
 from safepatch_core.backends.reference import to_float32
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
 from safepatch_core.merging.sources.decoding import PIECE, F32Array, as_bits, product, rectangles

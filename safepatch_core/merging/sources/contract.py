@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.backends.contract import Bits, Lora
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes
 from safepatch_core.spec import Kind, Missing, Rows

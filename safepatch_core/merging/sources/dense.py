@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from safepatch_core.backends.contract import Bits
 from safepatch_core.backends.reference import to_float32
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import FLOATS, Checkpoint, TensorEntry, open_checkpoint
+from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
+from safepatch_core.files.parsing import FLOATS
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.names import Exchange, Takes, resolve
 from safepatch_core.merging.sources.contract import Origin, PatchTensor, Range

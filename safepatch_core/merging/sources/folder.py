@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, Shard, TensorEntry, read_json, read_shard, shown
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from safepatch_core.files.parsing import Shard, read_json, read_shard
+from safepatch_core.files.reading import TensorEntry, shown
 from safepatch_core.merging.names import WRAPPERS
 from safepatch_core.merging.sources.contract import PatchTensor
 from safepatch_core.merging.sources.foreign import refuse_foreign, refuse_ungathered

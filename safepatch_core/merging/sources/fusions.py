@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.sources.contract import Range
 from safepatch_core.merging.sources.orientation import model_type
 from safepatch_core.merging.sources.turned import Tile, Turned

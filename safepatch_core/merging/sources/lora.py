@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import TensorEntry
 from safepatch_core.files.filenames import ADAPTER_CONFIG
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.sources.dora import Directions
 from safepatch_core.merging.sources.factors import Bias, Factors
 from safepatch_core.merging.sources.folder import PREFIX, Entries, Folder, Found, Part, Shape, together

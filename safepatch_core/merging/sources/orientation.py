@@ -10,8 +10,10 @@ import os
 from collections.abc import Mapping
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry, read_json
+from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.filenames import CONFIG
+from safepatch_core.files.parsing import read_json
+from safepatch_core.files.reading import TensorEntry
 
 _FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})  # layers of those families

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import permutations
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.sources.experts import ExpertFactors, ExpertSlice
 from safepatch_core.merging.sources.factors import Factors
 from safepatch_core.merging.sources.folder import INSTEAD, Entries, Folder, Found, Part, Shape

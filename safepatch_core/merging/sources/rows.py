@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.backends.contract import Bits
-from safepatch_core.files.checkpoint import Checkpoint, TensorEntry
+from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.recipe import NOT_LINEAR
 from safepatch_core.merging.sources.contract import Range

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from safepatch_core.backends.contract import Bits
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.pipeline import align
 from safepatch_core.merging.sources.contract import Range

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.quantised.layouts import fp4, fp8, integers
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Finder, Tensors, Unfit
 

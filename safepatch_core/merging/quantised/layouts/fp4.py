@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safepatch_core.backends.contract import ScaleTable
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import E2M1, F32
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Places, Scales, Tensors, Unfit

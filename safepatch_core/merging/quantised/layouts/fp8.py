@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import E4M3, Codes, Grid
 from safepatch_core.merging.quantised.layouts.contract import Bytes, CodedWeight, Places, Tensors, Unfit

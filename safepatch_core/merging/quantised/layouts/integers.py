@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from safepatch_core.errors import InputError
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import INT4, INT8
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Tensors, Unfit

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from safepatch_core.backends.contract import ScaleTable
-from safepatch_core.files.checkpoint import TensorEntry
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import F32, Codes, Grid, split
 from safepatch_core.merging.quantised.layouts.contract import Bytes, Places, Scales

@@ -10,7 +10,8 @@ import numpy as np
 
 from safepatch_core.backends.contract import Bits, ScaleTable
 from safepatch_core.backends.reference import to_float32
-from safepatch_core.files.checkpoint import BITS, TensorEntry
+from safepatch_core.files.parsing import BITS
+from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.quantised.grids import E4M3, E8M0, F32
 from safepatch_core.merging.quantised.layouts.contract import Places
