@@ -266,6 +266,11 @@ class Notes(Protocol):
         """Host memory that they take."""
 
 
+def takes_turns(engine: Backend) -> bool:
+    """Whether several threads may call the engine, one of which then waits for the other."""
+    return getattr(engine, "takes_turns", False)
+
+
 @runtime_checkable
 class Noting(Protocol):
     """What an engine has beside a `Backend` where it can merge a tensor again from notes."""

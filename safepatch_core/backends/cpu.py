@@ -69,6 +69,7 @@ class CpuBackend:
     """
 
     takes_codes = True
+    takes_turns = True
 
     def __init__(self, threads: int, isa: str | None = None) -> None:
         if threads < 1:

@@ -205,6 +205,8 @@ def stored(acc: F32, dtype: Dtype) -> tuple[NDArray[np.unsignedinteger], Mask]:
 class ReferenceBackend:
     """The engine that the others are compared with. Its methods are documented on `Backend`."""
 
+    takes_turns = True  # nothing is kept between calls
+
     def describe(self) -> str:
         return f"reference (numpy {np.__version__})"
 

@@ -86,6 +86,9 @@ def engine_options(function: F) -> F:
     return cast(F, collected)
 
 
+streams_option = click.option(
+    "--streams", type=click.IntRange(min=1), help="Output shards at once [default: one per 4 cores, 4 at most]."
+)
 output_options = _options(
     click.option("--quiet", is_flag=True, help="No progress and no summary."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import ByteProgress, OutPath, emit, engine_options, output_options, write_options
+from safepatch_core.commands.common import (
+    ByteProgress,
+    OutPath,
+    emit,
+    engine_options,
+    output_options,
+    streams_option,
+    write_options,
+)
 from safepatch_core.errors import printable
 
 if TYPE_CHECKING:
@@ -21,6 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--survive", "formats", metavar="NAME,…", help="Also tell what later quantisations would leave: see `survive`."
 )
+@streams_option
 @engine_options
 @write_options
 @output_options
@@ -28,6 +37,7 @@ def command(
     recipe: str,
     out: str,
     formats: str | None,
+    streams: int | None,
     engine: EngineOptions,
     force: bool,
     resume: bool,
@@ -41,8 +51,10 @@ def command(
 
     told = any_recipe(recipe, quiet)
     later = None if formats is None else _Later(told, formats, engine)
+    at_once = engine.copy()
+    at_once["streams"] = streams
     with ByteProgress("merge", quiet) as progress:
-        result = merge(told, out, force=force, resume=resume, progress=progress, **engine)
+        result = merge(told, out, force=force, resume=resume, progress=progress, **at_once)
     survival = None if later is None else later.survive(out, quiet)
     for warning in () if quiet else result.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from safepatch_core.commands.common import any_recipe, emit, engine_options, human, output_options
+from safepatch_core.commands.common import any_recipe, emit, engine_options, human, output_options, streams_option
 from safepatch_core.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--cosines", is_flag=True, help="Also the cosine of every two patches' changes, per target; reads them all."
 )
+@streams_option
 @engine_options
 @output_options
 def command(
@@ -34,6 +35,7 @@ def command(
     out: str | None,
     tensors: bool,
     cosines: bool,
+    streams: int | None,
     engine: EngineOptions,
     quiet: bool,
     as_json: bool,
@@ -49,6 +51,7 @@ def command(
     elif in_place or is_fix(recipe):
         raise UsageError("a fix is planned for a checkpoint", expected="--to, or --from to take it out")
     else:
+        engine["streams"] = streams
         _tell_recipe(recipe, out, tensors, cosines, engine, quiet, as_json)
 
 
@@ -133,6 +136,7 @@ def _tell_recipe(
         ("read", f"{human(data['bytes_read'])} in {data['passes']} pass(es)"),
         ("write", f"{human(data['bytes_written'])} in {data['files']} file(s)"),
         ("memory", f"{human(data['memory'])} of buffers (limit {human(data['memory_limit'])})"),
+        ("at once", f"{data['streams']} file(s)"),
         ("as a fix", f"at most {fix.changes:,d} entries, then about {human(fix.size)} (`safepatch build`)"),
         ("in chunks", f"{data['chunked']} target(s)"),
         ("free space", human(data["free_space"])),

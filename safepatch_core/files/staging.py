@@ -19,6 +19,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from safepatch_core.errors import Busy, InputError, IOFailure, OutputError, SafepatchError, Stopped, UsageError
@@ -42,7 +43,7 @@ class Journal:
     """Checksummed lines; reading stops at the first that is torn or damaged."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._lock = path, Lock()
 
     def read(self) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
@@ -68,7 +69,7 @@ class Journal:
         sync_directory(self.path.parent)
 
     def append(self, *lines: Mapping[str, Any]) -> None:
-        with open(self.path, "ab") as file:
+        with self._lock, open(self.path, "ab") as file:  # shards that are written at once end when they will
             file.write(b"".join(map(self._line, lines)))
             file.flush()
             os.fsync(file.fileno())

@@ -30,8 +30,8 @@ from safepatch_core.merging.plan import Plan, make_plan
 from safepatch_core.merging.quantised.survival import in_all
 from safepatch_core.merging.rates import load_rates, predict
 from safepatch_core.merging.recipe import Recipe, load_recipe
-from safepatch_core.merging.sink import CheckpointSink, from_facts, to_facts
-from safepatch_core.merging.stream import Merge
+from safepatch_core.merging.shards import write_shards
+from safepatch_core.merging.sink import from_facts, to_facts
 from safepatch_core.ranks import ranks_of_this_run
 from safepatch_core.spec import SPEC_VERSION
 from safepatch_core.version import __version__
@@ -114,11 +114,9 @@ def merge(
     with (
         closing(ranks_of_this_run()) as ranks,
         Staging(Path(out), inputs, identity(plan), needed=needed, force=force, resume=resume, ranks=ranks) as staging,
-        closing(CheckpointSink(staging, drop=plan.larger_than_memory)) as sink,
     ):
-        job = Merge(plan, plan.engine, advance, ranks=ranks, trace=trace)
-        job.run(sink)
-        counts = from_facts(staging.join(to_facts(sink.counts)))
+        found, read = write_shards(plan, staging, ranks, advance, trace)
+        counts = from_facts(staging.join(to_facts(found)))
         require_eligible(plan, counts)
         require_survival(plan, counts)
         if ranks.rank == 0:
@@ -132,7 +130,7 @@ def merge(
             staging.add("README.md", model_card(plan).encode())
             staging.add(MANIFEST, manifest(plan, counts, staging.files).encode())
             staging.publish()
-        bytes_read = sum(ranks.gather(job.bytes_read))
+        bytes_read = sum(ranks.gather(read))
     acted, changed = (sum(getattr(report, name) for report in counts.values()) for name in ("acted", "changed"))
     warnings = plan.warnings + (() if changed else (_unchanged(acted),))
     return MergeResult(
@@ -162,7 +160,8 @@ def plan(recipe: str | os.PathLike[str] | Recipe, **engine: Unpack[EngineOptions
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     with uncollected():
-        return make_plan(recipe, opened, limit, chunk_entries=engine.get("chunk_entries"))
+        asked = {"chunk_entries": engine.get("chunk_entries"), "streams": engine.get("streams")}
+        return make_plan(recipe, opened, limit, **asked)
 
 
 def planned(recipe: str | os.PathLike[str] | Recipe | Plan, engine: EngineOptions) -> Plan:
@@ -206,7 +205,8 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "bytes_read": plan.bytes_to_read,
         "bytes_written": plan.bytes_to_write,
         "files": len(plan.outputs),
-        "memory": plan.ring_bytes + plan.beside_bytes,
+        "memory": plan.streams * (plan.ring_bytes + plan.beside_bytes),
+        "streams": plan.streams,
         "memory_limit": plan.memory_limit,
         "free_space": shutil.disk_usage(place).free,
         "tensors": [

@@ -19,6 +19,8 @@ class EngineOptions(TypedDict, total=False):
         memory_limit: bytes (or "2GiB") of buffers on the host, 2 GiB by default. Tensors that don't fit are done in
             chunks.
         vram_limit: bytes (or "8GiB") of the GPU's memory.
+        streams: output shards that `merge` has under way at once; by default one per four cores, at most four. The
+            memory limit, the number of shards, whole-model scope and GPUs allow fewer.
         chunk_entries: cut larger targets into chunks of so many entries, whatever fits; for tests.
     """
 
@@ -27,6 +29,7 @@ class EngineOptions(TypedDict, total=False):
     threads: int | None
     memory_limit: int | str | None
     vram_limit: int | str | None
+    streams: int | None
     chunk_entries: int | None
 
 

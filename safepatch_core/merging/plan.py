@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.backends.codes import takes_codes
-from safepatch_core.backends.contract import Backend
+from safepatch_core.backends.contract import Backend, takes_turns
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.companions import companions, left_out
@@ -50,6 +50,8 @@ SAMPLE_RUN = 1 << 12
 FIXED_BYTES = 4 << 20
 SMALLEST_LIMIT = 16 << 20
 DEFAULT_LIMIT = 2 << 30
+# By `bench simulate` a second shard at once pays from 8 cores on, and four do from 16.
+CORES_PER_STREAM, MOST_STREAMS = 4, 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Plan:
     memory_limit: int
     ring_bytes: int
     beside_bytes: int  # the engine's scratch, or the LoRA factors that chunks share
+    streams: int  # shards under way at once, each with so much of both
     chunk: int | None = None  # entries per chunk, set only by tests
 
     @property
@@ -249,7 +252,12 @@ class Plan:
 
 @uncollected()
 def make_plan(
-    recipe: Recipe, engine: Backend, memory_limit: int | None = None, *, chunk_entries: int | None = None
+    recipe: Recipe,
+    engine: Backend,
+    memory_limit: int | None = None,
+    *,
+    chunk_entries: int | None = None,
+    streams: int | None = None,
 ) -> Plan:
     """Open and check every input of the recipe and decide the work.
 
@@ -290,6 +298,7 @@ def make_plan(
         memory_limit=limit,
         ring_bytes=ring_bytes,
         beside_bytes=beside_bytes,
+        streams=_streams(streams, recipe, engine, (limit - FIXED_BYTES) // (ring_bytes + beside_bytes), len(outputs)),
         chunk=chunk_entries,
     )
 
@@ -563,6 +572,15 @@ def _memory(targets: Mapping[str, Target], engine: Backend, limit: int) -> tuple
             f"a matrix of '{largest.entry.name}', which is stored the other way round", limit, least - room
         )
     return min(room, max(3 * least, 6 * CHUNK_BYTES)) // ALIGN * ALIGN, beside
+
+
+def _streams(asked: int | None, recipe: Recipe, engine: Backend, room: int, shards: int) -> int:
+    """How many shards are under way at once. A whole model's are written by one look at it, and a GPU is one."""
+    if recipe.scope == "model" or not takes_turns(engine):
+        return 1
+    cores = len(os.sched_getaffinity(0))
+    wanted = min(MOST_STREAMS, cores // CORES_PER_STREAM) if asked is None else asked
+    return max(1, min(wanted, room, shards))
 
 
 def _least_unit(target: Target) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -121,14 +121,17 @@ class Merge:
     def bytes_read(self) -> int:
         return self._inputs.bytes_read
 
-    def run(self, sink: Sink) -> Counts:
-        """Everything, in the order of the output. Raises InputError for data that breaks a rule."""
+    def run(self, sink: Sink, parts: Iterable[OutputPart] | None = None) -> Counts:
+        """Everything, in the order of the output, or these parts of it.
+
+        Raises InputError for data that breaks a rule.
+        """
         counts: Counts = {}
         try:
             if self.plan.whole_model:
                 quotas, skips = self.plan.model_quotas, self.plan.model_skips
                 self._select(list(self.plan.targets.values()), quotas, skips, self._ranks)
-            for part in self.plan.parts(self._ranks.rank, self._ranks.size):
+            for part in self.plan.parts(self._ranks.rank, self._ranks.size) if parts is None else parts:
                 written: Counts = {}
                 left = sink.begin(part, written)
                 if left is not None:

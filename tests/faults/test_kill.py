@@ -35,6 +35,21 @@ def test_killed_at_every_call(bench: Bench, place: Path, old: bool, how: int, pa
     assert seen == {"old" if old else "none", "new"}
 
 
+def test_killed_with_all_shards_under_way(bench: Bench, place: Path) -> None:
+    """The order of calls is another one every time; what may be seen is not."""
+    together, seen = ("--force", "--streams", "3"), set()
+    for n in range(1, len(bench.calls(place, True)) + 1, 1 if LONG else 4):
+        restore(place, bench.old)
+        killed = bench.merge(place, *together, fault=fault(place, n, KILL))
+        if killed.status == 0:  # it took fewer calls
+            bench.check_finished(place, killed)
+            continue
+        assert killed.status == -9, (n, killed.text)
+        seen.add(bench.check_output(place, True))
+        bench.check_finished(place, bench.merge(place, *together, "--resume"))
+    assert seen == {"old", "new"}
+
+
 @pytest.mark.parametrize("how", [KILL, TORN], ids=["before the call", "in the middle of a write"])
 def test_killed_again_while_resuming(bench: Bench, place: Path, how: int) -> None:
     """A resumed run is killed too, at each of its calls; no finished shard is lost, nor the beginning of the last."""
