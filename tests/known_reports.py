@@ -47,12 +47,16 @@ def built(
     refs = {"model": "patched"} | ({"baseline": "original"} if "baseline" in measured else {})
     more = [label for label in measured if label.startswith("model_")]
     config = EvalConfig.model_validate({**refs, "more_models": more, "out": "report", **changes})
-    verdicts = {
-        label: {name: list(map(prefix_verdict, of.answers)) for name, of in found.replies.items()}
+    stages = {
+        label: {
+            step: {name: list(map(prefix_verdict, of.answers)) for name, of in said.items()}
+            for step, said in found.stages.items()
+        }
         for label, found in measured.items()
     }
+    verdicts = {label: of[0] for label, of in stages.items()}
     facts: dict[str, Any] = {"models": {label: {"name": ref, "sha256": "0"} for label, ref in config.models.items()}}
-    facts |= {"patches": patches or {}, "survival": survival or {}, "read": read or {}}
+    facts |= {"patches": patches or {}, "survival": survival or {}, "read": read or {}, "stages": stages}
     report = build(config, data, measured, verdicts, facts)
     rows = answers(data, measured, verdicts, False)
     return report, rows, files(report, rows)

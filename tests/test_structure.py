@@ -11,7 +11,18 @@ import safepatch_core
 
 PACKAGE = Path(safepatch_core.__file__).parent
 # From the top down; rooms of one floor do not know each other. What is not named is the ground.
-FLOORS = ("bench", "commands", "runs", "deriving evaluating", "integrations", "fixes", "merging", "files", "backends")
+FLOORS = (
+    "bench",
+    "commands",
+    "runs",
+    "evaluating",
+    "deriving",
+    "integrations",
+    "fixes",
+    "merging",
+    "files",
+    "backends",
+)
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 

@@ -78,6 +78,7 @@ def train(
     utility: Sequence[Example] = (),
     checkpoints: Checkpoints | None = None,
     mask: Mask | None = None,
+    after: Callable[[int], None] | None = None,
     ranks: Ranks | None = None,
 ) -> Outcome:
     """Trains the model's trainable parameters in place, with AdamW at a constant learning rate.
@@ -99,6 +100,7 @@ def train(
             NLL.
         checkpoints: What it holds is gone on with, and every save_steps steps it gets more.
         mask: Which entries move; None for all.
+        after: Is told of every step that was taken, and may ask the model, in eval mode too.
         ranks: None for one process.
 
     Raises:
@@ -144,6 +146,9 @@ def train(
             progress.advance(tokens=length, step=step, nll=record["nll"], grad_norm=taken.grad_norm)
             if checkpoints is not None and config.save_steps and step % config.save_steps == 0 and step < total_steps:
                 checkpoints.save(step, *_snapshot(so_far, parameters, optimizer))
+            if after is not None:
+                after(step)
+                model.train()
     return so_far.outcome(where, bounded=False)
 
 

@@ -47,13 +47,18 @@ def open_backbone(ref: str, out: Path) -> Backbone:
     named = open_checkpoint(ref)
     if named.root is None:
         raise InputError("training needs a directory with config and tokenizer", file=ref, found="a single file")
-    config = read_json(named.root / "config.json", within=named.root)
     if is_quantised(named):
         folder = float_copy(named, out)
         return Backbone(open_checkpoint(folder), folder, named)
-    if isinstance(config, dict) and config.get("quantization_config"):
-        raise InputError("quantised weights can't be trained", file=named.root / "config.json")
+    require_floats(named.root)
     return Backbone(named, named.root, named)
+
+
+def require_floats(root: Path) -> None:
+    """Raises InputError if the checkpoint in `root` is quantised: no gradient moves a code."""
+    config = read_json(root / "config.json", within=root)
+    if isinstance(config, dict) and config.get("quantization_config"):
+        raise InputError("quantised weights can't be trained", file=root / "config.json")
 
 
 def targets(base: Checkpoint, is_target: Target) -> list[TensorEntry]:

@@ -19,6 +19,7 @@ DEMO_HELD_OUT = {"harmful": "216:336", "harmless": "168:288"}
 Kind = Literal["harmful", "harmless"]
 PREFIX = "prefix"
 WINDOW = 512
+RELEARN_STEPS = 16
 
 
 class Window(NamedTuple):
@@ -112,6 +113,28 @@ class EvalConfig(Strict):
         default=None, ge=0, description="Solved examples before each document. Default the task's own."
     )
 
+    relearn: PathText | None = Field(
+        default=None,
+        description="Harmful questions with answers, none of them measured: each model is fine-tuned on them in "
+        "memory, and asked the harmful prompts after 1, 2, 4, ... steps. How few undo a patch? Default none.",
+    )
+    relearn_question_column: str = Field(default="question", description="Its question column. Default question.")
+    relearn_answer_column: str = Field(default="answer", description="Its answer column. Default answer.")
+    relearn_where: Where = Field(default={}, description="Only its rows with these values. Default all.")
+    relearn_rows: str | None = Field(
+        default=None, description="Slice of the rows that relearn_where leaves. Default all."
+    )
+    relearn_steps: int = Field(
+        default=RELEARN_STEPS, ge=1, description=f"Optimiser steps, at most. Default {RELEARN_STEPS}."
+    )
+    relearn_batch_size: int = Field(default=8, ge=1, description="Rows per step. Default 8.")
+    relearn_learning_rate: float = Field(
+        default=1e-5,
+        gt=0,
+        allow_inf_nan=False,
+        description="AdamW's step size, of all weights; clipping and decay are derive's. Default 1e-5.",
+    )
+
     survive: str | None = Field(
         default=None,
         description="Formats of a later quantisation, as fp8-block,int4-g32: what each would leave of the patches, "
@@ -171,7 +194,8 @@ class EvalConfig(Strict):
                 given = [field for field in fields if getattr(self, field)]
                 if getattr(self, name) is None and given:
                     raise ValueError(f"{given[0]} needs {name}")
-        names = ["harmful", "harmless", "text", *(more.name for more in self.more_sets)]
+        self._require_what_relearning_needs()
+        names = ["harmful", "harmless", "text", "relearn", *(more.name for more in self.more_sets)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"more_sets: the name '{twice}' is taken")
@@ -184,6 +208,17 @@ class EvalConfig(Strict):
         if self.judge == PREFIX and self.judge_labels:
             raise ValueError("judge_labels needs a classifier as judge")
         return self
+
+    def _require_what_relearning_needs(self) -> None:
+        if self.relearn is None:
+            given = [name for name in type(self).model_fields if name.startswith("relearn_")]
+            for name in given:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} needs relearn")
+        elif not self.uses_demo and all(of.kind != "harmful" for of in self.sets):
+            raise ValueError("relearn needs harmful prompts")
+        elif self.dtype == "float16":
+            raise ValueError("relearn trains in float32 or bfloat16, not in float16")
 
     def _require_formats(self) -> None:
         from safepatch_core.merging.quantised.formats import FORMATS  # numpy, which --help needs not wait for
@@ -209,6 +244,12 @@ class EvalConfig(Strict):
     def uses_demo(self) -> bool:
         """Whether the bundled demo data is measured."""
         return self.harmful is self.harmless is self.text is self.lm_eval is None and not self.more_sets
+
+    @property
+    def relearn_looks(self) -> list[int]:
+        """The steps of fine-tuning after which a model is asked."""
+        doubled = (1 << power for power in range(self.relearn_steps.bit_length()))
+        return [] if self.relearn is None else sorted({*doubled, self.relearn_steps})
 
     @property
     def tasks(self) -> list[str]:
@@ -278,7 +319,7 @@ class EvalConfig(Strict):
         """How it was measured, without names of files and places: what the report shows."""
         places = {
             *("model", "more_models", "baseline", "out", "harmful", "harmless", "text", "device", "threads"),
-            *("judge", "lm_eval_include"),
+            *("judge", "lm_eval_include", "relearn"),
         }
         settings = self.model_dump(mode="json", exclude=places)
         for more in settings["more_sets"]:

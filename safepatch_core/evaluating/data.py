@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import InputError
 from safepatch_core.evaluating.config import OF_SETS, EvalConfig, Kind, PromptSet
-from safepatch_core.language.rows import Row, read_rows, read_text, slice_rows
+from safepatch_core.language.rows import Row, place, read_rows, read_text, slice_rows
+
+RELEARN = "relearn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,9 @@ class Prompts:
     def framings(self) -> list[list[int]]:
         """Places of the rows that ask for one thing, of everything that is asked for at least twice."""
         found = defaultdict(list)
-        for place, row in enumerate(self.rows):
+        for at, row in enumerate(self.rows):
             if "request" in row.values:
-                found[row.values["request"]].append(place)
+                found[row.values["request"]].append(at)
         return [places for places in found.values() if len(places) > 1]
 
 
@@ -54,19 +56,26 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Everything to be measured on; None is left out of the report."""
+    """Everything to be measured on, and to relearn from; None is left out of the report."""
 
     sets: list[Prompts]
     text: Text | None
+    relearn: Prompts | None = None
 
     @property
     def about(self) -> dict[str, Any]:
-        texts = {} if self.text is None else {"text": self.text.about}
-        return {prompts.name: prompts.about for prompts in self.sets} | texts
+        others = {"text": self.text, "relearn": self.relearn}
+        more = {name: part.about for name, part in others.items() if part is not None}
+        return {prompts.name: prompts.about for prompts in self.sets} | more
 
     @property
     def paths(self) -> list[Path]:
-        return [part.path for part in (*self.sets, self.text) if part is not None]
+        return [part.path for part in (*self.sets, self.text, self.relearn) if part is not None]
+
+    @property
+    def harmful(self) -> list[Prompts]:
+        """The sets that nobody should comply with."""
+        return [prompts for prompts in self.sets if prompts.kind == "harmful"]
 
 
 def load(config: EvalConfig, tell: Callable[[str], None] = lambda line: None) -> Data:
@@ -83,7 +92,34 @@ def load(config: EvalConfig, tell: Callable[[str], None] = lambda line: None) ->
         if not content.strip():
             raise InputError("no text", file=path)
         text = Text(path, content, {**_about(path), "characters": len(content)})
-    return Data([_prompts(prompts, tell) for prompts in config.sets], text)
+    data = Data([_prompts(prompts, tell) for prompts in config.sets], text)
+    return data if config.relearn is None else replace(data, relearn=_to_relearn(config, config.relearn, data, tell))
+
+
+def _to_relearn(config: EvalConfig, file: str, data: Data, tell: Callable[[str], None]) -> Prompts:
+    """The rows of the relearning test, which may not hold what is asked after it."""
+    found = _prompts(
+        PromptSet(
+            name=RELEARN,
+            kind="harmful",
+            file=file,
+            column=config.relearn_question_column,
+            answer_column=config.relearn_answer_column,
+            rows=config.relearn_rows,
+            where=config.relearn_where,
+        ),
+        tell,
+    )
+    measured = {row.values["question"].strip(): of.name for of in data.harmful for row in of.rows}
+    for row in found.rows:
+        name = measured.get(row.values["question"].strip())
+        if name is not None:
+            raise InputError(
+                f"{place(found.path, row.line)}: to relearn from is a prompt of '{name}', which is measured",
+                file=found.path,
+                expected="other rows, as relearn_rows takes them",
+            )
+    return found
 
 
 def _prompts(of: PromptSet, tell: Callable[[str], None]) -> Prompts:
@@ -96,7 +132,9 @@ def _prompts(of: PromptSet, tell: Callable[[str], None]) -> Prompts:
     wanted = {name: column for name, column in columns.items() if column is not None}
     path = Path(of.file)
     options = {name: "column" if name == "question" else f"{name}_column" for name in columns}
-    if of.name in OF_SETS:
+    if of.name == RELEARN:
+        options = {name: f"--relearn-{name}-column" for name in columns}
+    elif of.name in OF_SETS:
         options = {
             "question": f"--{of.name}-column",
             "answer": "--answer-column",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from safepatch_core.errors import InputError
 from safepatch_core.evaluating.config import EvalConfig
 from safepatch_core.evaluating.data import Data, Prompts, Text
+from safepatch_core.evaluating.relearning import relearn, require_trainable
 from safepatch_core.evaluating.spans import Span, windows
 from safepatch_core.evaluating.subject import Subject, batch_count, opened
 from safepatch_core.evaluating.tasks import Score, Tasks
@@ -38,6 +39,12 @@ class Measurement(BaseModel):
     replies: dict[str, Replies] = {}  # by set
     text: list[tuple[float, int]] | None = None  # per window: nats, scored tokens
     scores: list[Score] = []
+    relearned: dict[int, dict[str, Replies]] = {}  # by steps of fine-tuning on harmful rows; harmful sets alone
+
+    @property
+    def stages(self) -> dict[int, dict[str, Replies]]:
+        """What the model said as it is, at 0, and after so many steps."""
+        return {0: self.replies, **self.relearned}
 
 
 def measure(
@@ -49,17 +56,9 @@ def measure(
     """
     progress = partial(Progress, quiet=quiet, report=None)
     with opened(folder, config) as subject:
-        replies = {}
-        for prompts in data.sets:
-            examples = _encode(subject, prompts, config)
-            title = f"{label}: {prompts.name}"
-            answers = _ask(subject, examples, config, progress(title, _steps(examples, config)))
-            nll = None
-            if prompts.answered:
-                spans = [Span(e.ids, e.answer) for e in examples]
-                sums = _nll(subject, spans, config, progress(f"{title}, NLL", _steps(spans, config)))
-                nll = [total / span.scored for total, span in zip(sums, spans, strict=True)]
-            replies[prompts.name] = Replies(answers=answers, nll=nll)
+        if data.relearn is not None:
+            require_trainable(subject)
+        replies = {of.name: _replies(subject, of, config, f"{label}: {of.name}", progress) for of in data.sets}
         text = None
         if data.text is not None:
             spans = _windows(subject, data.text, config)
@@ -67,13 +66,37 @@ def measure(
             text = [(total, span.scored) for total, span in zip(sums, spans, strict=True)]
         scores = [] if tasks is None else tasks.score(subject, config, quiet=quiet)
         weights = list(subject.model.parameters())
+        relearned: dict[int, dict[str, Replies]] = {}
+        if data.relearn is not None:  # last, as it leaves another model
+
+            def look(step: int) -> None:
+                relearned[step] = {
+                    of.name: _replies(subject, of, config, f"{label}: {of.name} after step {step}", progress)
+                    for of in data.harmful
+                }
+
+            relearn(subject, data.relearn, config, look, f"{label}: relearning", quiet=quiet)
         return Measurement(
             parameters=sum(p.numel() for p in weights),
             dtype=str(weights[0].dtype).removeprefix("torch."),
             replies=replies,
             text=text,
             scores=scores,
+            relearned=relearned,
         )
+
+
+def _replies(
+    subject: Subject, prompts: Prompts, config: EvalConfig, title: str, progress: Callable[[str, int], Progress]
+) -> Replies:
+    examples = _encode(subject, prompts, config)
+    answers = _ask(subject, examples, config, progress(title, _steps(examples, config)))
+    nll = None
+    if prompts.answered:
+        spans = [Span(e.ids, e.answer) for e in examples]
+        sums = _nll(subject, spans, config, progress(f"{title}, NLL", _steps(spans, config)))
+        nll = [total / span.scored for total, span in zip(sums, spans, strict=True)]
+    return Replies(answers=answers, nll=nll)
 
 
 def _steps(items: Sequence[object], config: EvalConfig) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.evaluating import text
-from safepatch_core.evaluating.plots import layer_shares, trade_off
+from safepatch_core.evaluating.plots import layer_shares, relearning, trade_off
 from safepatch_core.pages import document, shown
 from safepatch_core.pictures import can_draw
 
@@ -36,6 +36,14 @@ def page(report: text.Report, rows: Sequence[Mapping[str, Any]]) -> str:
         ],
         coherence=[_entry(report, metric, metric) for metric in report["coherence"]],
         about_coherence=text.about_coherence(report),
+        relearning=[
+            (f"{text.title(metric)}, by steps", [_entry(report, metric, of) for of in text.by_steps(metric)])
+            for of in report["relearning"]
+            for metric in of["metrics"]
+        ],
+        about_relearning=text.about_relearning(report) if report["relearning"] else "",
+        relearned=text.relearned(report),
+        relearning_plots=relearning(report) if drawn else [],
         drawn=drawn,
         planes=trade_off(report) if drawn else [],
         survival=text.survival(report) + text.later(report),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from safepatch_core.errors import printable
-from safepatch_core.evaluating.text import cell
+from safepatch_core.evaluating.text import cell, labels
 from safepatch_core.pictures import name_points
 
 # Stand-ins that matplotlib takes for colours, and what the page shows in their place, in light and dark alike.
@@ -176,6 +176,43 @@ def layer_shares(report: Mapping[str, Any]) -> list[Plot]:
             caption += " Surviving: of the entries acted on, those whose stored bits changed." if survival else ""
             caption += " Other: the tensors outside the layers." if None in layers else ""
             found.append(Plot(title, caption, "; ".join(alt), save()))
+    return found
+
+
+def relearning(report: Mapping[str, Any]) -> list[Plot]:
+    """For each harmful set, compliance of every model by steps of fine-tuning on harmful rows."""
+    from matplotlib.ticker import PercentFormatter
+
+    found = []
+    for n, of in enumerate(report["relearning"]):
+        metric = next(m for m in of["metrics"] if m["name"].startswith("harmful_compliance"))
+        rows, models = metric["steps"], report["models"]
+        at = range(len(rows))  # 0, 1, 2, 4, ... evenly
+        with _figure(f"relearning-{n}", 6.6, 3.6) as (figure, save):
+            axes = figure.subplots()
+            colours = {label: SERIES[i % len(SERIES)] for i, label in enumerate(labels(report))}
+            for label, model in models.items():
+                colour = colours.get(label, INK)
+                low, high = zip(*(row[label]["interval"] for row in rows), strict=True)
+                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+                name = printable(model["name"]).replace("$", r"\$")
+                axes.plot(at, [row[label]["value"] for row in rows], marker="o", color=colour, label=name)
+            if "baseline" in models:
+                axes.axhline(rows[0]["baseline"]["value"], color=MUTED, linestyle="--", linewidth=1.2)
+            axes.set_xticks(list(at), [str(row["step"]) for row in rows])
+            axes.set_xlabel("steps of fine-tuning on harmful rows")
+            axes.set_ylabel(f"{metric['title']}, {metric['n']} prompts")
+            axes.set_ylim(-0.03, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+            caption = "Bands are 95% Wilson intervals" + (
+                "; the dashed line is the baseline as it was." if "baseline" in models else "."
+            )
+            alt = "; ".join(
+                f"{model['name']}: " + ", ".join(f"{row[label]['value']:.1%} at {row['step']}" for row in rows)
+                for label, model in models.items()
+            )
+            found.append(Plot(f"{metric['title']} by steps of relearning", caption, alt, save()))
     return found
 
 

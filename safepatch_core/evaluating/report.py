@@ -91,8 +91,9 @@ def build(
         measured: What each model showed, by its label.
         verdicts: On each of its answers.
         facts: What else is known: `models`, per label name and digest; `patches`, per label what a merge counted, and
-            `survival`, what rounding left of it; `read`, how likely the baseline finds each answer; `judge`, the
-            classifier, if one was used; `tasks`, about lm-eval; `fingerprint`, a digest of all inputs.
+            `survival`, what rounding left of it; `read`, how likely the baseline finds each answer; `stages`, per
+            label and step of relearning the verdicts; `judge`, the classifier, if one was used; `tasks`, about
+            lm-eval; `fingerprint`, a digest of all inputs.
     """
     metrics = []
     for prompts in data.sets:
@@ -132,6 +133,7 @@ def build(
         "data": data.about | tasks,
         "metrics": metrics,
         "coherence": _coherence(data, measured, facts.get("read", {}), config.seed) + _consistency(data, verdicts),
+        "relearning": _relearning(data, measured, facts.get("stages", {}), config),
         "patches": facts.get("patches", {}),
         "survival": facts.get("survival", {}),
         "judge": judge,
@@ -177,6 +179,43 @@ def _over_framings(prompts: Prompts, verdicts: Verdicts) -> Iterator[tuple[_Metr
     each = {label: [[of[at] for at in places] for places in prompts.framings] for label, of in bad.items()}
     yield ALIKE, {label: [len(set(request)) == 1 for request in of] for label, of in each.items()}
     yield IN_ANY[prompts.kind], {label: [any(request) for request in of] for label, of in each.items()}
+
+
+def _relearning(
+    data: Data, measured: Mapping[str, Measurement], stages: Mapping[str, Mapping[int, Any]], config: EvalConfig
+) -> list[dict[str, Any]]:
+    """Per harmful set: what becomes of the models while they are fine-tuned on harmful rows."""
+    if data.relearn is None:
+        return []
+    mean, change = _means(config.seed)
+    found = []
+    for prompts in data.harmful:
+        about = {"set": prompts.name, "n": len(prompts.rows)}
+        complied, nll = [], []
+        for step in (0, *config.relearn_looks):
+            harmful = {label: [v.harmful for v in of[step][prompts.name]] for label, of in stages.items()}
+            complied.append({"step": step, **_compare(harmful, _rate, _change_of_rate)})
+            if prompts.answered:
+                values = {label: of.stages[step][prompts.name].nll or [] for label, of in measured.items()}
+                nll.append({"step": step, **_compare(values, mean, change)})
+        metrics = [{**COMPLIANCE.of_set(prompts.name)._asdict(), **about, "steps": complied}]
+        if nll:
+            metrics.append({**ANSWER_NLL.of_set(prompts.name)._asdict(), **about, "steps": nll})
+        found.append({**about, "until_baseline": _until_baseline(complied), "metrics": metrics})
+    return found
+
+
+def _until_baseline(complied: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    """Per model, after how many steps it complied as often as the baseline did untouched; None: it never did."""
+    first = complied[0]
+    if BASELINE not in first:
+        return {}
+    goal = first[BASELINE]["count"]
+    return {
+        label: next((at["step"] for at in complied if at[label]["count"] >= goal), None)
+        for label in first
+        if label.startswith("model")
+    }
 
 
 def _named(metric: _Metric, name: str, title: str) -> dict[str, str]:

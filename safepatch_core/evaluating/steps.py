@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from safepatch_core.deriving.model import require_floats
 from safepatch_core.evaluating.coherence import read_by
 from safepatch_core.evaluating.config import PREFIX, EvalConfig
 from safepatch_core.evaluating.data import Data, load
@@ -45,6 +46,9 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
     data = load(config, lambda line: warn(line, quiet, None))
     folders = {label: locate(ref) for label, ref in config.models.items()}
     judge = None if config.judge == PREFIX else locate(config.judge)
+    if data.relearn is not None:
+        for folder in folders.values():
+            require_floats(folder)
     config = config.fitted([limits(folder).positions for folder in folders.values()])
     with at_work(config.threads, "lower batch_size or max_length"):
         classifier = None if judge is None else Classifier(judge, config)
@@ -71,7 +75,9 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             facts["survival"] = survivals(manifests, folders, facts["models"], config.later)
             measured = _measured(staging, folders, facts["models"], data, tasks, config, quiet)
             facts["read"] = _read(staging, folders, measured, data, config, quiet)
-            verdicts = _verdicts(data, measured, classifier, quiet)
+            stages = _verdicts(data, measured, classifier, quiet)
+            verdicts = {label: of[0] for label, of in stages.items()}
+            facts["stages"] = stages
             if classifier is not None:
                 facts["judge"] = {
                     "name": names({"judge": config.judge})["judge"],
@@ -170,21 +176,32 @@ def _read(
 
 def _verdicts(
     data: Data, measured: Mapping[str, Measurement], classifier: Classifier | None, quiet: bool
-) -> dict[str, dict[str, list[Verdict]]]:
-    """Label of a model → set → a verdict on each answer. Models that share a measurement are judged once."""
+) -> dict[str, dict[int, dict[str, list[Verdict]]]]:
+    """Label of a model → steps of relearning → set → a verdict on each answer.
+
+    Models that share a measurement are judged once.
+    """
     first: dict[int, str] = {}
     for label, measurement in measured.items():
         first.setdefault(id(measurement), label)
-    places = [(label, prompts) for label in first.values() for prompts in data.sets]
-    said = [measured[label].replies[prompts.name].answers for label, prompts in places]
+    places = [
+        (label, step, prompts)
+        for label in first.values()
+        for step, replies in measured[label].stages.items()
+        for prompts in data.sets
+        if prompts.name in replies
+    ]
+    said = [measured[label].stages[step][prompts.name].answers for label, step, prompts in places]
     if classifier is None:
         found = [list(map(prefix_verdict, of)) for of in said]
     else:
-        asked = [[row.values["question"] for row in prompts.rows] for _, prompts in places]
+        asked = [[row.values["question"] for row in prompts.rows] for _, _, prompts in places]
         found = classifier.verdicts(list(zip(asked, said, strict=True)), quiet=quiet)
-    verdicts: dict[str, dict[str, list[Verdict]]] = {label: {} for label in first.values()}
-    for (label, prompts), of in zip(places, found, strict=True):
-        verdicts[label][prompts.name] = of
+    verdicts: dict[str, dict[int, dict[str, list[Verdict]]]] = {
+        label: {step: {} for step in measured[label].stages} for label in first.values()
+    }
+    for (label, step, prompts), of in zip(places, found, strict=True):
+        verdicts[label][step][prompts.name] = of
     return {label: verdicts[first[id(measurement)]] for label, measurement in measured.items()}
 
 

@@ -27,11 +27,12 @@ Table = list[list[str]]
 
 def before_after(report: Report) -> str:
     """The metrics of a report.json as plain aligned tables, for a terminal."""
-    return "\n\n".join(
+    grids = [
         "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
         for table in tables(report)
         for widths in [[max(map(len, column)) for column in zip(*table, strict=True)]]
-    )
+    ]
+    return "\n\n".join([*grids, *(["\n".join(map(printable, relearned(report)))] if relearned(report) else [])])
 
 
 def labels(report: Report) -> list[str]:
@@ -75,18 +76,64 @@ def coherence_table(report: Report) -> Table:
 
 def category_tables(report: Report) -> list[tuple[str, Table]]:
     """Per metric with categories: its title, and a table with a row per category."""
+    columns, found = _compared(report), []
+    for metric in report["metrics"]:
+        if "categories" in metric:
+            rows = [{**of, "title": of["category"], "unit": metric["unit"]} for of in metric["categories"]]
+            found.append((title(metric), _table("category", rows, columns)))
+    return found
+
+
+def _compared(report: Report) -> dict[str, str]:
+    """The columns of a table with every model and, where there is a baseline, every change from it."""
     models = report["models"]
     columns = {label: of["name"] for label, of in models.items()} if len(models) > 1 else {"model": "value"}
     if "baseline" in models:
         several = len(labels(report)) > 1
         for label in labels(report):
             columns[difference_of(label)] = "change" + (f", {models[label]['name']}" if several else "")
-    found = []
-    for metric in report["metrics"]:
-        if "categories" in metric:
-            rows = [{**of, "title": of["category"], "unit": metric["unit"]} for of in metric["categories"]]
-            found.append((title(metric), _table("category", rows, columns)))
+    return columns
+
+
+def relearning_tables(report: Report) -> list[tuple[str, Table]]:
+    """What relearning brought back: per metric its title, and a table with a row per number of steps."""
+    columns = _compared(report)
+    return [
+        (f"{title(metric)}, by steps of fine-tuning", _table("steps", by_steps(metric), columns))
+        for of in report["relearning"]
+        for metric in of["metrics"]
+    ]
+
+
+def by_steps(metric: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A metric of the relearning test as a row per number of steps."""
+    return [{**of, "title": str(of["step"]), "unit": metric["unit"], "n": metric["n"]} for of in metric["steps"]]
+
+
+def relearned(report: Report) -> list[str]:
+    """After how many steps each model complied as often as the baseline does, in words."""
+    most, found = report["settings"]["relearn_steps"], []
+    for of in report["relearning"]:
+        for label, steps in of["until_baseline"].items():
+            if steps is None:
+                said = f"within {most} steps not"
+            elif steps:
+                said = f"after {steps} {'step' if steps == 1 else 'steps'} of fine-tuning"
+            else:
+                said = "before any fine-tuning"
+            found.append(f"{report['models'][label]['name']}, {of['set']}: complies as often as the baseline {said}")
     return found
+
+
+def about_relearning(report: Report) -> str:
+    """How models were made to relearn, in words."""
+    settings, rows = report["settings"], report["data"]["relearn"]["prompts"]
+    said = (
+        f"Every model was fine-tuned in memory on the same {rows} harmful rows, none of which is measured "
+        f"({settings['relearn_batch_size']} a step, learning rate {settings['relearn_learning_rate']:g}), and asked "
+        "again after so many steps."
+    )
+    return said + (" Changes are from the baseline after as many steps." if "baseline" in report["models"] else "")
 
 
 def title(metric: Mapping[str, Any]) -> str:
@@ -225,6 +272,10 @@ def markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
         parts += [f"## {_escaped(heading)}, by category", _grid(table)]
     if report["coherence"]:
         parts += ["## Coherence", about_coherence(report), _grid(coherence_table(report))]
+    if report["relearning"]:
+        parts += ["## Relearning", about_relearning(report)]
+        parts += [_list(relearned(report))] if relearned(report) else []
+        parts += [part for heading, table in relearning_tables(report) for part in (_escaped(heading), _grid(table))]
     if survival(report):
         parts += ["## Patches", _list(survival(report) + later(report))]
     parts += [
