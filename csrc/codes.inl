@@ -318,26 +318,40 @@ static void join_batch(const std::vector<Lane>& lanes, int32_t join, float lambd
     }
 }
 
+// Philox of kChains vectors of counters, whose words a and b are given; c and d are 0. Several side by side, as in
+// `draw`: arrays that go through memory every round take three times as long.
+template <int kChains>
+SP_OP void philox(uint64_t key, uint64_t* a, uint64_t* b, uint64_t* c, uint64_t* d) {
+    Q x[kChains][4];
+    for (int i = 0; i < kChains; ++i) {
+        x[i][0] = load_q(a + i * kLanesQ);
+        x[i][1] = load_q(b + i * kLanesQ);
+        x[i][2] = x[i][3] = set_q(0);
+    }
+    auto k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
+        for (auto& of : x) mix(of[0], of[1], of[2], of[3], k0, k1);
+    }
+    for (int i = 0; i < kChains; ++i) {
+        store_q(a + i * kLanesQ, x[i][0]);
+        store_q(b + i * kLanesQ, x[i][1]);
+        store_q(c + i * kLanesQ, x[i][2]);
+        store_q(d + i * kLanesQ, x[i][3]);
+    }
+}
+
 // A random number for each entry: its lane of its Philox block.
 static void draw_batch(uint64_t key, int64_t index, Batch& batch) {
+    constexpr int kChains = 4;
+    static_assert(kBatch % (kChains * kLanesQ) == 0);
     const int n = batch.n;
     auto& [a, b, c, d] = batch.words;
     for (int i = 0; i < n; ++i) {
-        const auto block = static_cast<uint64_t>(index + batch.place[i]) / 4;
-        a[i] = static_cast<uint32_t>(block);
-        b[i] = block >> 32;
-        c[i] = d[i] = 0;
+        a[i] = static_cast<uint64_t>(index + batch.place[i]) / 4;
+        b[i] = a[i] >> 32;
     }
-    auto k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
-        for (int i = 0; i < n; ++i) {
-            const uint64_t p0 = a[i] * 0xD2511F53, p1 = c[i] * 0xCD9E8D57;
-            a[i] = p1 >> 32 ^ b[i] ^ k0;
-            b[i] = p1 & 0xffffffff;
-            c[i] = p0 >> 32 ^ d[i] ^ k1;
-            d[i] = p0 & 0xffffffff;
-        }
-    }
+    for (int i = 0; i < n; i += kChains * kLanesQ) philox<kChains>(key, a + i, b + i, c + i, d + i);
     for (int i = 0; i < n; ++i) {
         const uint64_t lane = static_cast<uint64_t>(index + batch.place[i]) % 4;
         batch.random[i] = static_cast<uint32_t>(lane < 2 ? lane == 0 ? a[i] : b[i] : lane == 2 ? c[i] : d[i]);
@@ -433,42 +447,69 @@ SP_OP void add(ExactSum& sum, double term) {
     const auto exponent = static_cast<int>(bits >> 52 & 2047) - kLeastExponent;
     // 0, and what is not finite.
     if (exponent < 0 || exponent >= kExponents) return;
-    const uint64_t mantissa = (bits & ((1ULL << 52) - 1)) | 1ULL << 52;
+    const auto mantissa = static_cast<int64_t>((bits & ((1ULL << 52) - 1)) | 1ULL << 52);
     const auto sign = -static_cast<int64_t>(bits >> 63);
-    sum.high[exponent] += (static_cast<int64_t>(mantissa >> kLowHalf) ^ sign) - sign;
-    sum.low[exponent] += (static_cast<int64_t>(mantissa & ((1ULL << kLowHalf) - 1)) ^ sign) - sign;
+    sum.of[exponent] += (mantissa ^ sign) - sign;
 }
 
+// Write the new codes, and note which are. A branch for each would be foretold badly.
 template <int G>
-SP_OP bool is_beyond(float y) {
-    return y < kLowest<G> || y > kHighest<G>;
-}
-
-// What became of the entries, in all and of each patch where it alone acts.
-template <int G>
-static void tell_batch(const std::vector<Lane>& lanes, int64_t index, const Batch& batch, Sink* sinks,
-                       Written& written) {
-    for (size_t p = 0; p < lanes.size(); ++p) {
-        int64_t applied = 0;
-        for (int i = 0; i < batch.n; ++i) applied += lanes[p].acting[i];
-        sinks[p].applied += applied;
-    }
+static void put_changed(const sp_codes& codes, Batch& batch) {
+    int changes = 0;
     for (int i = 0; i < batch.n; ++i) {
-        const bool changed = batch.fresh[i] != batch.old[i], saturated = is_beyond<G>(batch.y[i]);
-        written.acted += batch.actors[i] != 0;
-        written.changed += changed;
-        if (saturated) written.saturated.add(1, index + batch.place[i]);
-        if (batch.actors[i] != 1 || !batch.written[i]) continue;
+        batch.changed[changes] = static_cast<uint8_t>(i);
+        changes += batch.fresh[i] != batch.old[i];
+    }
+    batch.changes = changes;
+    for (int k = 0; k < changes; ++k) {
+        const int i = batch.changed[k];
+        put_code<G>(codes, batch.at[i], batch.old[i], batch.fresh[i]);
+    }
+}
+
+// What the patches did, each for itself and where it alone acts.
+static void tell_patches(const std::vector<Lane>& lanes, Batch& batch, Sink* sinks, Written& written) {
+    const int n = batch.n;
+    for (int i = 0; i < n; ++i) batch.alone[i] = (batch.actors[i] == 1) & batch.written[i];
+    for (int i = 0; i < n; ++i) {
+        batch.asked[i] = static_cast<double>(batch.acc[i]) - static_cast<double>(batch.w[i]);
+    }
+    for (uint32_t p = 0; p < lanes.size(); ++p) {
+        int applied = 0, alone = 0;
+        for (int i = 0; i < n; ++i) applied += lanes[p].acting[i];
+        for (int i = 0; i < n; ++i) alone += batch.alone[i] & (batch.owner[i] == p);
+        sinks[p].applied += applied;
+        written.kept[p].acted += alone;
+    }
+    for (int i = 0; i < n; ++i) {
+        if (batch.alone[i]) add(written.kept[batch.owner[i]].asked, batch.asked[i] * batch.asked[i]);
+    }
+    for (int k = 0; k < batch.changes; ++k) {
+        const int i = batch.changed[k];
+        if (!batch.alone[i]) continue;
         Remains& kept = written.kept[batch.owner[i]];
-        const double asked = static_cast<double>(batch.acc[i]) - static_cast<double>(batch.w[i]);
-        kept.acted += 1;
-        kept.changed += changed;
-        kept.saturated += saturated;
-        add(kept.asked, asked * asked);
-        if (!changed) continue;
         const double moved = static_cast<double>(batch.after[i]) - static_cast<double>(batch.v[i]);
-        add(kept.along, moved * asked);
+        kept.changed += 1;
+        add(kept.along, moved * batch.asked[i]);
         add(kept.moved, moved * moved);
+    }
+}
+
+// What became of the entries, in all and of each patch.
+template <int G>
+static void tell_batch(const std::vector<Lane>& lanes, int64_t index, Batch& batch, Sink* sinks, Written& written) {
+    const auto is_beyond = [](float y) { return (y < kLowest<G>) | (y > kHighest<G>); };
+    int acted = 0;
+    bool beyond = false;
+    for (int i = 0; i < batch.n; ++i) acted += batch.actors[i] != 0;
+    for (int i = 0; i < batch.n; ++i) beyond |= is_beyond(batch.y[i]);
+    written.acted += acted;
+    written.changed += batch.changes;
+    tell_patches(lanes, batch, sinks, written);
+    for (int i = 0; beyond && i < batch.n; ++i) {
+        if (!is_beyond(batch.y[i])) continue;
+        written.saturated.add(1, index + batch.place[i]);
+        if (batch.alone[i]) written.kept[batch.owner[i]].saturated += 1;
     }
 }
 
@@ -483,9 +524,7 @@ static void rewrite(const sp_block& block, int64_t index, Workspace& space, Sink
         join_batch(lanes, block.join, block.lambda == nullptr ? 1.0f : *block.lambda, batch);
         divide_batch(index, batch, written);
         round_batch<G>(codes, index, batch);
-        for (int i = 0; i < batch.n; ++i) {
-            if (batch.fresh[i] != batch.old[i]) put_code<G>(codes, batch.at[i], batch.old[i], batch.fresh[i]);
-        }
+        put_changed<G>(codes, batch);
         tell_batch<G>(lanes, index, batch, sinks, written);
     }
 }

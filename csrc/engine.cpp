@@ -57,10 +57,12 @@ void add(uint64_t (&to)[12], int64_t more, int shift) {
 }
 
 void add(uint64_t (&to)[12], const ExactSum& more) {
+    constexpr int kHalf = 62;
     for (int i = 0; i < kExponents; ++i) {
         const int shift = i - 298 - 52 + 360;
-        if (more.high[i] != 0) add(to, more.high[i], shift + kLowHalf);
-        if (more.low[i] != 0) add(to, more.low[i], shift);
+        const __int128 low = more.of[i] & ((int64_t{1} << kHalf) - 1), high = more.of[i] >> kHalf;
+        if (high != 0) add(to, static_cast<int64_t>(high), shift + kHalf);
+        if (low != 0) add(to, static_cast<int64_t>(low), shift);
     }
 }
 

@@ -31,6 +31,7 @@ inline constexpr int kChunk = 32768;
 // Codes that are rewritten at once.
 inline constexpr int kBatch = 256;
 static_assert(kChunk <= 65536);  // places in a chunk have 16 bits
+static_assert(kBatch <= 256);    // and those in a batch 8
 // Buffers may be read or written this many entries beyond their end.
 inline constexpr int kSlack = 64;
 // Keys of finite scores lie below.
@@ -132,13 +133,12 @@ struct Range {
     int64_t word;
 };
 
-// A sum of float64 numbers that is never rounded: both halves of their mantissas by exponent, which 2^36 numbers fit.
+// A sum of float64 numbers that is never rounded: their mantissas by exponent, which 2^74 numbers fit.
 // Terms are products of differences of float32 numbers, so they are 0 or between 2^-298 and 2^258.
-inline constexpr int kLowHalf = 27;
 inline constexpr int kLeastExponent = 1023 - 298;
 inline constexpr int kExponents = 298 + 258 + 1;
 struct ExactSum {
-    int64_t high[kExponents], low[kExponents];
+    __int128 of[kExponents];
 };
 
 // As sp_kept.
@@ -174,13 +174,16 @@ struct alignas(64) Batch {
     uint16_t place[kBatch];  // in the chunk
     int64_t at[kBatch];      // in the stored codes
     float scale[kBatch], v[kBatch], w[kBatch], acc[kBatch], y[kBatch], after[kBatch];
+    double asked[kBatch];       // acc - w
     uint64_t words[4][kBatch];  // of Philox
     uint32_t random[kBatch];
     uint8_t old[kBatch], fresh[kBatch];
     uint8_t actors[kBatch];  // how many patches act: 0, 1, or 2 for several
     uint32_t owner[kBatch];  // one of them
     uint8_t written[kBatch];
-    int n;
+    uint8_t alone[kBatch];    // written, and by one patch
+    uint8_t changed[kBatch];  // the places in the batch of those whose codes are others now
+    int n, changes;
 };
 
 // One patch's working memory for a tile.

@@ -54,6 +54,16 @@ constexpr uint32_t magnitude_bits() {
 
 // ---- random retention ----
 
+// The multipliers of Philox, and a round of it; words are the low halves of lanes.
+constexpr uint64_t kM0 = 0xD2511F53, kM1 = 0xCD9E8D57;
+SP_OP void mix(Q& a, Q& b, Q& c, Q& d, uint64_t k0, uint64_t k1) {
+    const Q p0 = mul_q(a, set_q(kM0)), p1 = mul_q(c, set_q(kM1));
+    a = xor_q(high(p1), b, set_q(k0));
+    c = xor_q(high(p0), d, set_q(k1));
+    b = p1;
+    d = p0;
+}
+
 // Which of the 256 entries from index 4 * counter are retained: bit i of word w is entry 64 * w + i. A counter makes
 // four words a, b, c, d, of its four entries in this order; every Q holds one of them for kLanesQ counters, which
 // `below` puts in order. Several chains of multiplications run side by side: one alone would spend its time waiting
@@ -61,14 +71,13 @@ constexpr uint32_t magnitude_bits() {
 static void draw(const Random& random, uint64_t counter, Bits* kept) {
     constexpr int kChains = SP_LANES == 16 ? 8 : 4;
     constexpr int kEntries = 4 * kLanesQ;
-    const Q m0 = set_q(0xD2511F53), m1 = set_q(0xCD9E8D57);
     for (int word = 0; word < 4; ++word) kept[word] = 0;
     for (int done = 0; done < 256; done += kChains * kEntries) {
         Q a[kChains], b[kChains], c[kChains], d[kChains];
         // Words 2 and 3 of the counter are zero: the first round is half a round.
         for (int i = 0; i < kChains; ++i) {
             const Q low = add_q(set_q(counter + static_cast<uint64_t>(done / 4 + i * kLanesQ)), counters());
-            d[i] = mul_q(low, m0);
+            d[i] = mul_q(low, set_q(kM0));
             a[i] = xor_q(high(low), set_q(random.rounds[0][0]));
             b[i] = set_q(0);
             c[i] = xor_q(high(d[i]), set_q(random.rounds[0][1]));
@@ -76,11 +85,7 @@ static void draw(const Random& random, uint64_t counter, Bits* kept) {
 #pragma GCC unroll 9
         for (int round = 1; round < 10; ++round) {
             for (int i = 0; i < kChains; ++i) {
-                const Q p0 = mul_q(a[i], m0), p1 = mul_q(c[i], m1);
-                a[i] = xor_q(high(p1), b[i], set_q(random.rounds[round][0]));
-                c[i] = xor_q(high(p0), d[i], set_q(random.rounds[round][1]));
-                b[i] = p1;
-                d[i] = p0;
+                mix(a[i], b[i], c[i], d[i], random.rounds[round][0], random.rounds[round][1]);
             }
         }
         for (int i = 0; i < kChains; ++i) {

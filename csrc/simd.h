@@ -85,6 +85,8 @@ SP_OP U to_bf16(F a) {
 }
 
 constexpr int kLanesQ = 8;
+SP_OP Q load_q(const void* p) { return _mm512_loadu_si512(p); }
+SP_OP void store_q(void* p, Q a) { _mm512_storeu_si512(p, a); }
 SP_OP Q set_q(uint64_t a) { return _mm512_set1_epi64(static_cast<long long>(a)); }
 SP_OP Q add_q(Q a, Q b) { return _mm512_add_epi64(a, b); }
 SP_OP Q mul_q(Q a, Q b) { return _mm512_mul_epu32(a, b); }  // of the low halves
@@ -174,6 +176,8 @@ SP_OP U to_bf16(F a) {
 }
 
 constexpr int kLanesQ = 4;
+SP_OP Q load_q(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+SP_OP void store_q(void* p, Q a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
 SP_OP Q set_q(uint64_t a) { return _mm256_set1_epi64x(static_cast<long long>(a)); }
 SP_OP Q add_q(Q a, Q b) { return _mm256_add_epi64(a, b); }
 SP_OP Q mul_q(Q a, Q b) { return _mm256_mul_epu32(a, b); }
@@ -268,6 +272,8 @@ SP_OP U to_bf16(F a) {
 }
 
 constexpr int kLanesQ = 2;
+SP_OP Q load_q(const void* p) { return vld1q_u64(static_cast<const uint64_t*>(p)); }
+SP_OP void store_q(void* p, Q a) { vst1q_u64(static_cast<uint64_t*>(p), a); }
 SP_OP Q set_q(uint64_t a) { return vdupq_n_u64(a); }
 SP_OP Q add_q(Q a, Q b) { return vaddq_u64(a, b); }
 SP_OP Q mul_q(Q a, Q b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
@@ -374,6 +380,8 @@ SP_OP U to_bf16(F a) {
 }
 
 constexpr int kLanesQ = 1;
+SP_OP Q load_q(const void* p) { return *static_cast<const uint64_t*>(p); }
+SP_OP void store_q(void* p, Q a) { *static_cast<uint64_t*>(p) = a; }
 SP_OP Q set_q(uint64_t a) { return a; }
 SP_OP Q add_q(Q a, Q b) { return a + b; }
 SP_OP Q mul_q(Q a, Q b) { return (a & 0xffffffff) * (b & 0xffffffff); }

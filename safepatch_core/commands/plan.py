@@ -108,18 +108,18 @@ def _tell_recipe(
     quiet: bool,
     as_json: bool,
 ) -> None:
+    from safepatch_core.files.parsing import uncollected
     from safepatch_core.fixes.expected import expected_fix
     from safepatch_core.merging.api import cosines as all_cosines
     from safepatch_core.merging.api import describe
     from safepatch_core.merging.api import plan as make
 
-    made = make(any_recipe(recipe, quiet), **engine)
-    if cosines and len(made.patch_names) < 2:
-        raise UsageError("--cosines are of two patches", found="one")
-    fix = expected_fix(made)
-    data = {**describe(made, out or "."), "fix": asdict(fix)}
-    if not tensors:
-        data.pop("tensors")
+    with uncollected():
+        made = make(any_recipe(recipe, quiet), **engine)
+        if cosines and len(made.patch_names) < 2:
+            raise UsageError("--cosines are of two patches", found="one")
+        fix = expected_fix(made)
+        data = {**describe(made, out or ".", tensors=tensors), "fix": asdict(fix)}
     if cosines:
         data["cosines"] = all_cosines(made)
     if as_json:

@@ -198,7 +198,7 @@ def _copy(
     with Staging(out, inputs, identity, needed=needed, force=force, resume=resume) as staging:
         Copier(staging, fix, checkpoint, direction, advance).copy(outputs)
         if index is not None:
-            staging.add(*index)
+            staging.add(index.name, index.data)
         for path in small:
             staging.add(path.name, path.read_bytes())
         staging.add("README.md", model_card(fix, checkpoint, direction, ledger.entries).encode())

@@ -9,6 +9,7 @@ from safepatch_core.fixes.format import WIDTH, blocks
 
 if TYPE_CHECKING:
     from safepatch_core.merging.plan import Plan
+    from safepatch_core.merging.work import Target
 
 # Bytes of XOR per change: a patch moves a bfloat16 entry a little, so that one high byte in twenty differs.
 _XOR_BYTES = {"BF16": 1.25, "F16": 2, "F32": 4}
@@ -26,22 +27,19 @@ class ExpectedFix:
 def expected_fix(plan: Plan) -> ExpectedFix:
     """The fix that `build` makes of a recipe, from what the recipe asks for alone."""
     changes, size = 0.0, 0.0
-    for name in plan.targets:
-        entries, n = plan.targets[name].entry.entries, _selected(plan, name)
+    for target in plan.targets.values():
+        entries, dtype, n = target.entry.entries, target.entry.dtype, _selected(plan, target)
         changes += n
         if n:
             size += _HEADER + 16 * (blocks(entries) + 1) + _gap_bytes(n, entries)
-            size += n * (
-                1 / 8 + _XOR_BYTES.get(plan.targets[name].entry.dtype, WIDTH[plan.targets[name].entry.dtype])
-            )
+            size += n * (1 / 8 + _XOR_BYTES.get(dtype, WIDTH[dtype]))
     return ExpectedFix(round(changes), round(size))
 
 
-def _selected(plan: Plan, name: str) -> float:
+def _selected(plan: Plan, target: Target) -> float:
     """Entries of a target on which patches act, at most; in the mean, where it is drawn."""
-    target, total = plan.targets[name], 0.0
-    entries = target.entry.entries
-    for p, spec in enumerate(spec.at(name) for spec in plan.recipe.patches):
+    entries, total = target.entry.entries, 0.0
+    for p, spec in enumerate(spec.at(target.entry.name) for spec in plan.recipe.patches):
         k: float = target.quotas[p] - target.skips[p]
         if plan.whole_model:
             k = (plan.model_quotas[p] - plan.model_skips[p]) * entries / plan.total_entries

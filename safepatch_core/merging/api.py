@@ -121,7 +121,7 @@ def merge(
         require_survival(plan, counts)
         if ranks.rank == 0:
             if plan.index is not None:
-                staging.add(*plan.index)
+                staging.add(plan.index.name, plan.index.data)
             for path, before in small.items():
                 data = path.read_bytes()
                 if _fingerprint(path) != before:
@@ -179,8 +179,11 @@ def prepare(recipe: str | os.PathLike[str] | Recipe, **engine: Unpack[EngineOpti
     return made, made.engine
 
 
-def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
-    """What `merge` will do, as plain data; `where` is on the filesystem that the output would be written to."""
+def describe(plan: Plan, where: str | os.PathLike[str] = ".", *, tensors: bool = True) -> dict[str, Any]:
+    """What `merge` will do, as plain data; `where` is on the filesystem that the output would be written to.
+
+    tensors: list the targets.
+    """
     targets = plan.targets.values()
     place = Path(os.path.abspath(where))
     while not place.exists():
@@ -209,25 +212,32 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "streams": plan.streams,
         "memory_limit": plan.memory_limit,
         "free_space": shutil.disk_usage(place).free,
-        "tensors": [
-            {
-                "name": t.entry.name,
-                "dtype": t.stored.dtype,
-                "entries": t.entry.entries,
-                "passes": plan.sweeps(t),
-                "forms": [None if p is None else p.delta.form for p in t.patches],
-                "quotas": [
-                    None if quotas or p is None else k
-                    for k, p in zip(_selected(t.quotas, t.skips), t.patches, strict=True)
-                ],
-            }
-            for t in targets
-        ],
     }
     rates = load_rates()
+    listed = _listed(plan) if tensors or rates is not None else []
+    if tensors:
+        data["tensors"] = listed
     # Cold inputs, as for a model that was just fetched; None until `safepatch bench floor --save` has measured.
-    data["seconds"] = None if rates is None else predict(data, rates)
+    data["seconds"] = None if rates is None else predict({**data, "tensors": listed}, rates)
     return data
+
+
+def _listed(plan: Plan) -> list[dict[str, Any]]:
+    """The targets, as plain data."""
+    return [
+        {
+            "name": t.entry.name,
+            "dtype": t.stored.dtype,
+            "entries": t.entry.entries,
+            "passes": plan.sweeps(t),
+            "forms": [None if p is None else p.delta.form for p in t.patches],
+            "quotas": [
+                None if plan.whole_model or p is None else k
+                for k, p in zip(_selected(t.quotas, t.skips), t.patches, strict=True)
+            ],
+        }
+        for t in plan.targets.values()
+    ]
 
 
 def cosines(plan: Plan) -> dict[str, dict[str, float]]:

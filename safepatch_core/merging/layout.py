@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.files.filenames import DIFFUSERS, DIFFUSERS_INDEX, INDEX, SINGLE
@@ -39,11 +39,22 @@ class OutputPart:
     hi: int
 
 
-class IndexFile(NamedTuple):
-    """The output's index."""
+@dataclass(frozen=True, slots=True)
+class IndexFile:
+    """The output's index. Its text is made when it is written, as a plan needs none."""
 
     name: str
-    data: bytes
+    outputs: tuple[OutputFile, ...]
+    metadata: Mapping[str, Any]  # the base's own
+
+    @property
+    def data(self) -> bytes:
+        tensors = {t.name: (o.name, t.nbytes) for o in self.outputs for t in o.tensors}
+        data = {
+            "metadata": {**self.metadata, "total_size": sum(nbytes for _, nbytes in tensors.values())},
+            "weight_map": {name: file for name, (file, _) in sorted(tensors.items())},
+        }
+        return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def lay_out(base: Checkpoint, max_shard_size: str | int | None) -> tuple[tuple[OutputFile, ...], IndexFile | None]:
@@ -92,9 +103,5 @@ def _output_file(name: str, tensors: Sequence[TensorEntry], metadata: dict[str, 
 
 def _index(outputs: tuple[OutputFile, ...], base: Checkpoint) -> IndexFile:
     known = base.index.get("metadata") if base.index else None
-    metadata = dict(known) if isinstance(known, dict) else {}
-    metadata["total_size"] = sum(t.nbytes for o in outputs for t in o.tensors)
-    weight_map = {t.name: o.name for o in outputs for t in o.tensors}
-    data = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     name = DIFFUSERS_INDEX if _single(base) == DIFFUSERS else INDEX
-    return IndexFile(name, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+    return IndexFile(name, outputs, known if isinstance(known, dict) else {})

@@ -452,6 +452,7 @@ def _target(given: _Opened, name: str, direct: bool) -> Target:
     `direct`: the engine takes codes.
     """
     recipe, entry = given.recipe, given.base.tensors[name]
+    entries = entry.entries
     if entry.dtype not in ITEMSIZE:
         raise InputError(
             "a target's dtype can't be patched",
@@ -478,7 +479,7 @@ def _target(given: _Opened, name: str, direct: bool) -> Target:
         key = random_key(recipe.seed, spec.name, entry.name)
         patches.append(PatchInput(delta, scores, importance, key, keep_threshold(spec.retain), spec.factor))
     patches = _agreed(recipe, patches, entry)
-    bands = [spec.quotas(entry.entries, recipe.quota) for spec in specs]
+    bands = [spec.quotas(entries, recipe.quota) for spec in specs]
     quotas, skips = tuple(k for k, _ in bands), tuple(skip for _, skip in bands)
     return Target(entry, tuple(patches), quotas, skips, whole=True, coded=coded)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,8 +162,7 @@ class PatchSpec(Strict):
     @property
     def factor(self) -> float:
         """c of SPEC section 2: the scale, divided by the retention rate with `rescale`, in float32."""
-        with np.errstate(over="ignore"):
-            return float(np.float32(self.scale / self.retain if self.rescale else self.scale))
+        return _float32(self.scale / self.retain if self.rescale else self.scale)
 
     @property
     def importance_kind(self) -> Importance:
@@ -179,6 +179,13 @@ class PatchSpec(Strict):
     @property
     def weight(self) -> Weight:
         return self.importance.weight if isinstance(self.importance, Gradients) else "patched"
+
+
+@lru_cache(maxsize=64)
+def _float32(value: float) -> float:
+    """Rounded to float32; infinite beyond its range. Asked once per target and patch, of few values."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 class Globs(Strict):

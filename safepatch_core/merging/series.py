@@ -222,6 +222,6 @@ class Series:
 
 def _small_files(plan: Plan) -> Iterator[tuple[str, bytes]]:
     if plan.index is not None:
-        yield plan.index
+        yield plan.index.name, plan.index.data
     for path in plan.companions:
         yield path.name, path.read_bytes()

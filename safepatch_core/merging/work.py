@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.pipeline import align
@@ -35,9 +36,11 @@ class PatchInput:
         return replace(self, delta=self.delta.said) if isinstance(self.delta, Measured) else self
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """A tensor that is patched; `patches[p]` is None where patch p has nothing for it.
+
+    What a plan asks several times of each of some ten thousand targets is kept.
 
     `entry` has the name and shape that recipe and patches know: those of the float model, where the base stores the
     tensor as codes, which `coded` says.
@@ -65,7 +68,7 @@ class Target:
         """Bytes that the first so many entries take there, a multiple of `step`."""
         return ITEMSIZE[self.entry.dtype] * entries if self.coded is None else self.coded.weight.stored(0, entries)[1]
 
-    @property
+    @cached_property
     def base(self) -> PatchTensor:
         """The entries as float32 or as they are stored in floats."""
         return Dense(self.entry, "checkpoint") if self.coded is None else Dequantised(self.coded.weight)
@@ -111,7 +114,7 @@ class Target:
         """Bytes of the ring per entry."""
         return sum(self._sizes)
 
-    @property
+    @cached_property
     def _sizes(self) -> list[float]:
         """Bytes of the ring per entry of each buffer of a unit, the first one being what is written."""
         said: list[float] = [tensor.ring_bytes for tensor in self.said]
@@ -125,7 +128,7 @@ class Target:
         """Bytes that are read once per sweep."""
         return sum(tensor.once_bytes for tensor in self.tensors(selecting))
 
-    @property
+    @cached_property
     def held_bytes(self) -> int:
         """Bytes that all chunks of the tensor need."""
         return sum([tensor.held_bytes for tensor in self.given])

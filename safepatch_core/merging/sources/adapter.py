@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,15 +92,17 @@ def open_adapter(origin: Origin) -> AdapterSource:
         )
     others = [(_model_name(folder, entry), entry) for entry in entries.values() if entry.name not in found.taken]
     exchange = resolve(_shapes(origin, found, others), base, origin.takes, origin.ref)
-    there = {name: base.tensors[exchange(name)] for name in found.fits if exchange(name) in base.tensors}
+    there = {name: base.tensors[to] for name in found.fits if (to := exchange(name)) in base.tensors}
     parts = {exchange(name): part for name, part in found.parts(there).items()}
     whole = Named(checkpoint, exchange, _whole(folder, parts, others, exchange, origin.rows), origin.rows)
     return AdapterSource(origin.name, checkpoint, folder.config, exchange, parts, whole)
 
 
-def _shapes(origin: Origin, found: Found, others: list[tuple[str, TensorEntry]]) -> dict[str, list[Shape]]:
+def _shapes(origin: Origin, found: Found, others: list[tuple[str, TensorEntry]]) -> Mapping[str, Sequence[Shape]]:
     """By the model's names, those that the base's tensors may have."""
     given = {name: [entry.shape] for name, entry in others} | dict(found.fits)
+    if origin.rows == "all":  # the usual case, of which `shapes_of` would say the same name by name
+        return given
     return {
         name: [shape for one in fits for shape in shapes_of(name, one, origin.base, origin.rows)]
         for name, fits in given.items()

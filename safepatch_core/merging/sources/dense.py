@@ -232,7 +232,8 @@ def fitted(patch: Named, entry: TensorEntry, form: Kind, missing: Missing, what:
         return TurnedTensor(found, form) if isinstance(found, Turned) else Dense(found, form)
     file = found.path if checkpoint.root is None else checkpoint.root / found.file
     cut = patch.rows == "common" and isinstance(found, TensorEntry) and common(entry.name, found.shape, entry.shape)
-    refuse_ungathered(file, found, found.shape != entry.shape)
+    if found.shape != entry.shape:
+        refuse_ungathered(file, found)
     if found.shape != entry.shape and not cut:
         raise InputError(
             f"{what} has another shape than the base",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,9 @@ class Factors:
     scale: float  # a float32 value
     transposed: bool  # the base stores [in, out]
     rows: int | None = None  # of the base's tensor, where it has others than the factors give
-    form: Kind = "lora"
-    entry_bytes: int = 0
-    ring_bytes: int = 0
+    form: ClassVar[Kind] = "lora"
+    entry_bytes: ClassVar[int] = 0
+    ring_bytes: ClassVar[int] = 0
 
     @property
     def path(self) -> Path:
@@ -133,8 +134,8 @@ class Bias:
 
 def require_fit(stored: TensorEntry, shape: tuple[int, ...], entry: TensorEntry, how: str = "") -> None:
     """The adapter's tensor `stored` gives the shape of the base's `entry`, whose dtype can be patched."""
-    refuse_ungathered(stored.path, stored, shape != entry.shape)
     if shape != entry.shape:
+        refuse_ungathered(stored.path, stored)
         raise InputError(
             "an adapter of another base",
             file=stored.path,

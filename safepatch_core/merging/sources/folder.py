@@ -134,7 +134,8 @@ class Folder:
 
     def require_shape(self, entry: TensorEntry, dimensions: int, what: str) -> None:
         """Raises InputError unless `entry` is a float tensor of so many dimensions."""
-        refuse_ungathered(self.file, entry, len(entry.shape) != dimensions)
+        if len(entry.shape) != dimensions:
+            refuse_ungathered(self.file, entry)
         if entry.dtype not in ITEMSIZE:
             raise InputError(
                 what, file=self.file, tensor=entry.name, found=entry.dtype, expected=" or ".join(ITEMSIZE)

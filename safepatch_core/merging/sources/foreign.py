@@ -63,9 +63,9 @@ def refuse_kohya(file: Path, names: Iterable[str]) -> None:
             )
 
 
-def refuse_ungathered(file: Path, entry: Stored, misfit: bool) -> None:
-    """Raises InputError for a tensor that is empty and does not fit."""
-    if misfit and 0 in entry.shape:
+def refuse_ungathered(file: Path, entry: Stored) -> None:
+    """Raises InputError for a tensor that does not fit because it is empty."""
+    if 0 in entry.shape:
         raise InputError(
             "an empty tensor: saved from DeepSpeed ZeRO-3 without gathering the weights",
             file=file,

@@ -99,7 +99,8 @@ def _read_layers(folder: Folder, pairs: list[Pair], scaled: Scaled) -> Found:
     given = [_factors(folder, pair, *scaled(pair.module)) for pair in pairs]
     fits: dict[str, list[Shape]] = {}
     for pair, factors in zip(pairs, given, strict=True):
-        fits[pair.target] = [factors.shape] if pair.embedding else [factors.shape, factors.shape[::-1]]
+        shape = factors.shape
+        fits[pair.target] = [shape] if pair.embedding else [shape, shape[::-1]]
         if "bias" in pair.sides:
             folder.require_shape(pair.sides["bias"], 1, "LoRA bias")
             fits[f"{pair.module}.bias"] = [pair.sides["bias"].shape]
@@ -125,10 +126,9 @@ def _read_layers(folder: Folder, pairs: list[Pair], scaled: Scaled) -> Found:
 def _factors(folder: Folder, pair: Pair, rank: int, scale: float) -> Factors:
     """A module's factors, those of a linear layer as if it were stored [out, in]."""
     a, b = _halves(folder, pair)
-    fits = a.shape[0] == rank == b.shape[1]
-    for entry in (a, b):
-        refuse_ungathered(folder.file, entry, not fits)
-    if not fits:
+    if not a.shape[0] == rank == b.shape[1]:
+        for entry in (a, b):
+            refuse_ungathered(folder.file, entry)
         raise InputError(
             "rank of the factors",
             file=folder.file,
@@ -179,7 +179,8 @@ def _sorted_out(folder: Folder) -> list[Pair]:
         if not key or not side or side in unused:
             continue
         adapters.add(key["adapter"] or "")
-        pair = pairs.setdefault(key["module"], Pair(key["module"], {}))
+        if (pair := pairs.get(module := key["module"])) is None:
+            pair = pairs[module] = Pair(module, {})
         if pair.sides.setdefault(side, entry) is not entry or len(adapters) > 1:
             raise InputError("two adapters in one file", file=folder.file, tensor=entry.name)
     return list(pairs.values())

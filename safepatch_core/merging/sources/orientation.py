@@ -39,9 +39,10 @@ class Orientation:
 
     def transposed(self, name: str) -> bool:
         """Whether the base stores the layer as [in, out]."""
-        told, leaf = self._shapes[name], name.removesuffix(".weight").rpartition(".")[2]
+        told = self._shapes[name]
         if told is not None:
             return told
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
         if name not in self._there or set(self._there[name].shape) != set(self._layers[name]):
             return self._flag  # it fits neither way, or the base lacks it: the flag is for the message
         if model_type(self._base) in _FAMILIES or (True in self._told and leaf in _CONV1D):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.inputs import Inputs
@@ -23,9 +23,9 @@ class Fp8:
 
     codes: TensorEntry
     blocks: Blocks
-    grid: Grid = E4M3
-    flip: int = 0
-    step: int = 1
+    grid: ClassVar[Grid] = E4M3
+    flip: ClassVar[int] = 0
+    step: ClassVar[int] = 1
 
     @property
     def name(self) -> str:
