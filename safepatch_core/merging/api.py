@@ -203,6 +203,7 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "passes": max((plan.sweeps(t) for t in targets), default=1),
         "chunked": sum(not t.whole for t in targets),
         "bytes_read": plan.bytes_to_read,
+        "bytes_read_at_most": plan.lists,
         "bytes_written": plan.bytes_to_write,
         "files": len(plan.outputs),
         "memory": plan.ring_bytes + plan.beside_bytes,
