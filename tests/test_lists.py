@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from safepatch_core.merging.api import merge, plan
+from safepatch_core.merging.api import describe, merge, plan
 from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.recipe import Recipe, parse_recipe
 from tests.test_ranks import files
@@ -112,6 +112,16 @@ def test_a_sample_that_misleads(models: Path, tmp_path: Path, monkeypatch: pytes
     plain = read(of, tmp_path / "plain")
     assert files(tmp_path / "listed") == files(tmp_path / "plain") == files(tmp_path / "reference")
     assert listed == plain if layer == 3 else listed < plain
+
+
+def test_the_plan_tells_of_lists_where_there_can_be_some(models: Path) -> None:
+    listed, scored = recipe(models), recipe(models, {"importance": {"gradients": "one"}})
+    told = [describe(plan(of, backend="cpu", memory_limit="64MiB", chunk_entries=CHUNK)) for of in (listed, scored)]
+    assert [of["bytes_read_at_most"] for of in told] == [True, False]
+    assert told[0]["memory"] - told[1]["memory"] == 7 * sum(told[0]["model_quotas"])
+    small = describe(plan(listed, backend="cpu", memory_limit="16MiB", chunk_entries=CHUNK))
+    assert small["memory"] <= small["memory_limit"]
+    assert not describe(plan(listed, backend="reference"))["bytes_read_at_most"]
 
 
 def test_a_stopped_merge_goes_on_without_lists_of_before(models: Path, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "bytes_read_at_most": plan.lists,
         "bytes_written": plan.bytes_to_write,
         "files": len(plan.outputs),
-        "memory": plan.ring_bytes + plan.beside_bytes,
+        "memory": plan.ring_bytes + plan.beside_bytes + plan.list_bytes,
         "memory_limit": plan.memory_limit,
         "free_space": shutil.disk_usage(place).free,
         "tensors": [

@@ -87,10 +87,16 @@ class Plan:
             patch["kind"] = kind
         return recipe
 
-    @property
+    @cached_property
     def lists(self) -> bool:
         """Whether what a sweep over the whole model lists is not read again, as far as there is room."""
-        return self.whole_model and isinstance(self.engine, Noting)
+        noting = self.whole_model and isinstance(self.engine, Noting)
+        return noting and any(target.listable for target in self.targets.values())
+
+    @property
+    def list_bytes(self) -> int:
+        """About what lists take: a key and a place for each entry that may be selected, and some more."""
+        return min(7 * sum(self.model_quotas), max(self.room_for_lists, 0)) if self.lists else 0
 
     @property
     def room_beside(self) -> int:
