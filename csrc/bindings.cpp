@@ -221,14 +221,21 @@ class Engine {
     py::tuple histogram(const Given& given, std::vector<Window>& requests) {
         const Block block(given);
         Found found(block);
-        std::vector<sp_window> windows;
-        for (auto& [p, lo, shift, counts] : requests) {
-            auto* bins = static_cast<int64_t*>(counts.mutable_data());
-            windows.push_back({sizeof(sp_window), p, lo, shift, static_cast<size_t>(counts.size()), bins});
-        }
+        const std::vector<sp_window> windows = in_c(requests);
         released(
             [&] { return sp_histogram(engine_.get(), &block.block, windows.data(), windows.size(), &found.report); });
         return report(found);
+    }
+
+    std::pair<py::tuple, std::unique_ptr<Notes>> note(const Given& given, std::vector<Window>& requests) {
+        const Block block(given);
+        Found found(block);
+        const std::vector<sp_window> windows = in_c(requests);
+        sp_notes* notes = nullptr;
+        released([&] {
+            return sp_notes_count(engine_.get(), &block.block, windows.data(), windows.size(), &found.report, &notes);
+        });
+        return {report(found), owned(notes)};
     }
 
     std::vector<int64_t> count_equal(const Given& given, const std::vector<uint32_t>& keys) {
@@ -239,7 +246,8 @@ class Engine {
         return counts;
     }
 
-    py::tuple apply(const Given& given, const std::vector<Cut>& wanted, py::array& out) {
+    // From notes, if there are any: then nothing of the patches is read.
+    py::tuple apply(const Given& given, const std::vector<Cut>& wanted, py::array& out, const Notes* notes) {
         const Block block(given);
         same_length(block, wanted.size());
         Found found(block);
@@ -248,11 +256,16 @@ class Engine {
             cuts.push_back({sizeof(sp_cut), key, before, skip_key, skip_before});
         }
         void* to = out.mutable_data();
-        released([&] { return sp_apply(engine_.get(), &block.block, cuts.data(), to, &found.report); });
+        released([&] {
+            sp_engine* engine = engine_.get();
+            return notes == nullptr
+                       ? sp_apply(engine, &block.block, cuts.data(), to, &found.report)
+                       : sp_notes_apply(notes->get(), engine, &block.block, cuts.data(), to, &found.report);
+        });
         return report(found);
     }
 
-    // From notes, if there are any: then nothing of the patches is read.
+    // As `apply`.
     std::pair<std::vector<Cut>, py::tuple> merge(const Given& given, const std::vector<int64_t>& quotas,
                                                  py::array& out, const std::vector<int64_t>& skips,
                                                  const Notes* notes) {
@@ -280,10 +293,23 @@ class Engine {
         same_length(block, quotas.size());
         sp_notes* notes = nullptr;
         released([&] { return sp_notes_take(engine_.get(), &block.block, quotas.data(), &notes); });
-        return notes == nullptr ? nullptr : std::make_unique<Notes>(notes);
+        return owned(notes);
     }
 
   private:
+    static std::unique_ptr<Notes> owned(sp_notes* notes) {
+        return notes == nullptr ? nullptr : std::make_unique<Notes>(notes);
+    }
+
+    static std::vector<sp_window> in_c(std::vector<Window>& requests) {
+        std::vector<sp_window> windows;
+        for (auto& [p, lo, shift, counts] : requests) {
+            auto* bins = static_cast<int64_t*>(counts.mutable_data());
+            windows.push_back({sizeof(sp_window), p, lo, shift, static_cast<size_t>(counts.size()), bins});
+        }
+        return windows;
+    }
+
     static void same_length(const Block& block, size_t n) {
         if (n != block.patches.size()) throw py::value_error("expected one number per patch");
     }
@@ -369,7 +395,8 @@ PYBIND11_MODULE(_engine, m) {
         .def("scratch", &Engine::scratch, py::arg("entries"), py::arg("patches"))
         .def("histogram", &Engine::histogram, py::arg("block"), py::arg("windows"))
         .def("count_equal", &Engine::count_equal, py::arg("block"), py::arg("keys"))
-        .def("apply", &Engine::apply, py::arg("block"), py::arg("cuts"), py::arg("out"))
+        .def("note", &Engine::note, py::arg("block"), py::arg("windows"))
+        .def("apply", &Engine::apply, py::arg("block"), py::arg("cuts"), py::arg("out"), py::arg("notes") = nullptr)
         .def("merge", &Engine::merge, py::arg("block"), py::arg("quotas"), py::arg("out"), py::arg("skips"),
              py::arg("notes") = nullptr)
         .def("take_notes", &Engine::take_notes, py::arg("block"), py::arg("quotas"));

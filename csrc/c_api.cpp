@@ -45,6 +45,17 @@ class Findings {
     std::vector<sp_kept> kept_;
 };
 
+std::vector<sp_window> checked(const sp_window* windows, size_t count, const OwnBlock& block) {
+    need(count == 0 || windows != nullptr, "null windows");
+    std::vector<sp_window> all = adopted(windows, count, "window");
+    for (const sp_window& window : all) {
+        need(window.patch < block.patch_count, "window patch");
+        need(window.shift <= 31, "window shift");
+        need(window.bins == 0 || (window.counts != nullptr && aligned(window.counts, 8)), "window counts");
+    }
+    return all;
+}
+
 void check_output(const sp_block& block, const void* out) {
     if (block.codes != nullptr) {
         need(out == block.codes->data, "output: of codes, their own data");
@@ -166,14 +177,7 @@ sp_status sp_histogram(sp_engine* engine, const sp_block* block, const sp_window
         need(engine != nullptr, "null engine");
         const OwnBlock own(block);
         Findings found(report, own);
-        need(count == 0 || windows != nullptr, "null windows");
-        const std::vector<sp_window> all = adopted(windows, count, "window");
-        for (const sp_window& window : all) {
-            need(window.patch < own.patch_count, "window patch");
-            need(window.shift <= 31, "window shift");
-            need(window.bins == 0 || (window.counts != nullptr && aligned(window.counts, 8)), "window counts");
-        }
-        engine->engine.histogram(own, all.data(), count, found.report());
+        engine->engine.histogram(own, checked(windows, count, own).data(), count, found.report());
         found.hand_over();
     });
 }
@@ -219,6 +223,19 @@ sp_status sp_notes_take(sp_engine* engine, const sp_block* block, const int64_t*
     });
 }
 
+sp_status sp_notes_count(sp_engine* engine, const sp_block* block, const sp_window* windows, size_t count,
+                         sp_report* report, sp_notes** notes) {
+    if (notes != nullptr) *notes = nullptr;
+    return guarded([&] {
+        need(engine != nullptr && notes != nullptr, "null engine or notes");
+        const OwnBlock own(block);
+        Findings found(report, own);
+        auto kept = engine->engine.note(own, checked(windows, count, own).data(), count, found.report());
+        if (kept) *notes = new sp_notes{std::move(kept)};
+        found.hand_over();
+    });
+}
+
 void sp_notes_close(sp_notes* notes) { delete notes; }
 
 size_t sp_notes_bytes(const sp_notes* notes) { return notes == nullptr ? 0 : notes->kept->bytes(); }
@@ -233,6 +250,22 @@ sp_status sp_notes_merge(sp_notes* notes, sp_engine* engine, const sp_block* blo
             need(notes->kept->reach(own, quotas), "a quota or skip beyond the notes'");
             engine->engine.merge(own, quotas, *notes->kept, out, chosen, found);
         });
+    });
+}
+
+sp_status sp_notes_apply(sp_notes* notes, sp_engine* engine, const sp_block* block, const sp_cut* cuts, void* out,
+                         sp_report* report) {
+    return guarded([&] {
+        need(engine != nullptr && notes != nullptr, "null engine or notes");
+        const OwnBlock own(block, false);
+        need(notes->kept->fits(own), "another block than the notes are of");
+        Findings found(report, own);
+        need(own.patch_count == 0 || cuts != nullptr, "null array");
+        check_output(own, out);
+        const std::vector<sp_cut> wanted = adopted(cuts, own.patch_count, "cut");
+        need(notes->kept->reach(own, wanted.data()), "a cut below the notes'");
+        engine->engine.apply(own, wanted.data(), *notes->kept, out, found.report());
+        found.hand_over();
     });
 }
 

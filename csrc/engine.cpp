@@ -110,38 +110,6 @@ Range Chunks::at(int64_t slot) const {
     return {begin, std::min(size_, entries_ - begin), slot, word};
 }
 
-Kept::Kept(const sp_block& block) : entries(block.entries), start(block.start), order(block.order) {
-    for (size_t p = 0; p < block.patch_count; ++p) patches.emplace_back().of = block.patches[p];
-}
-
-bool Kept::fits(const sp_block& block) const {
-    if (block.entries != entries || block.start != start || block.order != order) return false;
-    if (block.patch_count != patches.size()) return false;
-    return std::equal(patches.begin(), patches.end(), block.patches, [](const Patch& mine, const sp_patch& other) {
-        const sp_patch& of = mine.of;
-        if (!of.present || !other.present) return of.present == other.present;
-        return of.kind == other.kind && of.importance == other.importance && of.lora.cols == other.lora.cols &&
-               of.random_key == other.random_key && of.keep == other.keep;
-    });
-}
-
-bool Kept::reach(const sp_block& block, const int64_t* quotas) const {
-    for (size_t p = 0; p < patches.size(); ++p) {
-        const sp_patch& patch = block.patches[p];
-        if (patch.present && std::max(quotas[p], patch.skip) > patches[p].quota) return false;
-    }
-    return true;
-}
-
-size_t Kept::bytes() const {
-    size_t sum = sizeof *this;
-    for (const Patch& patch : patches) {
-        const Notes& notes = patch.notes;
-        sum += sizeof patch + notes.keys.bytes() + notes.places.bytes() + notes.spans.bytes() + notes.ties.bytes();
-    }
-    return sum;
-}
-
 Engine::Engine(int threads, const Isa& isa) : isa_(isa), pool_(threads) {
     for (int i = 0; i < threads; ++i) threads_.push_back(std::make_unique<Thread>());
 }
@@ -279,18 +247,45 @@ void Engine::report_all(sp_report& report, size_t patches) const {
     }
 }
 
-void Engine::histogram(const sp_block& block, const sp_window* windows, size_t count, sp_report& report) {
-    const std::lock_guard lock(turn_);
+Counting Engine::counting(const sp_block& block, const sp_window* windows, size_t count) const {
     std::vector<Request> requests;
+    std::vector<uint32_t> floors(block.patch_count, kInfinity);
     for (size_t i = 0; i < count; ++i) {
         const sp_window& window = windows[i];
         if (window.lo >= kInfinity || window.bins == 0) continue;
         const uint64_t all = ((kInfinity - 1 - window.lo) >> window.shift) + 1;
         const auto bins = static_cast<uint32_t>(std::min<uint64_t>(window.bins, all));
         requests.push_back({window.patch, window.lo, window.shift, bins, window.counts});
+        floors[window.patch] = std::min(floors[window.patch], window.lo);
     }
-    const std::vector<Task> tasks = fresh_tasks(block);
-    sweep({&block, &tasks, nullptr}, requests);
+    Counting counting{fresh_tasks(block), {}, {}};
+    for (size_t p = 0; p < floors.size(); ++p) {
+        counting.tasks[p].collect = floors[p] > 0;
+        counting.tasks[p].floor = floors[p];
+    }
+    for (const Request& request : requests) {
+        (floors[request.patch] > 0 ? counting.listed : counting.swept).push_back(request);
+    }
+    return counting;
+}
+
+// A chunk's list is short and the windows are not: threads take turns instead of adding up bins of their own.
+void Engine::count_listed(Thread& thread, const std::vector<Request>& requests) {
+    const std::lock_guard lock(sums_);
+    for (const Request& request : requests) {
+        const Sink& sink = thread.sinks[request.patch];
+        Window window{request.lo, request.shift, request.bins, nullptr, 0, request.counts};
+        isa_.count(sink.list, sink.listed, thread.space, window);
+    }
+}
+
+void Engine::histogram(const sp_block& block, const sp_window* windows, size_t count, sp_report& report) {
+    const std::lock_guard lock(turn_);
+    const Counting counting = this->counting(block, windows, count);
+    sweep({&block, &counting.tasks, nullptr}, counting.swept, [&](Thread& thread, const Range&) {
+        count_listed(thread, counting.listed);
+        for (Sink& sink : thread.sinks) sink.listed = 0;
+    });
     report_all(report, block.patch_count);
 }
 

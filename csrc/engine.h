@@ -1,6 +1,8 @@
 // The four operations over a block: cut it into chunks, hand them to the threads, put the findings together.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -60,6 +62,14 @@ class Chunks {
 
 inline sp_fault plain(const Fault& fault) { return {fault.count, fault.first}; }
 
+// What a scan found, to the report of a pass that took it for granted.
+inline void give_facts(const Sink& found, sp_patch_report& patch) {
+    patch.eligible = found.eligible;
+    patch.bad_delta = plain(found.bad_delta);
+    patch.bad_score = plain(found.bad_score);
+    patch.negative = plain(found.negative);
+}
+
 // A histogram over all threads.
 struct Request {
     size_t patch;
@@ -70,13 +80,22 @@ struct Request {
     int64_t* above = nullptr;  // keys beyond the last bin, added to; may be null
 };
 
+// The most keys that are listed of so many entries.
+inline int64_t list_capacity(int64_t entries) { return std::max<int64_t>(entries / 8, 65536); }
+
 // Merge's findings for one patch between its passes.
 struct Notes {
     Buffer keys;                 // the list's, or in the same place the marks
     Buffer places, spans, ties;  // `ties` of one search at a time
+
+    void make_room(int64_t capacity, int64_t chunks);
+    // Move what a thread has listed of a chunk behind the `used` entries of the list; beyond `capacity` only count.
+    void append(Sink& sink, int64_t slot, std::atomic<int64_t>& used, int64_t capacity);
+    // Let a task go on from the list.
+    void serve(Task& task) const;
 };
 
-// Notes of a whole tensor, for more than one merge of it.
+// Notes of a block, for more than one look at it.
 struct Kept {
     struct Patch {
         sp_patch of{};
@@ -85,6 +104,9 @@ struct Kept {
         uint32_t floor = 1;
         Sink found{};
         Notes notes{};
+
+        // A list of `n` keys from `from` on, and of so many chunks.
+        void take(const Notes& list, int64_t n, uint32_t from, int64_t chunks, const Sink& facts);
     };
     int64_t entries, start;
     int32_t order;
@@ -95,7 +117,16 @@ struct Kept {
     bool fits(const sp_block& block) const;
     // Whether the lists hold all that these quotas, and the block's skips, can ask for.
     bool reach(const sp_block& block, const int64_t* quotas) const;
+    // Whether they hold all that these cuts select.
+    bool reach(const sp_block& block, const sp_cut* cuts) const;
     size_t bytes() const;
+};
+
+// How a block is counted. Keys are listed first, where the lowest window leaves out many: several windows then look
+// at few keys, and not each at all.
+struct Counting {
+    std::vector<Task> tasks;
+    std::vector<Request> listed, swept;  // from lists, and in the pass itself
 };
 
 // The caller's sp_progress wants the call to end.
@@ -111,12 +142,15 @@ class Engine {
     size_t scratch(int64_t entries, size_t patches) const;
 
     void histogram(const sp_block& block, const sp_window* windows, size_t count, sp_report& report);
+    // The same, with what the windows were counted from; null where lists won't do.
+    std::unique_ptr<Kept> note(const sp_block& block, const sp_window* windows, size_t count, sp_report& report);
     void count_equal(const sp_block& block, const uint32_t* keys, int64_t* counts);
     void apply(const sp_block& block, const sp_cut* cuts, void* out, sp_report& report);
     void merge(const sp_block& block, const int64_t* quotas, void* out, sp_cut* cuts, sp_report& report);
     // Null where lists don't hold all that such quotas and lower ones can ask for.
     std::unique_ptr<Kept> keep(const sp_block& block, const int64_t* quotas);
     // Of the patches nothing is read: their lists stand for them.
+    void apply(const sp_block& block, const sp_cut* cuts, Kept& kept, void* out, sp_report& report);
     void merge(const sp_block& block, const int64_t* quotas, Kept& kept, void* out, sp_cut* cuts, sp_report& report);
 
   private:
@@ -132,6 +166,8 @@ class Engine {
     struct Search;
 
     std::vector<Task> fresh_tasks(const sp_block& block) const;
+    Counting counting(const sp_block& block, const sp_window* windows, size_t count) const;
+    void count_listed(Thread& thread, const std::vector<Request>& requests);
     void prepare(const sp_block& block, const std::vector<Request>& requests, bool listing);
     void collect(Thread& thread, const std::vector<Request>& requests);
     void sweep(const Pass& pass, const std::vector<Request>& requests = {},

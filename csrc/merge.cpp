@@ -25,8 +25,6 @@ static_assert(64 * kRuns <= kChunk);
 // Keys of the sample are found to within so many bits.
 constexpr uint32_t kClose = 7;
 
-int64_t list_capacity(int64_t entries) { return std::max(entries / 8, kSmall); }
-
 uint32_t scatter(uint32_t i) {
     i *= 0x9E3779B9;
     i ^= i >> 16;
@@ -241,9 +239,7 @@ void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
         if (search->listed) {
             task.collect = true;
             task.floor = search->floor;
-            notes.keys.room<uint32_t>(static_cast<size_t>(capacity) + kSlack);
-            notes.places.room<uint16_t>(static_cast<size_t>(capacity));
-            notes.spans.room<Span>(static_cast<size_t>(chunks.count()));
+            notes.make_room(capacity, chunks.count());
         } else {
             task.save = notes.keys.room<uint64_t>(static_cast<size_t>(chunks.words()));
             requests.push_back(request(*search));
@@ -253,16 +249,7 @@ void Engine::scan(const sp_block& block, const std::vector<Search*>& searches) {
     sweep({&block, &tasks, nullptr}, requests, [&](Thread& thread, const Range& range) {
         for (Search* search : searches) {
             if (!search->listed) continue;
-            Sink& sink = thread.sinks[search->patch];
-            Notes& notes = *search->notes;
-            const int64_t begin = search->used.fetch_add(sink.listed);
-            if (begin + sink.listed <= capacity) {
-                const auto n = static_cast<size_t>(sink.listed);
-                std::memcpy(notes.keys.get<uint32_t>() + begin, sink.list, n * sizeof(uint32_t));
-                std::memcpy(notes.places.get<uint16_t>() + begin, sink.places, n * sizeof(uint16_t));
-            }
-            notes.spans.get<Span>()[range.slot] = {begin, sink.listed};
-            sink.listed = 0;
+            search->notes->append(thread.sinks[search->patch], range.slot, search->used, capacity);
         }
     });
     for (Search* search : searches) search->found = found(search->patch);
@@ -277,12 +264,10 @@ Request Engine::request(Search& search) {
 void Engine::recall(const sp_block& block, const Search& search, Task& task) {
     Notes& notes = *search.notes;
     task.patch = &block.patches[search.patch];
-    task.eligible = search.listed ? Eligible::listed : Eligible::stored;
     if (search.listed) {
-        task.list = notes.keys.get<uint32_t>();
-        task.places = notes.places.get<uint16_t>();
-        task.spans = notes.spans.get<Span>();
+        notes.serve(task);
     } else {
+        task.eligible = Eligible::stored;
         task.stored = notes.keys.get<uint64_t>();
     }
 }
@@ -435,11 +420,7 @@ void Engine::finish(const sp_block& block, std::deque<Search>& searches, void* o
     sweep({&block, &tasks, out});
     report_all(report, block.patch_count);
     for (const Search& search : searches) {
-        sp_patch_report& patch = report.patches[search.patch];
-        patch.eligible = search.found.eligible;
-        patch.bad_delta = plain(search.found.bad_delta);
-        patch.bad_score = plain(search.found.bad_score);
-        patch.negative = plain(search.found.negative);
+        give_facts(search.found, report.patches[search.patch]);
     }
 }
 
@@ -484,15 +465,9 @@ std::unique_ptr<Kept> Engine::keep(const sp_block& block, const int64_t* quotas)
     for (Search& search : searches) {
         const bool holds = search.used >= search.quota() || search.used == search.found.eligible;
         if (!holds || search.used > list_capacity(block.entries)) return nullptr;
-        const auto used = static_cast<size_t>(search.used.load());
         Kept::Patch& to = kept->patches[search.patch];
+        to.take(*search.notes, search.used, search.floor, chunks.count(), search.found);
         to.quota = search.quota();
-        to.used = search.used;
-        to.floor = search.floor;
-        to.found = search.found;
-        to.notes.keys.copy<uint32_t>(search.notes->keys, used, kSlack);
-        to.notes.places.copy<uint16_t>(search.notes->places, used, 1);  // an empty list is one, too
-        to.notes.spans.copy<Span>(search.notes->spans, static_cast<size_t>(chunks.count()));
     }
     return kept;
 }

@@ -67,13 +67,14 @@ struct Fault {
 };
 
 // A histogram under construction. Two halves take turns, so that equal keys in a row don't wait for each
-// other.
+// other; or `sums` are added to, where keys are too few to pay for bins of their own.
 struct Window {
     uint32_t lo;
     uint32_t shift;
     uint32_t bins;
     uint32_t* counts;   // [2][bins]
     int64_t above = 0;  // keys beyond the last bin
+    int64_t* sums = nullptr;
 };
 
 // Where a chunk's keys are in a list.

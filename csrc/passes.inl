@@ -339,7 +339,7 @@ static void mark_equal(const void* keys, uint32_t limit, Bits* marks, int words)
 }
 
 // Count the marked keys of a tile into a window: vectors find the bins and pack those of marked keys, then come
-// scalar increments, to two halves in turn (see Window).
+// scalar increments (see Window).
 static void count_marked(const void* keys, const Bits* marks, int words, uint32_t* index, Window& window) {
     const uint64_t span = static_cast<uint64_t>(window.bins) << window.shift;
     const U lo = set_u(window.lo);
@@ -355,6 +355,10 @@ static void count_marked(const void* keys, const Bits* marks, int words, uint32_
             window.above += count_bits(marked & ~within);
             next += compress(next, shift_right(offset, window.shift), marked & within & ~below_lo);
         }
+    }
+    if (window.sums != nullptr) {
+        for (const uint32_t* i = index; i < next; ++i) ++window.sums[*i];
+        return;
     }
     uint32_t* even = window.counts;
     uint32_t* odd = window.counts + window.bins;

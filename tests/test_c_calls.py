@@ -397,7 +397,8 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
     c, report, data = ctypes.byref(block.c), ctypes.byref(block.report), ctypes.c_void_p(out.ctypes.data)
     size, at, text = ctypes.c_size_t, ctypes.byref(numbers), [b"one", b"two"]
     cuts, windows, zero = made("sp_cut", 2), made("sp_window", 12), size(0)
-    notes = ctypes.c_void_p()
+    notes, least = ctypes.c_void_p(), made("sp_cut", 2)
+    least[0].key = least[1].key = 1
     assert LIB.sp_notes_take(engine.engine, c, ones_of(2), ctypes.byref(notes)) == OK and notes
     fixed = Fixed()
     shards, sides = (fixed.shards, size(len(fixed.shards))), ctypes.byref(made("sp_fix_sides"))
@@ -408,7 +409,9 @@ def valid_calls() -> tuple[dict[str, list[Any]], list[Any]]:
         "sp_apply": [engine.engine, c, cuts, data, report],
         "sp_merge": [engine.engine, c, (ctypes.c_int64 * 2)(), data, cuts, report],
         "sp_notes_take": [engine.engine, c, ones_of(2), ctypes.byref(found)],
+        "sp_notes_count": [engine.engine, c, made("sp_window", 1), size(1), report, ctypes.byref(found)],
         "sp_notes_merge": [notes, engine.engine, c, ones_of(2), data, cuts, report],
+        "sp_notes_apply": [notes, engine.engine, c, least, data, report],
         "sp_random_key": [ctypes.c_uint64(1), *text, at],
         "sp_keep": [ctypes.c_double(0.5), at],
         "sp_quota": [ctypes.c_double(0.5), ctypes.c_int64(8), at],

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -173,7 +173,7 @@ def assert_same(rng: Rng, block: Block, backend: CpuBackend) -> None:
     assert backend.count_equal(block, keys) == REFERENCE.count_equal(block, keys)
 
     windows = [
-        [Window(0, 20, np.ones(2048, np.int64))]
+        [Window(0, 20, np.ones(2048, np.int64))] * int(rng.integers(2))
         + [
             Window(
                 int(rng.integers(0, 1 << 31)), int(rng.integers(0, 24)), np.zeros(int(rng.integers(1, 999)), np.int64)
@@ -225,6 +225,63 @@ def test_notes_merge_to_the_same_bits_whatever_else_changes(isa: str, threads: i
             np.testing.assert_array_equal(in_place, out)
         assert notes.nbytes > 0
     assert taken > 30
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_was_counted_is_applied_from_notes(isa: str, threads: int) -> None:
+    """Counts, bytes and reports are those of the whole block, which is gone by the time that cuts are known."""
+    rng, backend, taken = np.random.default_rng([9, threads]), engine(isa, threads), 0
+    for n in [1, 2, 65, 1025, 5000] * 12 + [40001, 200_000]:
+        block = random_block(rng, n)
+        block = replace(block, patches=tuple(p and replace(p, importance="magnitude") for p in block.patches))
+        chosen, _, _ = merged(REFERENCE, block, random_quotas(rng, block))
+        cuts = [
+            cut._replace(before=block.start + int(rng.integers(n + 1)), skip_key=cut.key + 1 if skip else 0)
+            for cut, skip in zip(chosen, rng.integers(2, size=len(chosen)), strict=True)
+        ]
+        windows = [
+            [Window(min(cut.key, 1 << 30), 12, np.zeros(5000, np.int64)), Window(1 << 30, 3, np.zeros(7, np.int64))]
+            for cut in cuts
+        ]
+        copies = [[w._replace(counts=w.counts.copy()) for w in of_patch] for of_patch in windows]
+        told, notes = backend.note(block, copies)
+        assert told == REFERENCE.histogram(block, windows)
+        assert all(
+            np.array_equal(a.counts, b.counts)
+            for of in zip(copies, windows, strict=True)
+            for a, b in zip(*of, strict=True)
+        )
+        if notes is None:
+            continue
+        taken += 1
+        cuts = [SELECT_NONE if cut.key >= 1 << 30 else cut for cut in cuts]
+        out, in_place = np.empty_like(block.base.data), block.base.data.copy()
+        report = REFERENCE.apply(block, cuts, out)
+        bare = [p and replace(p, values=unread(p.kind)) for p in block.patches]
+        left = replace(block, base=Bits(in_place, block.base.dtype), patches=tuple(bare))
+        assert backend.apply_noted(notes, left, cuts, in_place) == report
+        np.testing.assert_array_equal(in_place, out)
+    assert taken > 20
+
+
+def test_notes_of_what_was_counted_hold_nothing_below_the_windows() -> None:
+    block = checkpoint_pair(np.random.default_rng(8), 5000)
+    backend, floor = engine(ISAS[-1], 1), 0x3C000000
+    windows = [[Window(floor, 0, np.zeros(9, np.int64))], []]
+    notes = backend.note(block, windows)[1]
+    assert notes is not None
+    out = block.base.data.copy()
+    backend.apply_noted(notes, block, [Cut(floor, 0), SELECT_NONE], out)
+    changed = out.copy()
+    for cuts in ([Cut(floor - 1, 0), SELECT_NONE], [SELECT_ALL, SELECT_NONE], [SELECT_NONE, Cut(floor, 0)]):
+        with pytest.raises(RuntimeError, match="below the notes"):
+            backend.apply_noted(notes, block, cuts, out)
+    np.testing.assert_array_equal(out, changed)
+    patches = (p and replace(p, importance="scores", scores=cast(Bits, p.values)) for p in block.patches)
+    scored = replace(block, patches=tuple(patches))
+    assert backend.note(scored, windows)[1] is None
+    assert backend.note(block, [[Window(0, 20, np.zeros(9, np.int64))], []])[1] is None
 
 
 def test_notes_are_refused_for_what_they_are_not_of() -> None:

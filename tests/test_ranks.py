@@ -61,12 +61,18 @@ def files(out: Path) -> dict[str, bytes]:
 LOOKING = "agreement: {patch: over-safety, signs: opposite}, gate: {patch: over-safety, below: 0.0}"
 
 
-@pytest.mark.parametrize(("scope", "ranks", "extra"), [("model", 2, ""), ("tensor", 3, "max_shard_size: 9KB\n")])
-def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, scope: str, ranks: int, extra: str) -> None:
+# Without the patch that looks at another one, what a rank counts of a whole model is listed.
+CASES = [("model", 2, "", LOOKING), ("model", 2, "", ""), ("tensor", 3, "max_shard_size: 9KB\n", LOOKING)]
+
+
+@pytest.mark.parametrize(("scope", "ranks", "extra", "looking"), CASES)
+def test_any_number_of_ranks_gives_the_same_bytes(
+    tmp_path: Path, scope: str, ranks: int, extra: str, looking: str
+) -> None:
     model(tmp_path, 50)
     path = recipe(tmp_path, scope, extra)
     with open(path, "a") as file:
-        file.write(f"  - {{name: looking, source: safety, top: 0.3, {LOOKING}}}\n")
+        file.write(f"  - {{name: looking, source: safety, top: 0.3, {looking}}}\n" if looking else "")
     merge(path, tmp_path / "one", backend="reference")
     command = torchrun(ranks, 64, path, "-o", tmp_path / "many", "--backend", "cpu")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

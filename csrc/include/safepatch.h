@@ -267,16 +267,21 @@ SP_API sp_status sp_apply(sp_engine* engine, const sp_block* block, const sp_cut
 SP_API sp_status sp_merge(sp_engine* engine, const sp_block* block, const int64_t* quotas, void* out, sp_cut* cuts,
                           sp_report* report);
 
-/* What the patches of a whole tensor say, for more than one merge of it: the best entries of each, in lists. Merges
- * that differ in quotas, skips, scales, the rule or lambda alone need no other look at the patches. Calls on one of
- * them are made by one thread at a time. */
+/* What the patches of a block say, for more than one look at it: the best entries of each, in lists of magnitudes, at
+ * most an eighth of the block long. What differs in quotas, skips, cuts, scales, the rule or lambda alone needs no
+ * other look at the patches. Calls on one of them are made by one thread at a time. */
 typedef struct sp_notes sp_notes;
 
-/* Look at a tensor as sp_merge does, and list what quotas up to these can choose from. Lists are of magnitudes, and
- * at most an eighth of the tensor long.
+/* Look at a whole tensor as sp_merge does, and list what quotas up to these can choose from.
  * @return SP_OK, SP_BAD_ARGUMENT, SP_NO_MEMORY or SP_STOPPED. On success the caller owns *notes and ends them with
  * sp_notes_close; they are NULL where lists won't do, which sp_merge does without. */
 SP_API sp_status sp_notes_take(sp_engine* engine, const sp_block* block, const int64_t* quotas, sp_notes** notes);
+
+/* As sp_histogram, and list what is not below the lowest of a patch's windows: *notes is NULL where lists won't do,
+ * and nothing is listed of a patch without windows.
+ * @return as sp_histogram; on success the caller owns *notes. */
+SP_API sp_status sp_notes_count(sp_engine* engine, const sp_block* block, const sp_window* windows, size_t count,
+                                sp_report* report, sp_notes** notes);
 
 /* Free notes; NULL is allowed. */
 SP_API void sp_notes_close(sp_notes* notes);
@@ -290,6 +295,11 @@ SP_API size_t sp_notes_bytes(const sp_notes* notes);
  */
 SP_API sp_status sp_notes_merge(sp_notes* notes, sp_engine* engine, const sp_block* block, const int64_t* quotas,
                                 void* out, sp_cut* cuts, sp_report* report);
+
+/* As sp_apply, of the block that the notes are of; see sp_notes_merge.
+ * @return as sp_apply; SP_BAD_ARGUMENT also for another block, or a cut with a key below what is listed. */
+SP_API sp_status sp_notes_apply(sp_notes* notes, sp_engine* engine, const sp_block* block, const sp_cut* cuts,
+                                void* out, sp_report* report);
 
 /* The numbers that a recipe's settings come down to; no engine needed.
  *

@@ -259,7 +259,7 @@ class Backend(Protocol):
 
 
 class Notes(Protocol):
-    """What an engine found of a whole tensor, for further merges of it that read no patch again."""
+    """What an engine found of a block, for further looks at it that read no patch again."""
 
     @property
     def nbytes(self) -> int:
@@ -273,7 +273,11 @@ def takes_turns(engine: Backend) -> bool:
 
 @runtime_checkable
 class Noting(Protocol):
-    """What an engine has beside a `Backend` where it can merge a tensor again from notes."""
+    """What an engine has beside a `Backend` where it can go on from notes.
+
+    Blocks with notes are those that the notes are of, but for scales, rule and lambda; what their patches say is not
+    read (see `unread`).
+    """
 
     def take_notes(self, block: Block, quotas: Sequence[int]) -> Notes | None:
         """Look at a whole tensor for `merge_noted` with quotas up to these; None where `merge` alone will do."""
@@ -286,8 +290,18 @@ class Noting(Protocol):
         out: NDArray[np.unsignedinteger],
         skips: Sequence[int] = (),
     ) -> tuple[list[Cut], Report]:
-        """As `merge`. The block is the one that the notes are of, but for scales, rule and lambda; what its patches
-        say is not read (see `unread`)."""
+        """As `merge`."""
+
+    def note(self, block: Block, windows: Sequence[Sequence[Window]]) -> tuple[Report, Notes | None]:
+        """As `histogram`, with notes of the keys from each patch's lowest window on; None where they can't be taken.
+
+        Nothing is noted of a patch without windows.
+        """
+
+    def apply_noted(
+        self, notes: Notes, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]
+    ) -> Report:
+        """As `apply`, by cuts whose keys are not below those of the notes."""
 
 
 class Opener(Protocol):

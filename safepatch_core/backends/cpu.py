@@ -97,14 +97,7 @@ class CpuBackend:
         return self._engine.scratch(entries, patches)
 
     def histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
-        given = _given(block)
-        _check_length("windows", windows, block)
-        flat = [(p, w.lo, w.shift, w.counts) for p, wanted in enumerate(windows) for w in wanted]
-        for _, lo, shift, counts in flat:
-            _check_array("window counts", counts, np.dtype(np.int64), None)
-            if not (0 <= lo < 1 << 32 and 0 <= shift < 32):
-                raise ValueError(f"window: found lo {lo} and shift {shift}")
-        return _report(*self._engine.histogram(given, flat))
+        return _report(*self._engine.histogram(_given(block), _given_windows(windows, block)))
 
     def count_equal(self, block: Block, keys: Sequence[int]) -> list[int]:
         given = _given(block)
@@ -132,6 +125,17 @@ class CpuBackend:
         _check_length("quotas", quotas, block)
         return self._engine.take_notes(given, quotas)
 
+    def note(self, block: Block, windows: Sequence[Sequence[Window]]) -> tuple[Report, Notes | None]:
+        found, notes = self._engine.note(_given(block), _given_windows(windows, block))
+        return _report(*found), notes
+
+    def apply_noted(
+        self, notes: Notes, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]
+    ) -> Report:
+        _check_base(block, out)
+        _check_length("cuts", cuts, block)
+        return _report(*self._engine.apply(_in_numbers(block), cuts, out, cast("_engine.Notes", notes)))
+
     def merge_noted(
         self,
         notes: Notes,
@@ -140,10 +144,9 @@ class CpuBackend:
         out: NDArray[np.unsignedinteger],
         skips: Sequence[int] = (),
     ) -> tuple[list[Cut], Report]:
-        _check_bits("base", block.base, len(block))
+        _check_base(block, out)
         _check_length("quotas", quotas, block)
         _check_length("skips", skips or quotas, block)
-        _check_array("output", out, block.base.data.dtype, block.base.data.shape)
         cuts, found = self._engine.merge(_in_numbers(block), quotas, out, skips, cast("_engine.Notes", notes))
         return [Cut(*cut) for cut in cuts], _report(*found)
 
@@ -164,6 +167,18 @@ def _given(block: Block) -> _engine.Block:
         if patch is not None:
             _check_patch(patch, block)
     return _in_numbers(block)
+
+
+def _given_windows(
+    windows: Sequence[Sequence[Window]], block: Block
+) -> list[tuple[int, int, int, NDArray[np.int64]]]:
+    _check_length("windows", windows, block)
+    flat = [(p, w.lo, w.shift, w.counts) for p, wanted in enumerate(windows) for w in wanted]
+    for _, lo, shift, counts in flat:
+        _check_array("window counts", counts, np.dtype(np.int64), None)
+        if not (0 <= lo < 1 << 32 and 0 <= shift < 32):
+            raise ValueError(f"window: found lo {lo} and shift {shift}")
+    return flat
 
 
 def _in_numbers(block: Block) -> _engine.Block:
@@ -237,6 +252,12 @@ def _check_bits(what: str, bits: Bits, entries: int) -> None:
     if bits.dtype not in _UNSIGNED:
         raise ValueError(f"{what}: found dtype {bits.dtype}, expected one of {', '.join(_UNSIGNED)}")
     _check_array(what, bits.data, _UNSIGNED[bits.dtype], (entries,))
+
+
+def _check_base(block: Block, out: NDArray[np.unsignedinteger]) -> None:
+    """What of a block is read where notes stand for its patches, and what is written."""
+    _check_bits("base", block.base, len(block))
+    _check_array("output", out, block.base.data.dtype, block.base.data.shape)
 
 
 def _check_patch(patch: PatchData, block: Block) -> None:

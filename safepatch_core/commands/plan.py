@@ -129,11 +129,12 @@ def _tell_recipe(
         return
     for warning in made.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
+    most = "at most " if data["bytes_read_at_most"] else ""
     rows = [
         ("engine", data["engine"]),
         ("patches", ", ".join(f"{p['name']} ({p['kind']})" for p in data["patches"])),
         ("targets", f"{data['targets']} of {data['base_tensors']} tensors, {data['target_entries']:,d} entries"),
-        ("read", f"{human(data['bytes_read'])} in {data['passes']} pass(es)"),
+        ("read", f"{most}{human(data['bytes_read'])} in {data['passes']} pass(es)"),
         ("write", f"{human(data['bytes_written'])} in {data['files']} file(s)"),
         ("memory", f"{human(data['memory'])} of buffers (limit {human(data['memory_limit'])})"),
         ("at once", f"{data['streams']} file(s)"),

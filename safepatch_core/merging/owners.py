@@ -43,7 +43,7 @@ def find_owners(plan: Plan, out: Checkpoint, found: Callable[[TensorEntry, Owner
         InputError: the tensors of `out` are not what the recipe gives, or an input breaks a rule.
     """
     with closing(Inputs((out,))) as files:
-        Merge(plan, plan.engine, around=_Recorder(plan, out, files, found).around).run(_Nowhere(plan))
+        Merge(plan, plan.engine, around=_Recorder(plan, out, files, found).around, thorough=True).run(_Nowhere(plan))
 
 
 class _Recorder:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.backends.codes import takes_codes
-from safepatch_core.backends.contract import Backend, takes_turns
+from safepatch_core.backends.contract import Backend, Noting, takes_turns
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.companions import companions, left_out
@@ -92,6 +92,28 @@ class Plan:
             patch["kind"] = kind
         return recipe
 
+    @cached_property
+    def lists(self) -> bool:
+        """Whether what a sweep over the whole model lists is not read again, as far as there is room."""
+        noting = self.whole_model and isinstance(self.engine, Noting)
+        return noting and any(target.listable for target in self.targets.values())
+
+    @property
+    def list_bytes(self) -> int:
+        """About what lists take: a key and a place for each entry that may be selected, and some more."""
+        return min(7 * sum(self.model_quotas), max(self.room_for_lists, 0)) if self.lists else 0
+
+    @property
+    def room_beside(self) -> int:
+        """Bytes that the limit leaves beside the merge itself."""
+        return self.memory_limit - FIXED_BYTES - self.ring_bytes - self.beside_bytes
+
+    @property
+    def room_for_lists(self) -> int:
+        """Bytes for lists of chunks (see `lists`), beside the one that is made and its copy."""
+        chunk = max((self.chunk_entries(t) for t in self.targets.values()), default=0)
+        return self.room_beside - 2 * self.engine.scratch(chunk, len(self.patch_names))
+
     def asks_nothing(self, p: int) -> bool:
         """Whether the recipe switches patch p off, or its gate is shut everywhere."""
         return _is_off(self.recipe.patches[p]) or self.is_shut(p)
@@ -141,7 +163,10 @@ class Plan:
 
     @cached_property
     def bytes_to_read(self) -> int:
-        """Tensor bytes read in the normal case, where every sampled guess of a threshold passes its exact check."""
+        """Tensor bytes read in the normal case, where every sampled guess of a threshold passes its exact check.
+
+        With `lists`, at most: which chunks have one that does is known once they are counted.
+        """
         total = sum(t.nbytes for output in self.outputs for t in output.tensors if t.name not in self.by_stored)
         sampled: list[Unit] = []
         for scope in self.sampled_scopes:

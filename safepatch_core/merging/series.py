@@ -23,7 +23,7 @@ from safepatch_core.merging.api import plan as make_plan
 from safepatch_core.merging.effect import require_deltas, require_eligible, require_survival
 from safepatch_core.merging.engine import EngineOptions, open_engine
 from safepatch_core.merging.layout import OutputPart
-from safepatch_core.merging.plan import FIXED_BYTES, Plan
+from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.recipe import PatchSpec, Recipe
 from safepatch_core.merging.stream import Counts, Merge
 from safepatch_core.merging.work import Target
@@ -77,7 +77,7 @@ class Notebook:
     def begin(self, plan: Plan) -> None:
         """The next merge is that of `plan`."""
         self._merge += 1
-        self._room = plan.memory_limit - FIXED_BYTES - plan.ring_bytes - plan.beside_bytes
+        self._room = plan.room_beside
         self._inputs = (identity(plan).parts["input"], plan.recipe.order)
         self.found = 0
 

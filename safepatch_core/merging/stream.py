@@ -33,6 +33,7 @@ from safepatch_core.files.disk import Extent
 from safepatch_core.merging import pipeline
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
+from safepatch_core.merging.lists import Lists
 from safepatch_core.merging.pipeline import Region, Ring, align
 from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
@@ -77,11 +78,13 @@ class Work:
     source: Extent | None = None
     codes: Loaded | None = None  # of a target that is stored as codes, where it is about to be written
     cuts: Sequence[Cut] = ()
-    notes: Notes | None = None  # an earlier merge's, by which the patches were not read
+    notes: Notes | None = None  # an earlier look's, by which the patches were not read
 
 
 class Notebook(Protocol):
-    """What a series of merges knows of targets that are done whole (see `series`)."""
+    """What a series of merges knows of targets that are done whole (see `series`), `held` bytes of it."""
+
+    held: int
 
     def find(self, target: Target) -> Notes | None:
         """Notes that do for this merge of the target."""
@@ -95,7 +98,7 @@ class Merge:
 
     `advance` is told the bytes of each unit as it is read, `trace` when each stage began and ended a unit; `around`
     may wrap the step that patches a unit's base in place, to see it before and after. A `notebook` spares targets the
-    look at their patches.
+    look at their patches; and so do lists of a whole model, the second look, if not `thorough`.
     """
 
     def __init__(
@@ -108,8 +111,12 @@ class Merge:
         trace: pipeline.Trace | None = None,
         around: Callable[[Callable[[Work], None]], Callable[[Work], None]] = lambda apply: apply,
         notebook: Notebook | None = None,
+        thorough: bool = False,
     ) -> None:
         self._around, self._notebook = around, notebook
+        self._lists: Lists | None = None
+        if plan.lists and not thorough and isinstance(engine, Noting):
+            self._lists = Lists(engine, plan.room_for_lists - (0 if notebook is None else notebook.held))
         self.plan, self._engine, self._advance, self._trace = plan, engine, advance, trace
         self._ranks = ranks or Alone()
         self._inputs = Inputs(plan.inputs, drop_behind=plan.larger_than_memory)
@@ -175,18 +182,22 @@ class Merge:
         selection = Selection(names, quotas, sum(t.entry.entries for t in targets), skips)
         if selection.pending:
             selection.guess(self._engine, self._sample(targets))
+        lists = self._lists
         while selection.pending:
             found: Counts = {}
 
-            def count(work: Work, selection: Selection = selection, found: Counts = found) -> None:
+            def count(
+                work: Work, selection: Selection = selection, found: Counts = found, lists: Lists | None = lists
+            ) -> None:
                 assert work.block is not None
-                name = work.unit.entry.name
-                report = self._engine.histogram(work.block, selection.windows(name))
-                _collect(self.plan, work.unit, report, found)
+                windows = selection.windows(work.unit.entry.name)
+                report = None if lists is None else lists.count(work.unit, work.block, windows)
+                _collect(self.plan, work.unit, report or self._engine.histogram(work.block, windows), found)
 
             self._sweep([u for t in mine for u in self.plan.units_of(t)], count, None)
             selection.combine(ranks)
             selection.advance()
+            lists = None
         self._tallies.update(selection.tallies())
 
     def _sample(self, targets: Sequence[Target]) -> list[Block]:
@@ -208,9 +219,7 @@ class Merge:
         self._held = self._fresh_held()
 
         def noted(unit: Unit) -> tuple[Unit, Notes | None]:
-            if self._notebook is None or unit.target is None or selecting:
-                return unit, None
-            return unit, self._notebook.find(unit.target)
+            return unit, None if selecting else self._find_notes(unit)
 
         ahead = map(noted, units)
         coming = next(ahead, None)
@@ -231,6 +240,14 @@ class Merge:
             return loaded
 
         pipeline.run(units, lambda unit: unit.ring_bytes, read, work, write, ring, self._trace)
+
+    def _find_notes(self, unit: Unit) -> Notes | None:
+        """What an earlier look found, if it does for writing the unit."""
+        if unit.target is None:
+            return None
+        if unit.target.whole:
+            return None if self._notebook is None else self._notebook.find(unit.target)
+        return None if self._lists is None else self._lists.take(unit, self._tallies[unit.entry.name])
 
     def _load(
         self, unit: Unit, memory: NDArray[np.uint8], selecting: bool = False, notes: Notes | None = None
@@ -342,6 +359,8 @@ class _Apply:
             work.cuts = cuts = self._ties.get(unit.entry.name).cuts(engine, block)
 
             def patch(block: Block, of: slice) -> Report:
+                if work.notes is not None:
+                    return cast(Noting, engine).apply_noted(work.notes, block, cuts[of], _output(block))
                 return engine.apply(block, cuts[of], _output(block))
 
         if target.coded is None or work.codes is None or target.coded.direct:

@@ -74,6 +74,11 @@ class Target:
         return Dense(self.entry, "checkpoint") if self.coded is None else Dequantised(self.coded.weight)
 
     @property
+    def listable(self) -> bool:
+        """Whether keys stand for all that patches say (see `lists`)."""
+        return self.coded is None and all(p is None or p.importance == "magnitude" for p in self.patches)
+
+    @property
     def present(self) -> int:
         """How many patches have something for it."""
         return sum(patch is not None for patch in self.patches)
