@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from safepatch_core.kernels.apply import apply
-from safepatch_core.kernels.decide import SEARCH_FIELDS, cut, narrow, settle
+from safepatch_core.kernels.decide import SEARCH_FIELDS, cut, narrow, settle, without
 from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.fix import KEEP, NEW, OLD, fix
 from safepatch_core.kernels.importance import accumulate
@@ -234,6 +234,7 @@ def decisions(piece: Piece, counts: torch.Tensor) -> dict[str, Launch]:
         "narrow": narrow(counts, sums, searches, fine, 2, 2),
         "settle": settle(counts, sums, searches, fine, cuts),
         "cut, two patches": cut(piece, searches, torch.empty(2, 2, 1, dtype=torch.int32), extents, cuts),
+        "without": without(cuts),
     }
 
 

@@ -88,7 +88,7 @@ def narrow(
 @triton.jit
 def settle_kernel(
     counts, sums, searches, fine, cuts,
-    tensors, patches: tl.constexpr, roles: tl.constexpr, FINE: tl.constexpr, BLOCK: tl.constexpr,
+    tensors: tl.int32, patches: tl.constexpr, roles: tl.constexpr, FINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     search = tl.program_id(0)
     tensor, role, p = search // (patches * roles), search // patches % roles, search % patches
@@ -136,49 +136,68 @@ def segment_of(counts, segments, left, BLOCK: tl.constexpr):
 def cut_kernel(
     base, values, scores, table, batch,
     first: tl.int64, head: tl.int32, size: tl.int32, cols: tl.int64,
-    searches, counts, stride: tl.int64, extents, cuts,
+    searches, counts, stride: tl.int64, extents, cuts, tensors: tl.int32,
     roles: tl.constexpr, plan: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, patches = tl.program_id(0).to(tl.int64), len(plan.patches)
+    tensor, role, patches = tl.program_id(0) // roles, tl.program_id(0) % roles, len(plan.patches)
     end = first + head + size
     begin, segments = tl.load(extents + tensor * 2), tl.load(extents + tensor * 2 + 1)
     for p in tl.static_range(len(plan.patches)):
-        row = cuts + (tensor * patches + p) * FIELDS
-        keys = ()
-        befores = ()
-        for role in tl.static_range(roles):
-            search = searches + ((tensor * roles + role) * patches + p) * SEARCH_FIELDS
-            key, before = tl.load(search + KEY), tl.load(search + LEFT)
-            if (before > 0) & (before < EVERY):
-                mine = counts + (role * patches + p) * stride + begin
-                segment, rank = segment_of(mine, segments, before, BLOCK)
-                start, origin, inside, _ = place(batch, first, head, size, begin + segment, BLOCK)
-                w = to_float(tl.load(base + start + tl.arange(0, BLOCK)), tl.constexpr(plan.dtype))
-                equal = ties(w, values[p], scores[p], row, key, start, origin, cols, end, inside, plan, p, BLOCK)
-                equal = unpack(equal)
-                last = equal & (tl.cumsum(equal.to(tl.int32), axis=0) == rank)
-                before = origin + tl.sum(tl.where(last, tl.arange(0, BLOCK), 0)) + 1
-            keys = keys + (key,)
-            befores = befores + (before,)
-        if roles == 2:
-            # Cut.without: the best may be nothing, all that there is, or the upper part of it.
-            everything = (keys[1] == 0) & (befores[1] == EVERY)
-            tl.store(row + CUT, tl.where(everything, NO_KEY, keys[0]))
-            tl.store(row + BEFORE, tl.where(everything, 0, befores[0]))
-            tl.store(row + SKIP, tl.where(everything, NO_KEY, keys[1]))
-            tl.store(row + SKIP_BEFORE, tl.where(everything, 0, befores[1]))
-        else:
-            tl.store(row + CUT, keys[0])
-            tl.store(row + BEFORE, befores[0])
+        row = cuts + ((role * tensors + tensor) * patches + p) * FIELDS
+        search = searches + (tl.program_id(0) * patches + p) * SEARCH_FIELDS
+        key, before = tl.load(search + KEY), tl.load(search + LEFT)
+        if (before > 0) & (before < EVERY):
+            segment, rank = segment_of(counts + (role * patches + p) * stride + begin, segments, before, BLOCK)
+            start, origin, inside, _ = place(batch, first, head, size, begin + segment, BLOCK)
+            w = to_float(tl.load(base + start + tl.arange(0, BLOCK)), tl.constexpr(plan.dtype))
+            equal = ties(w, values[p], scores[p], row, key, start, origin, cols, end, inside, plan, p, BLOCK)
+            equal = unpack(equal)
+            last = equal & (tl.cumsum(equal.to(tl.int32), axis=0) == rank)
+            before = origin + tl.sum(tl.where(last, tl.arange(0, BLOCK), 0)) + 1
+        tl.debug_barrier()  # one search after the other: all at once don't fit the registers
+        tl.store(row + CUT, key)
+        tl.store(row + BEFORE, before)
 
 
 def cut(
     piece: Piece, searches: torch.Tensor, counts: torch.Tensor, extents: torch.Tensor, cuts: torch.Tensor
 ) -> Launch:
-    """Find where the ties of each threshold end, and set CUT, BEFORE and what is skipped in the first of `cuts`.
+    """Find where the ties of each threshold end, and set CUT and BEFORE of `cuts`, a table per role.
 
     piece: all of the tensors' entries; counts: int32 [roles, patches, segments], of `count_equal` by role; extents:
     int64 [tensors, 2], each one's first segment and how many it has.
     """
-    args = (*piece.arguments, searches, counts, counts.stride(1), extents, cuts, len(cuts), piece.plan, BLOCK)
-    return Launch(cut_kernel, len(extents), args)
+    roles = len(cuts)
+    args = (
+        *piece.arguments,
+        searches,
+        counts,
+        counts.stride(1),
+        extents,
+        cuts,
+        len(extents),
+        roles,
+        piece.plan,
+        BLOCK,
+    )
+    return Launch(cut_kernel, len(extents) * roles, args)
+
+
+# contract.py: Cut.without
+@triton.jit
+def without_kernel(cuts, rows: tl.int32):
+    row = cuts + tl.program_id(0) * FIELDS
+    best = row + rows * FIELDS
+    key, before = tl.load(best + CUT), tl.load(best + BEFORE)
+    if (key == 0) & (before == EVERY):  # all that there is
+        tl.store(row + CUT, NO_KEY)
+        tl.store(row + BEFORE, 0)
+    else:
+        tl.store(row + SKIP, key)
+        tl.store(row + SKIP_BEFORE, before)
+
+
+def without(cuts: torch.Tensor) -> Launch:
+    """Make what the cuts of the second role select what those of the first skip; `cuts` as in `cut`."""
+    rows = cuts.shape[1] * cuts.shape[2]
+    return Launch(without_kernel, rows, (cuts, rows))

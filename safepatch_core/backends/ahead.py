@@ -39,7 +39,7 @@ from safepatch_core.backends.passes import (
 from safepatch_core.backends.select import COARSE, FINE, LOW_BITS
 from safepatch_core.kernels import score as columns
 from safepatch_core.kernels.apply import apply
-from safepatch_core.kernels.decide import SEARCH_FIELDS, WANTED, cut, narrow, settle
+from safepatch_core.kernels.decide import SEARCH_FIELDS, WANTED, cut, narrow, settle, without
 from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.launch import ALIGN, BLOCK, COPIES, HISTOGRAMS, Launch, padded
 from safepatch_core.kernels.score import Piece, Variant
@@ -325,6 +325,8 @@ class Job:
         for role in range(roles):
             self._launch(count_equal(self._piece(role=role), on["ties"][role]))
         self._launch(cut(self._piece(), on["searches"], on["ties"], on["extents"], on["table"]))
+        if roles > 1:
+            self._launch(without(on["table"]))
 
     def _finish(self, parts: Sequence[tuple[Part, Any]]) -> None:
         """Write the new bits and bring them, then what was counted and decided."""

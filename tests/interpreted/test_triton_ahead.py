@@ -65,12 +65,12 @@ def test_nobody_waits_between_tensors(seed: int, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patched:
         pinned_outputs(device, patched)
         begun = begin(engine, blocks, skip=bool(seed))
-    assert not device.synchronized and not device.finished
+    assert (device.synchronized, device.finished) == (0, 0)
     assert device.kinds.count("apply_kernel") == 2 and not any(later.done() for *_, later in begun)
     up = engine._streams.up.index
     assert all(set(o.needs) <= {up} for o in device.history if o.kind == "upload"), "uploads wait for nothing"
     check(begun)
-    assert not device.synchronized and device.finished == 3
+    assert (device.synchronized, device.finished) == (0, 3)
     assert all(later.done() for *_, later in begun) and device.idle
 
 
