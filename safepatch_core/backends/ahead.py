@@ -434,13 +434,13 @@ class Ahead:
 
     def _start(self, job: Job) -> None:
         room, stage = self._place(self._rooms, job.device_bytes), self._place(self._stages, job.host_bytes)
-        for one in job.asked:
-            one.job = job
         self._rooms.take(room, job.device_bytes)
         self._stages.take(stage, job.host_bytes)
         self._jobs.append(job)
         memory = Arena(as_tensor(self._pinned[stage : stage + job.host_bytes]))
         job.start(self._device, self._streams, self._arena.room(room, job.device_bytes), memory)
+        for one in job.asked:
+            one.job = job
 
     def _place(self, rooms: Rooms, nbytes: int) -> int:
         while (start := rooms.place(nbytes)) is None:
@@ -454,16 +454,12 @@ class Ahead:
         self._rooms.give()
         self._stages.give()
 
-    def result(self, asked: Asked) -> Found:
-        """Wait for a tensor."""
+    def wait(self, asked: Asked) -> None:
+        """Wait until a tensor is found, or was given up."""
         if asked in self._open:
             self.flush()
         while asked.found is None and asked.failed is None:
             self._collect()
-        if asked.failed is not None:
-            raise asked.failed
-        assert asked.found is not None
-        return asked.found
 
     def drain(self) -> None:
         """Wait for all that was begun."""

@@ -128,7 +128,11 @@ class TritonBackend:
 
     def _result(self, asked: Asked) -> Found:
         with self._taking_turns():
-            return self._ahead.result(asked)
+            self._ahead.wait(asked)
+        if asked.found is None:
+            assert asked.failed is not None
+            raise asked.failed
+        return asked.found
 
     def merge(
         self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int] = ()
