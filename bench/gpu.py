@@ -190,7 +190,7 @@ class Resident:
         room = padded(len(block)) * (block_bytes(block, "apply") // max(len(block), 1) + 1)
         tables = (HISTOGRAMS + 1) * 8 * bins + (8 << 20)
         factors = sum(x.nbytes for p in block.patches if p and not isinstance(p.values, Bits) for x in p.values[:2])
-        arena = engine_passes.Arena(device, room + tables + factors)
+        arena = engine_passes.Arena(device.allocate(room + tables + factors))
         call = engine_passes.Call(
             device, arena, streams, block, 2 * self._patches, bins, True, piece=padded(len(block))
         )
@@ -430,7 +430,7 @@ def _wall(subject: Callable[[], object]) -> float:
 def _resident_sweep(session: Session, block: Block, cuts: Sequence[Cut]) -> dict[str, Any]:
     """An apply over slots that hold their inputs already and whose output stays: what kernels and launches take."""
     device = session.device
-    arena = engine_passes.Arena(device, parse_size(session.scale.vram))
+    arena = engine_passes.Arena(device.allocate(parse_size(session.scale.vram)))
     call = engine_passes.Call(device, arena, session.streams(), block, 0, 0, False)
     call.prepare(cuts)
 

@@ -171,6 +171,7 @@ class TracedDevice:
         self.name, self.warp = device.name, device.warp
         self.allocate, self.default_memory, self.pinned = device.allocate, device.default_memory, device.pinned
         self.event, self.synchronize = device.event, device.synchronize
+        self.happened, self.finish = device.happened, device.finish
         self.uploaded = self.downloaded = 0  # bytes
         self._lanes = 0
         self._kept: list[tuple[str, str, Any, Any]] = []

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from safepatch_core.kernels.apply import apply
+from safepatch_core.kernels.decide import SEARCH_FIELDS, cut, narrow, settle, without
 from safepatch_core.kernels.faults import faults
 from safepatch_core.kernels.fix import KEEP, NEW, OLD, fix
 from safepatch_core.kernels.importance import accumulate
 from safepatch_core.kernels.launch import BLOCK, COPIES, HISTOGRAMS, INTERPRETED, VECTOR, Launch, options
-from safepatch_core.kernels.score import COUNTS, ENDING, FIELDS, Form, Piece, Variant, score_keys
+from safepatch_core.kernels.score import BATCH_FIELDS, COUNTS, ENDING, FIELDS, Form, Piece, Variant, score_keys
 from safepatch_core.kernels.select import WINDOW_FIELDS, count_equal, fold, histogram
 from safepatch_core.spec import COMBINE
 
@@ -223,6 +224,20 @@ def make_fix(width: int, gap: int, goal: int, shift: int = 3) -> Launch:
     )
 
 
+def decisions(piece: Piece, counts: torch.Tensor) -> dict[str, Launch]:
+    """The kernels that decide, of two patches that skip."""
+    sums, extents = torch.empty(len(counts) // int(BLOCK), dtype=torch.int64), torch.empty(1, 2, dtype=torch.int64)
+    searches = torch.empty(4, SEARCH_FIELDS.value, dtype=torch.int64)
+    fine = torch.empty(4, WINDOW_FIELDS.value, dtype=torch.int64)
+    cuts = torch.empty(2, 1, 2, FIELDS.value, dtype=torch.int64)
+    return {
+        "narrow": narrow(counts, sums, searches, fine, 2, 2),
+        "settle": settle(counts, sums, searches, fine, cuts),
+        "cut, two patches": cut(piece, searches, torch.empty(2, 2, 1, dtype=torch.int32), extents, cuts),
+        "without": without(cuts),
+    }
+
+
 def launches() -> dict[str, Launch]:
     """Every kernel, and the passes of the common recipe in all its variants."""
     found: dict[str, Launch] = {}
@@ -230,6 +245,8 @@ def launches() -> dict[str, Launch]:
         piece = make_piece(plan)
         found[f"apply, {name}"] = apply(piece, torch.empty_like(piece.base))
     piece = make_piece(plans()["two patches"])
+    batch = replace(piece, batch=torch.empty(1, BATCH_FIELDS.value, dtype=torch.int64))
+    found["apply, two patches, batch"] = apply(batch, torch.empty_like(piece.base))
     long = torch.empty(2, BLOCK, dtype=torch.uint32)
     window = torch.empty(2, WINDOW_FIELDS.value, dtype=torch.int64)
     counts = torch.empty(HISTOGRAMS, 2 << 16, dtype=torch.int64)
@@ -238,10 +255,12 @@ def launches() -> dict[str, Launch]:
     found["histogram, two patches"] = histogram(piece, window, (0, 1), counts)
     found["count_equal, two patches"] = count_equal(piece, torch.empty(2, 1, dtype=torch.int32))
     found["faults, two patches"] = faults(piece)
-    found["fold"] = fold(counts, torch.empty(2 << 16, dtype=torch.int64))
-    total, half = torch.empty(BLOCK), torch.empty(BLOCK, dtype=torch.bfloat16)
-    found["importance, BF16"] = accumulate(total, half, half)
-    found["importance, F32"] = accumulate(total, total.clone(), total.clone())
+    total = torch.empty(2 << 16, dtype=torch.int64)
+    found["fold"] = fold(counts, total)
+    found |= decisions(batch, total)
+    added, half = torch.empty(BLOCK), torch.empty(BLOCK, dtype=torch.bfloat16)
+    found["importance, BF16"] = accumulate(added, half, half)
+    found["importance, F32"] = accumulate(added, added.clone(), added.clone())
     found["fix, 2 bytes, check"] = make_fix(2, 1, KEEP)
     found["fix, 2 bytes, apply"] = make_fix(2, 1, NEW)
     found["fix, 2 bytes, revert"] = make_fix(2, 1, OLD)

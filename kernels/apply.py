@@ -196,14 +196,17 @@ def count(
 # reference.py: ReferenceBackend.apply
 @triton.jit(do_not_specialize=["head", "size"])
 def apply_kernel(
-    base, values, scores, table,
+    base, values, scores, table, batch,
     first: tl.int64, head: tl.int32, size: tl.int32, cols: tl.int64,
     tally, out,
     plan: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start, origin, inside = place(first, head, size, BLOCK)
+    start, origin, inside, tensor = place(batch, first, head, size, tl.program_id(0), BLOCK)
     lanes = tl.arange(0, BLOCK)
     end = first + head + size
+    columns: tl.constexpr = len(plan.patches) * COUNTS + ENDING
+    table += tensor * (len(plan.patches) * FIELDS)
+    tally += tensor * (COPIES * columns)
 
     # First every patch decides by itself and leaves sets behind.
     met = tl.zeros([BLOCK // 8], tl.int32)
@@ -233,7 +236,6 @@ def apply_kernel(
     # Where the base isn't finite neither is the sum: then nothing overflows, and nothing fits.
     missed = touched & ~fits
 
-    columns: tl.constexpr = len(plan.patches) * COUNTS + ENDING
     cells = tally + tl.program_id(0) % COPIES * columns
     changed = tl.sum(tl.reshape((written != bits).to(tl.int32), [BLOCK // 8, 8]), axis=1)
     broken = count(cells, eligibles, selected, acting, touched, changed, met | missed, plan, BLOCK)

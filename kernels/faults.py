@@ -38,14 +38,16 @@ def fault(cell, sets, origin, after: tl.constexpr, BLOCK: tl.constexpr):
 # reference.py: Scored
 @triton.jit(do_not_specialize=["head", "size"])
 def faults_kernel(
-    base, values, scores, table,
+    base, values, scores, table, batch,
     first: tl.int64, head: tl.int32, size: tl.int32, cols: tl.int64,
     tally,
     plan: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns: tl.constexpr = len(plan.patches) * COUNTS + ENDING
+    start, origin, inside, tensor = place(batch, first, head, size, tl.program_id(0), BLOCK)
+    tally += tensor * (COPIES * columns)
     if tl.load(tally + columns - 1) != 0:
-        start, origin, inside = place(first, head, size, BLOCK)
+        table += tensor * (len(plan.patches) * FIELDS)
         end = first + head + size
         w = to_float(tl.load(base + start + tl.arange(0, BLOCK)), tl.constexpr(plan.dtype))
         for p in tl.static_range(len(plan.patches)):

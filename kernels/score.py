@@ -22,6 +22,10 @@ RANDOM_KEY, KEEP, SCALE, CUT, BEFORE, LORA_SCALE, RANK = (tl.constexpr(i) for i 
 # The last is the block's, in every row.
 SKIP, SKIP_BEFORE, LAMBDA = (tl.constexpr(i) for i in range(7, 10))
 FIELDS = tl.constexpr(10)
+# Columns of a batch's rows (int64), one per program: its tensor, the index there of its first entry, and which of its
+# entries [BEGIN, END) belong to the tensor.
+TENSOR, ORIGIN, BEGIN, END = (tl.constexpr(i) for i in range(4))
+BATCH_FIELDS = tl.constexpr(4)
 # Columns of a tally row, for each patch. The first four are counts that apply adds at once, as a square of 2 by 2
 # (BROKEN, where it met faults of any patch, is patch 0's alone). Then come counts of faults by kind, and FIRST
 # columns behind each of these EVERY - the lowest index of one.
@@ -65,11 +69,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a block in device memory. Entry buffers hold `padded(head + count)` entries, 16-byte aligned.
+    """Part of a block in device memory, or a batch of whole tensors.
+
+    Entry buffers hold `padded(head + count)` entries, 16-byte aligned.
 
     base, values, scores: uint16 or uint32 bit patterns; for LoRA, `values[p]` is the pair of float32
     factors (a [rank, cols], b [rows, rank]) of the whole tensor; `scores[p]` is None for magnitude.
-    table: int64 [patches, FIELDS]; tally: int64 [COPIES, patches * COUNTS + ENDING], added to.
+    table: int64 [patches, FIELDS]; tally: int64 [COPIES, patches * COUNTS + ENDING], added to; of a batch, one such
+    table and tally per tensor, one after another.
     """
 
     plan: Variant
@@ -82,6 +89,7 @@ class Piece:
     head: int  # entries at the front that belong to the neighbour
     count: int
     cols: int
+    batch: torch.Tensor | None = None  # int64 [programs, BATCH_FIELDS]; `first`, `head` and `cols` then mean nothing
 
     @property
     def programs(self) -> int:
@@ -91,7 +99,7 @@ class Piece:
     def arguments(self) -> tuple[Any, ...]:
         """The arguments that all passes begin with."""
         sources = (self.base, self.values, self.scores, self.table)
-        return *sources, self.first, self.head, self.count, self.cols
+        return *sources, self.batch, self.first, self.head, self.count, self.cols
 
 
 # reference.py: philox
@@ -176,21 +184,28 @@ def retained(row, origin, plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def place(first, head, size, BLOCK: tl.constexpr):
-    """Of this program: its first entry in the buffers and in the tensor, and the sets of entries of the piece."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    return start, first + start, below(head + size - start, BLOCK) & ~below(head - start, BLOCK)
+def place(batch, first, head, size, program, BLOCK: tl.constexpr):
+    """Of a program: its first entry in the buffers and in its tensor, its sets of entries, and which tensor."""
+    start = program.to(tl.int64) * BLOCK
+    if batch is None:
+        inside = below(head + size - start, BLOCK) & ~below(head - start, BLOCK)
+        return start, first + start, inside, tl.full([], 0, tl.int64)
+    else:
+        row = batch + program * BATCH_FIELDS
+        inside = below(tl.load(row + END), BLOCK) & ~below(tl.load(row + BEGIN), BLOCK)
+        return start, tl.load(row + ORIGIN), inside, tl.load(row + TENSOR)
 
 
 # reference.py: Scored
 @triton.jit(do_not_specialize=["head", "size"])
 def score_kernel(
-    base, values, scores, table,
+    base, values, scores, table, batch,
     first: tl.int64, head: tl.int32, size: tl.int32, cols: tl.int64,
     keys, stride: tl.int64,
     plan: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start, origin, inside = place(first, head, size, BLOCK)
+    start, origin, inside, tensor = place(batch, first, head, size, tl.program_id(0), BLOCK)
+    table += tensor * (len(plan.patches) * FIELDS)
     end = first + head + size
     lanes = tl.arange(0, BLOCK)
     w = to_float(tl.load(base + start + lanes), tl.constexpr(plan.dtype))

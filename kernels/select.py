@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .bits import any_from, members, pack, to_float, unpack
-from .launch import BLOCK, COPIES, HISTOGRAMS, Launch
+from .launch import BLOCK, COPIES, Launch
 from .score import (
     COUNTS,
     CUT,
@@ -34,15 +34,18 @@ WINDOW_FIELDS = tl.constexpr(4)
 # reference.py: ReferenceBackend.histogram
 @triton.jit(do_not_specialize=["head", "size"])
 def histogram_kernel(
-    base, values, scores, table,
+    base, values, scores, table, batch,
     first: tl.int64, head: tl.int32, size: tl.int32, cols: tl.int64,
     tally, windows, counts, stride: tl.int64,
     owners: tl.constexpr, plan: tl.constexpr,
     COPIES: tl.constexpr, HISTOGRAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start, origin, inside = place(first, head, size, BLOCK)
+    start, origin, inside, tensor = place(batch, first, head, size, tl.program_id(0), BLOCK)
     end = first + head + size
     columns: tl.constexpr = len(plan.patches) * COUNTS + ENDING
+    table += tensor * (len(plan.patches) * FIELDS)
+    windows += tensor * (len(owners) * WINDOW_FIELDS)
+    tally += tensor * (COPIES * columns)
     cells = tally + tl.program_id(0) % COPIES * columns
     mine = counts + tl.program_id(0) % HISTOGRAMS * stride
     one = tl.full([BLOCK], 1, tl.int64)
@@ -71,47 +74,68 @@ def histogram(piece: Piece, windows: torch.Tensor, owners: tuple[int, ...], coun
     """Count the keys of eligible entries; add eligible counts to the tally.
 
     windows: int64 [len(owners), 4], a row per window (see the columns above); owners: the patch of each window;
-    counts: int64 [HISTOGRAMS, bins of all windows], to be added up by `fold`.
+    counts: int64 [copies, bins of all windows], to be added up by `fold`. A batch has the windows of its tensors, one
+    after another.
     """
-    args = (*piece.arguments, piece.tally, windows, counts, counts.shape[1], owners, piece.plan)
-    return Launch(histogram_kernel, piece.programs, (*args, COPIES, HISTOGRAMS, BLOCK))
+    copies, bins = counts.shape
+    args = (*piece.arguments, piece.tally, windows, counts, bins, owners, piece.plan)
+    return Launch(histogram_kernel, piece.programs, (*args, COPIES, copies, BLOCK))
 
 
 @triton.jit
-def fold_kernel(counts, total, bins: tl.int64, HISTOGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+def fold_kernel(counts, total, sums, bins: tl.int64, HISTOGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     bin = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = bin < bins
-    sums = tl.zeros([BLOCK], tl.int64)
+    both = tl.zeros([BLOCK], tl.int64)
     for copy in tl.static_range(HISTOGRAMS):
-        sums += tl.load(counts + copy * bins + bin, mask=inside, other=0)
-    tl.store(total + bin, sums, mask=inside)
+        both += tl.load(counts + copy * bins + bin, mask=inside, other=0)
+    tl.store(total + bin, both, mask=inside)
+    if sums is not None:
+        tl.store(sums + tl.program_id(0), tl.sum(both))
 
 
-def fold(counts: torch.Tensor, total: torch.Tensor) -> Launch:
-    """Add up the copies of a histogram: counts int64 [HISTOGRAMS, bins], total int64 [bins]."""
-    bins = counts.shape[1]
-    return Launch(fold_kernel, triton.cdiv(bins, BLOCK), (counts, total, bins, HISTOGRAMS, BLOCK))
+def fold(counts: torch.Tensor, total: torch.Tensor, sums: torch.Tensor | None = None) -> Launch:
+    """Add up the copies of a histogram: counts int64 [copies, bins], total int64 [bins], which may be the only copy.
+
+    sums: int64, of each BLOCK bins.
+    """
+    copies, bins = counts.shape
+    return Launch(fold_kernel, triton.cdiv(bins, BLOCK), (counts, total, sums, bins, copies, BLOCK))
 
 
 # reference.py: ReferenceBackend.count_equal
+@triton.jit
+def ties(
+    w, values, scores, row, cut, start, origin, cols, end, inside,
+    plan: tl.constexpr, p: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A patch's eligible entries whose key is `cut`, that of a finite score above 0, as sets."""
+    d, key = score(w, values, scores, row, start, origin, cols, end, plan, p, BLOCK)
+    equal = pack(key == cut.to(tl.uint32)) & inside
+    if plan.order == "retain-first":
+        equal &= pack(retained(row, origin, plan, p, BLOCK))
+    return equal
+
+
 @triton.jit(do_not_specialize=["head", "size"])
 def count_equal_kernel(
-    base, values, scores, table,
+    base, values, scores, table, batch,
     first: tl.int64, head: tl.int32, size: tl.int32, cols: tl.int64,
     counts, stride: tl.int64,
     plan: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start, origin, inside = place(first, head, size, BLOCK)
+    start, origin, inside, tensor = place(batch, first, head, size, tl.program_id(0), BLOCK)
     end = first + head + size
+    table += tensor * (len(plan.patches) * FIELDS)
     w = to_float(tl.load(base + start + tl.arange(0, BLOCK)), tl.constexpr(plan.dtype))
     for p in tl.static_range(len(plan.patches)):
         row = table + p * FIELDS
-        d, key = score(w, values[p], scores[p], row, start, origin, cols, end, plan, p, BLOCK)
         cut = tl.load(row + CUT)
-        equal = pack(key == cut.to(tl.uint32)) & tl.where((cut > 0) & (cut < INFINITE), inside, 0)
-        if plan.order == "retain-first":
-            equal &= pack(retained(row, origin, plan, p, BLOCK))
-        tl.store(counts + p * stride + tl.program_id(0), tl.sum(members(equal)))
+        found = 0
+        if (cut > 0) & (cut < INFINITE):
+            equal = ties(w, values[p], scores[p], row, cut, start, origin, cols, end, inside, plan, p, BLOCK)
+            found = tl.sum(members(equal))
+        tl.store(counts + p * stride + tl.program_id(0), found)
 
 
 def count_equal(piece: Piece, counts: torch.Tensor) -> Launch:

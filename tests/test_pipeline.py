@@ -84,3 +84,51 @@ def test_a_failing_stage_is_raised_and_nothing_hangs(stage: str) -> None:
     with pytest.raises(OSError, match=f"{stage} failed"):
         run(range(1000), lambda unit: 10, read, work, write, arena)
     assert threading.active_count() == before
+
+
+class Slow:
+    """Something begun that is never done by itself; it tells how many there were when it was waited for."""
+
+    def __init__(self, unit: int, begun: list[int], waited: list[tuple[int, int]]) -> None:
+        self._unit, self._begun, self._waited = unit, begun, waited
+        begun.append(unit)
+
+    def done(self) -> bool:
+        return False
+
+    def result(self) -> None:
+        self._waited.append((self._unit, len(self._begun)))
+
+
+def test_units_are_begun_ahead_and_leave_in_order_when_the_ring_is_full() -> None:
+    begun: list[int] = []
+    waited: list[tuple[int, int]] = []
+    written: list[int] = []
+
+    def work(unit: int) -> Slow | None:
+        return None if unit % 7 == 3 else Slow(unit, begun, waited)
+
+    run(range(60), lambda unit: 10, lambda unit, region: unit, work, written.append, ring(40))
+    assert written == list(range(60))
+    assert [unit for unit, _ in waited] == begun == [unit for unit in range(60) if unit % 7 != 3]
+
+
+def test_what_was_begun_is_waited_for_before_a_failure_is_told() -> None:
+    begun: list[int] = []
+    waited: list[tuple[int, int]] = []
+    gate = threading.Event()
+
+    def read(unit: int, region: Region) -> int:
+        if unit == 3:
+            gate.set()
+        return unit
+
+    def work(unit: int) -> Slow:
+        gate.wait()
+        if unit == 2:
+            raise ZeroDivisionError
+        return Slow(unit, begun, waited)
+
+    with pytest.raises(ZeroDivisionError):
+        run(range(9), lambda unit: 10, read, work, None, ring(40))
+    assert waited == [(0, 2), (1, 2)]

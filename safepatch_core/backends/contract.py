@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from safepatch_core.spec import (
     Weight,
 )
 
+T = TypeVar("T", covariant=True)
 GridName = Literal["E4M3", "E2M1", "INT8", "INT4"]
 Rounding = Literal["stochastic", "nearest"]
 
@@ -302,6 +303,29 @@ class Noting(Protocol):
         self, notes: Notes, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]
     ) -> Report:
         """As `apply`, by cuts whose keys are not below those of the notes."""
+
+
+class Later(Protocol[T]):
+    """What a call will have found."""
+
+    def done(self) -> bool:
+        """Whether `result` returns at once."""
+
+    def result(self) -> T:
+        """Wait for it; raises what the call would have raised. Until then the call's arrays stay as they are."""
+
+
+@runtime_checkable
+class Ahead(Protocol):
+    """What an engine has beside a `Backend` where it can go on to the next tensor before one is done."""
+
+    def begin_apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Later[Report]:
+        """As `apply`."""
+
+    def begin_merge(
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int] = ()
+    ) -> Later[tuple[list[Cut], Report]]:
+        """As `merge`."""
 
 
 class Opener(Protocol):

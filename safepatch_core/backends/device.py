@@ -80,6 +80,12 @@ class Device(Protocol):
 
     def launch(self, stream: Any, launch: Launch) -> None: ...
 
+    def happened(self, event: Any) -> bool:
+        """Whether the event's last record has been reached."""
+
+    def finish(self, event: Any) -> None:
+        """Wait until it is; what was queued after it goes on."""
+
     def synchronize(self) -> None:
         """Wait until all streams are done."""
 
@@ -132,6 +138,11 @@ class InterpretedDevice:
 
     def launch(self, stream: None, launch: Launch) -> None:
         launch.run(self.warp)
+
+    def happened(self, event: None) -> bool:
+        return True
+
+    def finish(self, event: None) -> None: ...
 
     def synchronize(self) -> None: ...
 
@@ -216,6 +227,12 @@ class TorchDevice:
     def launch(self, stream: Any, launch: Launch) -> None:
         with self._cuda.stream(stream):
             launch.run(self.warp)
+
+    def happened(self, event: Any) -> bool:
+        return bool(event.query())
+
+    def finish(self, event: Any) -> None:
+        event.synchronize()
 
     def synchronize(self) -> None:
         self._cuda.synchronize(self._device)

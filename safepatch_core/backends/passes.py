@@ -11,7 +11,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safepatch_core.backends.contract import Bits, Block, Cut, Fault, Lora, PatchReport, Report, Window
+from safepatch_core.backends.contract import (
+    SELECT_NONE,
+    Bits,
+    Block,
+    Cut,
+    Fault,
+    Lora,
+    PatchData,
+    PatchReport,
+    Report,
+    Window,
+)
 from safepatch_core.backends.device import Device
 from safepatch_core.errors import UsageError
 from safepatch_core.kernels import score as columns
@@ -31,11 +42,14 @@ Launches = Callable[[Piece, torch.Tensor], Iterable[Launch]]
 
 
 class Arena:
-    """Device memory, allocated once: taken from the front, given back all at once."""
+    """Memory, allocated once: taken from the front, given back all at once. `room` of it is an arena of its own."""
 
-    def __init__(self, device: Device, nbytes: int) -> None:
-        self._memory = device.allocate(nbytes)
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
         self._used = 0
+
+    def room(self, start: int, nbytes: int) -> Arena:
+        return Arena(self._memory[start : start + nbytes])
 
     @property
     def nbytes(self) -> int:
@@ -44,6 +58,10 @@ class Arena:
     @property
     def left(self) -> int:
         return len(self._memory) - self._used
+
+    @property
+    def taken(self) -> torch.Tensor:
+        return self._memory[: self._used]
 
     def reset(self) -> None:
         self._used = 0
@@ -129,25 +147,8 @@ class Call:
     ) -> None:
         self._device, self._streams, self._block = device, streams, block
         self._longest = piece or PIECE
-        self._present = [(p, patch) for p, patch in enumerate(block.patches) if patch is not None]
-        self._plan = Variant(
-            block.base.dtype,
-            tuple(
-                Form(
-                    patch.kind,
-                    patch.values.dtype if isinstance(patch.values, Bits) else "",
-                    patch.importance,
-                    "" if patch.scores is None or patch.importance == "magnitude" else patch.scores.dtype,
-                    patch.weight,
-                    patch.keep < KEEP_ALL,
-                    bool(skips) and skips[p],
-                )
-                for p, patch in self._present
-            ),
-            int(block.rule.acts),
-            int(block.rule.join),
-            block.order,
-        )
+        self._present = present(block)
+        self._plan = variant_of(block, skips)
         patches = len(self._present)
         self._aligned: int = block.start - block.start % ALIGN
         blocks = padded(block.start - self._aligned + len(block)) // BLOCK if len(block) else 0
@@ -214,19 +215,7 @@ class Call:
 
     def prepare(self, cuts: Sequence[Cut]) -> None:
         """Set what the next sweeps know of each patch of the block, and forget what was counted."""
-        table = np.zeros((len(self._present), FIELDS), dtype=np.int64)
-        for row, (p, patch) in zip(table, self._present, strict=True):
-            row[columns.RANDOM_KEY.value] = np.uint64(patch.random_key).astype(np.int64)
-            row[columns.KEEP.value] = patch.keep
-            row[columns.SCALE.value] = np.float32(patch.scale).view(np.uint32)
-            row[columns.CUT.value], row[columns.BEFORE.value] = cuts[p].key, cuts[p].before
-            row[columns.SKIP.value] = cuts[p].skip_key or NO_KEY
-            row[columns.SKIP_BEFORE.value] = cuts[p].skip_before
-            row[columns.LAMBDA.value] = np.float32(self._block.lambda_).view(np.uint32)
-            if isinstance(patch.values, Lora):
-                row[columns.LORA_SCALE.value] = np.float32(patch.values.scale).view(np.uint32)
-                row[columns.RANK.value] = len(patch.values.a)
-        self._upload(self._streams.work, self._table, table)
+        self._upload(self._streams.work, self._table, table_of(self._block, cuts))
         self._device.clear(self._streams.work, self._tally)
 
     def sweep(
@@ -348,28 +337,84 @@ class Call:
 
     def report(self) -> Report:
         """What was counted since `prepare`."""
-        tally = self._fetch(self._tally)
-        sums, latest = tally.sum(axis=0), tally.max(axis=0)
+        return report_of(self._block, self._fetch(self._tally))
 
-        def fault(count: int, after: int) -> Fault:
-            return Fault(int(sums[count]), EVERY - int(latest[after])) if sums[count] else Fault()
 
-        report = Report([PatchReport() for _ in self._block.patches])
-        for i, (p, _) in enumerate(self._present):
-            at = i * COUNTS
-            eligible, selected, applied = (
-                int(sums[at + c.value]) for c in (columns.ELIGIBLE, columns.SELECTED, columns.APPLIED)
-            )
-            bad = (
-                fault(at + c.value, at + c.value + columns.FIRST.value)
-                for c in (columns.BAD_DELTA, columns.BAD_SCORE, columns.NEGATIVE)
-            )
-            report.patches[p] = PatchReport(eligible, selected, applied, *bad)
-        ending = len(self._present) * COUNTS
-        report.overflow = fault(ending + columns.OVERFLOW.value, ending + columns.OVERFLOW.value + 1)
-        report.acted = int(sums[ending + columns.ACTED.value])
-        report.changed = int(sums[ending + columns.CHANGED.value])
-        return report
+def present(block: Block) -> list[tuple[int, PatchData]]:
+    """The patches that have something for a block, and their numbers: a row of every table is one of these."""
+    return [(p, patch) for p, patch in enumerate(block.patches) if patch is not None]
+
+
+def variant_of(block: Block, skips: Sequence[bool] = ()) -> Variant:
+    """What the code for a block depends on; skips: of which patches cuts leave the best out."""
+    forms = tuple(
+        Form(
+            patch.kind,
+            patch.values.dtype if isinstance(patch.values, Bits) else "",
+            patch.importance,
+            "" if patch.scores is None or patch.importance == "magnitude" else patch.scores.dtype,
+            patch.weight,
+            patch.keep < KEEP_ALL,
+            bool(skips) and skips[p],
+        )
+        for p, patch in present(block)
+    )
+    return Variant(block.base.dtype, forms, int(block.rule.acts), int(block.rule.join), block.order)
+
+
+def table_of(block: Block, cuts: Sequence[Cut]) -> NDArray[np.int64]:
+    """The patch table of a block."""
+    rows = present(block)
+    table = np.zeros((len(rows), FIELDS), dtype=np.int64)
+    for row, (p, patch) in zip(table, rows, strict=True):
+        row[columns.RANDOM_KEY.value] = np.uint64(patch.random_key).astype(np.int64)
+        row[columns.KEEP.value] = patch.keep
+        row[columns.SCALE.value] = np.float32(patch.scale).view(np.uint32)
+        row[columns.CUT.value], row[columns.BEFORE.value] = cuts[p].key, cuts[p].before
+        row[columns.SKIP.value] = cuts[p].skip_key or NO_KEY
+        row[columns.SKIP_BEFORE.value] = cuts[p].skip_before
+        row[columns.LAMBDA.value] = np.float32(block.lambda_).view(np.uint32)
+        if isinstance(patch.values, Lora):
+            row[columns.LORA_SCALE.value] = np.float32(patch.values.scale).view(np.uint32)
+            row[columns.RANK.value] = len(patch.values.a)
+    return table
+
+
+def cuts_of(block: Block, table: NDArray[np.int64]) -> list[Cut]:
+    """The cuts of a block's patch table."""
+    cuts = [SELECT_NONE for _ in block.patches]
+    for row, (p, _) in zip(table, present(block), strict=True):
+        skip = int(row[columns.SKIP.value])
+        found = (int(row[c.value]) for c in (columns.CUT, columns.BEFORE, columns.SKIP_BEFORE))
+        key, before, skip_before = found
+        cuts[p] = Cut(key, before, skip if skip != NO_KEY else 0, skip_before)
+    return cuts
+
+
+def report_of(block: Block, tally: NDArray[np.int64]) -> Report:
+    """What the kernels have counted in a tally."""
+    sums, latest = tally.sum(axis=0), tally.max(axis=0)
+
+    def fault(count: int, after: int) -> Fault:
+        return Fault(int(sums[count]), EVERY - int(latest[after])) if sums[count] else Fault()
+
+    report = Report([PatchReport() for _ in block.patches])
+    rows = present(block)
+    for i, (p, _) in enumerate(rows):
+        at = i * COUNTS
+        eligible, selected, applied = (
+            int(sums[at + c.value]) for c in (columns.ELIGIBLE, columns.SELECTED, columns.APPLIED)
+        )
+        bad = (
+            fault(at + c.value, at + c.value + columns.FIRST.value)
+            for c in (columns.BAD_DELTA, columns.BAD_SCORE, columns.NEGATIVE)
+        )
+        report.patches[p] = PatchReport(eligible, selected, applied, *bad)
+    ending = len(rows) * COUNTS
+    report.overflow = fault(ending + columns.OVERFLOW.value, ending + columns.OVERFLOW.value + 1)
+    report.acted = int(sums[ending + columns.ACTED.value])
+    report.changed = int(sums[ending + columns.CHANGED.value])
+    return report
 
 
 def _segment(piece: Piece, at: int) -> Piece:

@@ -6,21 +6,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.contract import SELECT_NONE, Block, Cut, Report, Window
+from safepatch_core.backends.contract import SELECT_NONE, Block, Cut, Later, Report, Window
 from safepatch_core.backends.device import Device, open_device
 from safepatch_core.backends.select import COARSE, FINE, NOTHING, Selection, Tally
 from safepatch_core.spec import EVERY
 
 if TYPE_CHECKING:
+    from safepatch_core.backends.ahead import Asked, Found
     from safepatch_core.backends.passes import Call
+
+T = TypeVar("T")
 
 
 class TritonBackend:
@@ -33,11 +36,13 @@ class TritonBackend:
 
     def __init__(self, device: str | Device | None = None, vram_limit: int | None = None) -> None:
         self._device = open_device(device) if device is None or isinstance(device, str) else device
+        from safepatch_core.backends.ahead import Ahead
         from safepatch_core.backends.passes import Arena, Streams
 
-        self._arena = Arena(self._device, vram_limit or self._device.default_memory())
+        self._arena = Arena(self._device.allocate(vram_limit or self._device.default_memory()))
         self._streams = Streams(self._device.stream(), self._device.stream(), self._device.stream())
-        self._turn = threading.Lock()
+        self._ahead = Ahead(self._device, self._arena, self._streams)
+        self._turn = threading.RLock()
 
     def describe(self) -> str:
         import triton
@@ -48,11 +53,13 @@ class TritonBackend:
         return self._device.pinned(nbytes)
 
     def scratch(self, entries: int, patches: int) -> int:
-        """Upper bound in bytes of `merge`'s host memory: histograms, their sums, and ties by segment."""
+        """Upper bound in bytes of `merge`'s host memory: what is sent beside the entries, and, where a tensor is too
+        long for the device, histograms, their sums, and ties by segment."""
+        from safepatch_core.backends.ahead import STAGE
         from safepatch_core.kernels.launch import BLOCK
 
         segments, block = entries // int(BLOCK) + 2, int(BLOCK)
-        return patches * (2 * 8 * 8 * (COARSE + FINE) + 32 * segments + 8 * block) + (1 << 20)
+        return STAGE + patches * (2 * 8 * 8 * (COARSE + FINE) + 32 * segments + 8 * block) + (1 << 20)
 
     @contextmanager
     def _call(
@@ -60,13 +67,20 @@ class TritonBackend:
     ) -> Iterator[Call]:
         from safepatch_core.backends.passes import Call
 
+        with self._taking_turns():
+            self._ahead.drain()
+            yield Call(self._device, self._arena, self._streams, block, windows, bins, select, skips=skips)
+
+    @contextmanager
+    def _taking_turns(self) -> Iterator[None]:
         with self._turn:
             try:
-                yield Call(self._device, self._arena, self._streams, block, windows, bins, select, skips=skips)
-            except BaseException:
+                yield
+            except BaseException as error:
                 # Copies may still be on their way to or from the caller's memory.
                 with suppress(Exception):
                     self._device.synchronize()
+                self._ahead.abandon(error)
                 raise
 
     def histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
@@ -87,11 +101,48 @@ class TritonBackend:
             call.apply(out)
             return call.report()
 
+    def begin_apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Later[Report]:
+        from safepatch_core.backends.ahead import Asked
+
+        asked = Asked(block, out, cuts=cuts)
+        self._begin(asked, lambda: (list(cuts), self.apply(block, cuts, out)))
+        return _Later(self, asked, lambda found: found[1])
+
+    def begin_merge(
+        self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int] = ()
+    ) -> Later[tuple[list[Cut], Report]]:
+        from safepatch_core.backends.ahead import Asked
+
+        wanted = [0 if patch is None else min(k, len(block)) for patch, k in zip(block.patches, quotas, strict=True)]
+        skipped = [k and min(skip, len(block)) for k, skip in zip(wanted, skips or [0] * len(wanted), strict=True)]
+        asked = Asked(block, out, wanted, skipped)
+        self._begin(asked, lambda: self._sweep(block, wanted, out, skipped))
+        return _Later(self, asked, lambda found: found)
+
+    def _begin(self, asked: Asked, otherwise: Callable[[], Found]) -> None:
+        """Queue a tensor, or do it at once where there is nothing to queue or no room for it."""
+        with self._taking_turns():
+            something = len(asked.block) and any(asked.block.patches)
+            if not (something and self._ahead.begin(asked)):
+                asked.found = otherwise()
+
+    def _result(self, asked: Asked) -> Found:
+        with self._taking_turns():
+            self._ahead.wait(asked)
+        if asked.found is None:
+            assert asked.failed is not None
+            raise asked.failed
+        return asked.found
+
     def merge(
         self, block: Block, quotas: Sequence[int], out: NDArray[np.unsignedinteger], skips: Sequence[int] = ()
     ) -> tuple[list[Cut], Report]:
-        wanted = [0 if patch is None else min(k, len(block)) for patch, k in zip(block.patches, quotas, strict=True)]
-        skipped = [k and min(skip, len(block)) for k, skip in zip(wanted, skips or [0] * len(wanted), strict=True)]
+        return self.begin_merge(block, quotas, out, skips).result()
+
+    def _sweep(
+        self, block: Block, wanted: Sequence[int], out: NDArray[np.unsignedinteger], skipped: Sequence[int]
+    ) -> Found:
+        """Merge a tensor that is too long for the device, the host deciding between sweeps."""
         selection = Selection([""], wanted, len(block), skipped)
         windows = len(wanted) + sum(k > 0 for k in skipped)
         with self._call(block, windows, windows * COARSE, True, [k > 0 for k in skipped]) as call:
@@ -103,6 +154,21 @@ class TritonBackend:
             call.prepare(cuts)
             call.apply(out)
             return cuts, call.report()
+
+
+@dataclass(frozen=True)
+class _Later(Generic[T]):
+    """A `Later` of a tensor that was begun."""
+
+    engine: TritonBackend
+    asked: Asked
+    of: Callable[[Found], T]
+
+    def done(self) -> bool:
+        return self.asked.found is not None or (self.asked.job is not None and self.asked.job.happened)
+
+    def result(self) -> T:
+        return self.of(self.engine._result(self.asked))
 
 
 def open_engine(*, threads: int | None, device: str | None, vram_limit: int | None) -> TritonBackend:

@@ -8,14 +8,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.threads import room_for_a_thread
+
+
+class Begun(Protocol):
+    """What is still to be done of a unit, somewhere else, while others are worked on."""
+
+    def done(self) -> bool:
+        """Whether `result` returns at once."""
+
+    def result(self) -> None:
+        """Wait for it, and do what is left."""
+
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -114,16 +126,16 @@ def run(
     units: Iterable[T],
     room: Callable[[T], int],
     read: Callable[[T, Region], U],
-    work: Callable[[U], None],
+    work: Callable[[U], Begun | None],
     write: Callable[[U], Future[None] | None] | None,
     ring: Ring,
     trace: Trace | None = None,
 ) -> None:
     """For each unit, in order: `read` into `room` bytes of the ring, `work`, `write`; the caller's thread works.
 
-    Where `write` returns a future, the unit's region is still read until that is done; the next unit is written
-    meanwhile. The first exception of any stage stops the others and is raised here; the ring bounds what is in
-    flight.
+    Where `work` only begins a unit, the next are begun behind it, as many as are read already. Where `write` returns
+    a future, the unit's region is still read until that is done; the next unit is written meanwhile. The first
+    exception of any stage stops the others and is raised here; the ring bounds what is in flight.
     `trace` gets the stage (wait: the reader had no room), the unit (its bytes for wait) and the times
     (time.perf_counter) at which the stage began and ended it.
     """
@@ -149,7 +161,7 @@ class _Run(Generic[U]):
     """One run of the three stages: two queues between them, and what went wrong."""
 
     def __init__(
-        self, ring: Ring, work: Callable[[U], None], write: Callable[[U], Future[None] | None] | None
+        self, ring: Ring, work: Callable[[U], Begun | None], write: Callable[[U], Future[None] | None] | None
     ) -> None:
         self._ring, self._work, self._write = ring, work, write
         self._loaded: queue.SimpleQueue[tuple[Region, U] | None] = queue.SimpleQueue()
@@ -198,12 +210,33 @@ class _Run(Generic[U]):
             self._loaded.put(None)
 
     def _worker(self) -> None:
-        while (item := self._loaded.get()) is not None and not self._failures:
-            self._work(item[1])
-            if self._write is None:
-                self._ring.give(item[0])
-            else:
-                self._done.put(item)
+        begun: deque[tuple[tuple[Region, U], Begun | None]] = deque()
+        try:
+            while True:
+                # The reader may wait for the room that these units hold, so nobody waits for it while there are any.
+                while begun and (self._loaded.empty() or begun[0][1] is None or begun[0][1].done()):
+                    self._pass_on(*begun[0])
+                    begun.popleft()
+                item = self._loaded.get()
+                if item is None or self._failures:
+                    break
+                begun.append((item, self._work(item[1])))
+            while begun and not self._failures:
+                self._pass_on(*begun[0])
+                begun.popleft()
+        finally:
+            for _, rest in begun:  # something has failed, and these may still be at work in the ring
+                with suppress(Exception):
+                    if rest is not None:
+                        rest.result()
+
+    def _pass_on(self, item: tuple[Region, U], rest: Begun | None) -> None:
+        if rest is not None:
+            rest.result()
+        if self._write is None:
+            self._ring.give(item[0])
+        else:
+            self._done.put(item)
 
     def _writer(self, write: Callable[[U], Future[None] | None]) -> None:
         last: Future[None] | None = None

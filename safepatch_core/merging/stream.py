@@ -7,18 +7,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.backends.codes import CodesReport
 from safepatch_core.backends.contract import (
+    Ahead,
     Backend,
     Bits,
     Block,
     Cut,
     Fault,
+    Later,
     Lora,
     Notes,
     Noting,
@@ -34,7 +36,7 @@ from safepatch_core.merging import pipeline
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.lists import Lists
-from safepatch_core.merging.pipeline import Region, Ring, align
+from safepatch_core.merging.pipeline import Begun, Region, Ring, align
 from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
@@ -109,7 +111,7 @@ class Merge:
         *,
         ranks: Ranks | None = None,
         trace: pipeline.Trace | None = None,
-        around: Callable[[Callable[[Work], None]], Callable[[Work], None]] = lambda apply: apply,
+        around: Callable[[Callable[[Work], None]], Callable[[Work], None]] | None = None,
         notebook: Notebook | None = None,
         thorough: bool = False,
     ) -> None:
@@ -161,8 +163,9 @@ class Merge:
         seen = ""
 
         def flush() -> None:
-            apply = self._around(_Apply(self.plan, self._engine, self._tallies, counts, self._notebook))
-            self._sweep(units, apply, lambda work: sink.write(work.base.data, work.source))
+            apply = _Apply(self.plan, self._engine, self._tallies, counts, self._notebook)
+            work = apply.begin if self._around is None else self._around(apply)
+            self._sweep(units, work, lambda work: sink.write(work.base.data, work.source))
             units.clear()
 
         for unit in self.plan.units_in(part):
@@ -212,7 +215,10 @@ class Merge:
         return blocks
 
     def _sweep(
-        self, units: Sequence[Unit], work: Callable[[Work], None], write: Callable[[Work], Future[None] | None] | None
+        self,
+        units: Sequence[Unit],
+        work: Callable[[Work], Begun | None],
+        write: Callable[[Work], Future[None] | None] | None,
     ) -> None:
         ring = Ring(self._memory)
         selecting = write is None
@@ -331,7 +337,10 @@ def _load_held(plan: Plan, inputs: Inputs, name: str) -> Shared:
 
 
 class _Apply:
-    """The last stage of a target: patch the unit's base in place and count."""
+    """The last stage of a target: patch the unit's base in place and count.
+
+    Calling it does all of that; `begin` leaves the rest to be waited for where the engine can go on meanwhile.
+    """
 
     def __init__(
         self,
@@ -343,6 +352,23 @@ class _Apply:
     ) -> None:
         self._plan, self._engine, self._counts, self._notebook = plan, engine, counts, notebook
         self._ties = pipeline.Once(lambda name: TieCounter(tallies[name]))
+        self._ahead = isinstance(engine, Ahead) and notebook is None
+
+    def begin(self, work: Work) -> Begun | None:
+        target = work.unit.target
+        if not self._ahead or work.block is None or target is None or target.coded is not None:
+            self(work)
+            return None
+        engine, block, out = cast(Ahead, self._engine), work.block, _output(work.block)
+        if target.whole:
+            later: Any = engine.begin_merge(block, target.quotas, out, target.skips)
+            return _Begun(later, lambda found: self._keep(work, *found))
+        cuts = self._ties.get(work.unit.entry.name).cuts(self._engine, block)
+        return _Begun(engine.begin_apply(block, cuts, out), lambda report: self._keep(work, cuts, report))
+
+    def _keep(self, work: Work, cuts: Sequence[Cut], report: Report) -> None:
+        work.cuts = cuts
+        _collect(self._plan, work.unit, report, self._counts)
 
     def __call__(self, work: Work) -> None:
         block, unit = work.block, work.unit
@@ -377,6 +403,20 @@ class _Apply:
         if notes is None:
             return self._engine.merge(block, *asked)
         return cast(Noting, self._engine).merge_noted(notes, block, *asked)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A call of the engine that was begun, and what is done with what it finds."""
+
+    later: Later[Any]
+    keep: Callable[[Any], None]
+
+    def done(self) -> bool:
+        return self.later.done()
+
+    def result(self) -> None:
+        self.keep(self.later.result())
 
 
 def _output(block: Block) -> NDArray[np.unsignedinteger]:

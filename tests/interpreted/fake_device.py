@@ -20,7 +20,8 @@ from safepatch_core.errors import UsageError
 from safepatch_core.kernels.launch import Launch
 
 Range = tuple[int, int]  # addresses
-WRITTEN = {"out", "tally", "counts", "keys", "total"}  # arguments that kernels write
+# Arguments that kernels write.
+WRITTEN = {"out", "tally", "counts", "keys", "total", "sums", "searches", "fine", "cuts"}
 
 
 class Race(Exception):
@@ -82,7 +83,7 @@ class FakeDevice(InterpretedDevice):
 
     def __init__(self, limit: int, seed: int = 0, fail_at: int | None = None, deaf_to: int | None = None) -> None:
         self.limit, self.fail_at, self.deaf_to = limit, fail_at, deaf_to
-        self.allocated = self.issued = self.waits = self.synchronized = self.uploaded = 0
+        self.allocated = self.issued = self.waits = self.synchronized = self.finished = self.uploaded = 0
         self.history: list[Operation] = []
         self._random = random.Random(seed)
         self._streams: list[Stream] = []
@@ -143,6 +144,16 @@ class FakeDevice(InterpretedDevice):
         writes = [_range(t) for name, a in arguments.items() if name in WRITTEN for t in _tensors(a)]
         self._add(launch.kernel.__name__, stream, lambda: launch.run(self.warp), reads, writes)
 
+    def happened(self, event: Any) -> bool:
+        return not any(self._before(event, o) for o in self._pending)
+
+    def finish(self, event: Any) -> None:
+        self.finished += 1
+        self._run_pending(lambda operation: self._before(event, operation))
+
+    def _before(self, event: Any, operation: Operation) -> bool:
+        return bool((event.clock or {}).get(operation.stream, 0) >= operation.position)
+
     def synchronize(self) -> None:
         self.synchronized += 1
         self._run_pending()
@@ -172,15 +183,15 @@ class FakeDevice(InterpretedDevice):
         self.history.append(new)
         self._pending.append(new)
 
-    def _run_pending(self) -> None:
-        """Run what is queued, any order that streams and events allow."""
+    def _run_pending(self, wanted: Callable[[Operation], bool] = lambda operation: True) -> None:
+        """Run what is queued and wanted, in any order that streams and events allow."""
         done: dict[int, int] = {}
         for each in self._pending:
             done.setdefault(each.stream, each.position - 1)
-        while self._pending:
+        while left := [o for o in self._pending if wanted(o)]:
             ready = [
                 o
-                for o in self._pending
+                for o in left
                 if all(done.get(s, p) >= p for s, p in o.needs.items()) and done[o.stream] == o.position - 1
             ]
             chosen = self._random.choice(ready)

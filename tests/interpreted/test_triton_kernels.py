@@ -29,7 +29,7 @@ class Work(passes.Call):
 
     def __init__(self, block: Block, windows: int = 0, bins: int = 0) -> None:
         device = InterpretedDevice()
-        arena = passes.Arena(device, 64 << 20)
+        arena = passes.Arena(device.allocate(64 << 20))
         arena._memory.copy_(torch.from_numpy(np.random.default_rng(5).integers(0, 256, 64 << 20, dtype=np.uint8)))
         super().__init__(device, arena, passes.Streams(None, None, None), block, windows, bins, select=True)
 

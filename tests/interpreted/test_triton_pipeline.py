@@ -105,10 +105,10 @@ def test_uploads_run_ahead_of_kernels_by_the_ring() -> None:
     assert ahead == [0] * 12 + [kernels[0]] * 4 + [kernels[1]] * 4
 
 
-@pytest.mark.parametrize(("slots", "sent"), [(PARTS, PARTS), (3, PARTS + 2 * (PARTS - 3))])
-def test_sweeps_send_only_what_the_slots_have_lost(slots: int, sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeps_send_only_what_the_slots_have_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sweeps: two histograms and the apply. The keys' ties are all taken, so they aren't counted."""
     monkeypatch.setattr(passes, "PIECE", BLOCK)
+    slots, sent = 3, PARTS + 2 * (PARTS - 3)
     engine, device = open_fake(slots, tables=HISTOGRAMS_OF_MERGE)
     block = block_of(device, PARTS * BLOCK, flavour="model")
     out = device.pinned(block.base.data.nbytes).view(np.uint16)
