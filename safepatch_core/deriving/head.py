@@ -14,8 +14,6 @@ from torch import Tensor
 # Logits that exist at a time. On two cores, pieces of 1 << 22 read the layer's weights seldom enough; a GPU waits for
 # launches otherwise.
 PIECE, CUDA_PIECE = 1 << 22, 1 << 25
-# First pieces of a trained layer that wait for the backward pass, which is larger by the gradient of the weight then.
-KEPT = 2
 
 _ENDS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -90,9 +88,9 @@ def _trained_twice(head: Any, embedding: Any) -> bool:
 class _HeadNll(torch.autograd.Function):
     """-log p of tokens (n,), float32, from hidden states (n, width), the output layer's weight and its bias or None.
 
-    Of logits there are never more than a few times PIECE. A frozen layer's gradient is taken in the forward pass, up
-    to each token's factor; a trained one's logits are made again in the backward pass, but for the first KEPT pieces.
-    The gradient of its weight goes to `shared`, if there is one, and not through autograd.
+    Never are there more than PIECE logits. A frozen layer's gradient is taken in the forward pass, up to each token's
+    factor; a trained one's logits are made again in the backward pass. The gradient of its weight goes to `shared`,
+    if there is one, and not through autograd.
     """
 
     @staticmethod
@@ -101,7 +99,6 @@ class _HeadNll(torch.autograd.Function):
     ) -> Tensor:
         found = torch.empty(len(token), device=hidden.device)
         ctx.shared, ctx.trained = shared, weight.requires_grad or (bias is not None and bias.requires_grad)
-        ctx.kept = []
         through = hidden.requires_grad and not ctx.trained
         gradient = torch.empty_like(hidden) if through else None
         for part in _pieces(hidden, weight):
@@ -109,8 +106,6 @@ class _HeadNll(torch.autograd.Function):
             found[part] = -logp.gather(1, token[part, None]).squeeze(1)
             if gradient is not None:
                 gradient[part] = _minus_one_hot(logp, token[part]).to(weight.dtype) @ weight
-            if ctx.trained and len(ctx.kept) < KEPT:
-                ctx.kept.append(logp)
             del logp  # or the next piece would be made beside it
         ctx.save_for_backward(*((hidden, weight, bias, token) if ctx.trained else (gradient,)))
         return found
@@ -125,7 +120,7 @@ class _HeadNll(torch.autograd.Function):
         back, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         of_bias = None if bias is None else torch.zeros_like(bias)
         for part in _pieces(hidden, weight):
-            logp = ctx.kept.pop(0) if ctx.kept else _log_probabilities(hidden[part], weight, bias)
+            logp = _log_probabilities(hidden[part], weight, bias)
             slope = _minus_one_hot(logp, token[part]).mul_(factor[part]).to(weight.dtype)
             back[part] = slope @ weight
             of_weight.addmm_(slope.T, hidden[part])
