@@ -219,10 +219,15 @@ def test_holes_of_the_heap_are_given_back_when_the_process_has_grown() -> None:
 
 def test_the_heap_is_looked_at_where_layers_are_recomputed() -> None:
     """Of layers that are recomputed, transformers calls what is in them alone."""
-    model, calls = tiny_llama().train(), []
+    model, calls = tiny_llama().train(), list[int]()
+
+    def looked() -> int:
+        calls.append(1)
+        return 0
+
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with freed_memory_returned(model, recomputed=True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safepatch_core.language.model._resident", lambda: calls.append(1) or 0)
+        patch.setattr("safepatch_core.language.model._resident", looked)
         loss = answer_nll(model, EXAMPLES[:1])
         forward = len(calls)
         torch.autograd.backward(loss)
