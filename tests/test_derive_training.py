@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import mmap
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from safepatch_core.deriving.loop import Outcome, planned_steps, train
 from safepatch_core.deriving.objective import Likelihood, answer_nll
 from safepatch_core.errors import UsageError
 from safepatch_core.language.chat import Example, Format
+from safepatch_core.language.model import freed_memory_returned
 from safepatch_core.progress import Progress
 from tests.tiny_lm import examples, tiny_llama, tiny_tokenizer, train_safety
 
@@ -193,3 +197,38 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     with Progress("safety", 2, quiet=False, report=None) as progress:
         progress.advance(tokens=10, nll=1.5)
     assert terminal.getvalue().startswith("\rsafety:   0%|") and "\n" not in terminal.getvalue()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's heap")
+def test_holes_of_the_heap_are_given_back_when_the_process_has_grown() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    row = torch.zeros(1, 4)
+    with freed_memory_returned(model, recomputed=True):
+        model(row)
+        blocks = [torch.ones(2 << 18) for _ in range(200)]
+        del blocks[::2]  # 200 MB, between blocks that stay
+        grown = resident()
+        model(row)
+        assert resident() < grown - (150 << 20)
+    assert not model[0]._forward_pre_hooks
+
+
+def test_the_heap_is_looked_at_where_layers_are_recomputed() -> None:
+    """Of layers that are recomputed, transformers calls what is in them alone."""
+    model, calls = tiny_llama().train(), list[int]()
+
+    def looked() -> int:
+        calls.append(1)
+        return 0
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with freed_memory_returned(model, recomputed=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safepatch_core.language.model._resident", looked)
+        loss = answer_nll(model, EXAMPLES[:1])
+        forward = len(calls)
+        torch.autograd.backward(loss)
+    assert forward and len(calls) > forward

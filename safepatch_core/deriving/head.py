@@ -106,6 +106,7 @@ class _HeadNll(torch.autograd.Function):
             found[part] = -logp.gather(1, token[part, None]).squeeze(1)
             if gradient is not None:
                 gradient[part] = _minus_one_hot(logp, token[part]).to(weight.dtype) @ weight
+            del logp  # or the next piece would be made beside it
         ctx.save_for_backward(*((hidden, weight, bias, token) if ctx.trained else (gradient,)))
         return found
 
@@ -125,6 +126,7 @@ class _HeadNll(torch.autograd.Function):
             of_weight.addmm_(slope.T, hidden[part])
             if of_bias is not None:
                 of_bias += slope.sum(0)
+            del logp, slope  # as above
         if ctx.shared is None:
             return back, of_weight, of_bias, None, None
         ctx.shared.append(of_weight)
@@ -159,7 +161,8 @@ class _Lookup(torch.autograd.Function):
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias).float().log_softmax(1)
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    return torch.log_softmax(logits, 1, out=logits)
 
 
 def _minus_one_hot(logp: Tensor, token: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def take_importance(
     else:
         sums = _InMemory(parts)
     nats = 0.0
-    with freed_memory_returned(recomputed=True), _folded(parameters, sums, kind), _recomputed(model):
+    with freed_memory_returned(model, recomputed=True), _folded(parameters, sums, kind), _recomputed(model):
         for example in examples:
             nll = answer_nll(model, [example])
             torch.autograd.backward(nll / example.answer_tokens)

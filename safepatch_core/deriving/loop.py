@@ -115,7 +115,7 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = _optimizer(parameters, where, rate, config, ranks)
-    with freed_memory_returned(recomputed=config.gradient_checkpointing), optimizer:
+    with freed_memory_returned(model, recomputed=config.gradient_checkpointing), optimizer:
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
             so_far = _restore(*found, parameters, optimizer, masked=mask is not None)
             trace.writelines(so_far.lines)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import mmap
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from safepatch_core.language.lazy import LazyWeights
 
 ADAPTER_CONFIG = "adapter_config.json"
 M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE = 4 << 20  # bytes of a block that is given back as soon as it is free
+GROWTH = 1.03  # of a process's memory, until its heap's holes are given back
+_STATM = Path("/proc/self/statm")
 
 
 @contextmanager
@@ -63,20 +67,54 @@ def at_work(threads: int | None, hint: str) -> Iterator[None]:
 
 
 @contextmanager
-def freed_memory_returned(*, recomputed: bool) -> Iterator[None]:
-    """Lets glibc give freed activations back to the system while the context lasts.
+def freed_memory_returned(model: Any, *, recomputed: bool) -> Iterator[None]:
+    """Keeps what the C library holds of freed activations small while the context lasts.
 
-    By itself it learns to keep blocks of up to 32 MiB in a heap, where small objects that live on settle in their
-    holes. SmolLM2-135M, trained 384 tokens at a time, then peaks at 1.22 times its weights and optimiser state; with
-    blocks above 4 MiB given back at 1.20, above 512 KiB at 1.08. But memory that is always fresh costs page faults, a
-    fifth to a third of the step for the latter: only who recomputes activations, and so trades time for memory, pays.
-    What the environment says (MALLOC_MMAP_THRESHOLD_) stands.
+    glibc keeps blocks in a heap, where one of torch's, being aligned, seldom fits the hole that another has left: of
+    SmolLM2-135M the heap grows by 5 MB with every layer, and training peaks at 1.22 times weights and optimiser
+    state. Were all blocks mapped and given back at once, fresh pages would cost a fifth to a third of the step. So
+    layers work in a heap of warm pages, and where their activations are `recomputed`, its holes are given back
+    whenever the process has grown by the factor GROWTH. What the environment says (MALLOC_MMAP_THRESHOLD_) stands.
     """
-    _keep_blocks_below(512 << 10 if recomputed else 4 << 20)
+    hooks: list[Any] = []
+    if recomputed:
+        # What a layer is made of runs when it is recomputed, too; the layer itself is not called then.
+        look = _holes_returned()
+        hooks = [m.register_forward_pre_hook(look) for m in model.modules() if _is_trained(m)]
+    _keep_blocks_below(LARGE)
     try:
         yield
     finally:
-        _keep_blocks_below(32 << 20)
+        _keep_blocks_below(32 << 20)  # as far as glibc goes by itself
+        for hook in hooks:
+            hook.remove()
+
+
+def _holes_returned() -> Callable[..., None]:
+    """What to call now and then."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:  # not glibc
+        return lambda *_: None
+    lowest = 0
+
+    def look(*_: Any) -> None:
+        nonlocal lowest
+        now = _resident()
+        if now > GROWTH * lowest:
+            trim(0)
+            lowest = _resident()
+        lowest = min(lowest, now)
+
+    return look
+
+
+def _is_trained(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def _resident() -> int:
+    """Bytes of the process that are in memory."""
+    return int(_STATM.read_text("ascii").split()[1]) * mmap.PAGESIZE
 
 
 def _keep_blocks_below(size: int) -> None:
