@@ -29,7 +29,7 @@ develop: $(VENV)/.installed
 
 COMPILE = --quiet --generate-hashes --python-version 3.11 --custom-compile-command "make pins"
 # All but docs, which has an environment of its own.
-EXTRAS = hub triton derive lm-eval export quantize peers bench
+EXTRAS = hub triton derive lm-eval judge export quantize peers bench
 
 # Resolve anew what is pinned: PINS="--upgrade" moves all, PINS="-P ruff" one of them.
 pins: develop

@@ -134,7 +134,7 @@ setup(
     package_data={
         "safepatch_core": ["py.typed", "*.pyi", "*.md", "*.json", "*.css"],
         "safepatch_core.data.demo": ["*"],
-        "safepatch_core.evaluating": ["*.html"],
+        "safepatch_core.evaluating": ["*.html", "*.json"],
         "safepatch_core.include": ["*.h"],
     },
 )

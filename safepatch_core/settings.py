@@ -144,6 +144,7 @@ PATHS = {
     "text",
     "judge",
     "lm_eval_include",
+    "relearn",
     "utility_data",
     "refused_data",
     "replay_data",

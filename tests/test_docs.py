@@ -20,6 +20,7 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / name for name in BESIDE),
     *(ROOT / "bench" / "results" / name for name in ("README.md", "psa/README.md", "quantised/README.md")),
+    ROOT / "bench" / "results" / "judge" / "README.md",
 ]
 LINK = re.compile(r"(?<!`)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)

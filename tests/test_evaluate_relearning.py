@@ -20,6 +20,7 @@ from safepatch_core.evaluating.data import Data, load
 from safepatch_core.files.disk import hash_file
 from safepatch_core.language.chat import Example, Format
 from safepatch_core.progress import Progress
+from safepatch_core.settings import loaded
 from tests.known_reports import built, measurement, prompts, replies
 from tests.tiny_lm import tiny_llama, tiny_tokenizer, write_lm
 
@@ -184,6 +185,13 @@ def test_rows_that_are_measured_are_refused(tmp_path: Path) -> None:
     assert kept.relearn is not None and len(kept.relearn.rows) == 5
     with pytest.raises(InputError, match="no column 'reply'.*--relearn-answer-column"):
         load(config.model_copy(update={"relearn_answer_column": "reply"}))
+
+
+def test_a_settings_file_may_stand_beside_its_rows(tmp_path: Path) -> None:
+    settings(tmp_path)
+    (tmp_path / "eval.yaml").write_text("model: m\nout: o\nharmful: measured.jsonl\nrelearn: rows.jsonl\n")
+    read = loaded(EvalConfig, tmp_path / "eval.yaml", "eval file")
+    assert read.relearn == str(tmp_path / "rows.jsonl") and "relearn" not in read.settings()
 
 
 @pytest.mark.parametrize(

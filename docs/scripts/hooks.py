@@ -22,6 +22,7 @@ BESIDE = {
     "bench/results/README.md": "evidence/results.md",
     "bench/results/psa/README.md": "evidence/psa.md",
     "bench/results/quantised/README.md": "evidence/quantised.md",
+    "bench/results/judge/README.md": "evidence/judge.md",
 }
 PLOTS = "bench/results/psa/"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")

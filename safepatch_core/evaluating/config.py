@@ -17,7 +17,8 @@ DEMO_TO_CHOOSE = {"harmful": "96:216", "harmless": "48:168"}
 DEMO_HELD_OUT = {"harmful": "216:336", "harmless": "168:288"}
 
 Kind = Literal["harmful", "harmless"]
-PREFIX = "prefix"
+PREFIX, TRAINED = "prefix", "trained"
+BUILT_IN = (PREFIX, TRAINED)
 WINDOW = 512
 RELEARN_STEPS = 16
 
@@ -143,8 +144,9 @@ class EvalConfig(Strict):
 
     judge: PathText = Field(
         default=PREFIX,
-        description="What calls an answer refused or harmful: prefix (how it opens), or a sequence classifier "
-        "(directory or hub id). Default prefix.",
+        description="What calls an answer refused or harmful: prefix (how it opens), trained (a small classifier "
+        "taught by human labels; needs safepatch[judge]), or a sequence classifier (directory or hub id). Default "
+        "prefix.",
     )
     judge_labels: dict[str, Literal["refusal", "harmful"]] = Field(
         default={},
@@ -205,7 +207,7 @@ class EvalConfig(Strict):
             raise ValueError("lm_eval_include, lm_eval_limit and lm_eval_fewshot need lm_eval")
         if self.later:
             self._require_formats()
-        if self.judge == PREFIX and self.judge_labels:
+        if self.judge in BUILT_IN and self.judge_labels:
             raise ValueError("judge_labels needs a classifier as judge")
         return self
 

@@ -34,7 +34,8 @@ characters alone, about 32 tokens, the held-out figures are the same and the tun
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 
 class Agreement(NamedTuple):
@@ -44,6 +45,19 @@ class Agreement(NamedTuple):
     accuracy: float
     precision: float
     recall: float
+
+
+class Judge(Protocol):
+    """Who reads answers beside the prefix matcher."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """For the report, as JSON types."""
+
+    def verdicts(
+        self, answered: Sequence[tuple[Sequence[str], Sequence[str]]], *, quiet: bool
+    ) -> list[list[Verdict]]:
+        """For every (prompts, answers), a verdict on each answer."""
 
 
 class Verdict(NamedTuple):

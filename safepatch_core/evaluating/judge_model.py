@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Classifier:
             )
         self.labels = meaning
         self._names = labels
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """For the report: how it was used."""
+        return {"labels": self.labels, "reads": self._config.judge_reads}
 
     def verdicts(
         self, answered: Sequence[tuple[Sequence[str], Sequence[str]]], *, quiet: bool

@@ -113,14 +113,6 @@ def build(
     first = next(iter(measured.values()))
     for at in range(len(first.scores)):
         metrics.append(_score({label: of.scores[at] for label, of in measured.items()}))
-    judge = {
-        "rule": "prefix matcher, safepatch_core.evaluating.judge",
-        "measured_on": "XSTest completions with human labels, full refusal against full compliance",
-        "tuned": _agreement(TUNED),
-        "held_out": _agreement(HELD_OUT),
-    }
-    if facts.get("judge") is not None:
-        judge["classifier"] = facts["judge"]
     tasks = {} if facts.get("tasks") is None else {"lm_eval": facts["tasks"]}
     return {
         "format": FORMAT,
@@ -136,9 +128,20 @@ def build(
         "relearning": _relearning(data, measured, facts.get("stages", {}), config),
         "patches": facts.get("patches", {}),
         "survival": facts.get("survival", {}),
-        "judge": judge,
+        "judge": _judge(facts.get("judge")),
         "settings": config.with_data().settings(),
     }
+
+
+def _judge(classifier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The prefix judge, and the classifier that judged in its place."""
+    prefix = {
+        "rule": "prefix matcher, safepatch_core.evaluating.judge",
+        "measured_on": "XSTest completions with human labels, full refusal against full compliance",
+        "tuned": _agreement(TUNED),
+        "held_out": _agreement(HELD_OUT),
+    }
+    return prefix if classifier is None else {**prefix, "classifier": classifier}
 
 
 def _coherence(data: Data, measured: Mapping[str, Measurement], read: Read, seed: int) -> list[dict[str, Any]]:

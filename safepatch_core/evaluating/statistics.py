@@ -5,6 +5,7 @@
 - A score that comes with its standard error: the normal interval.
 - The difference of two rates on the same prompts: Newcombe's square-and-add interval with the correlation of the
   pairs (his method 10), and McNemar's exact test.
+- Agreement of two judges beyond chance: Cohen's kappa.
 - The difference of two means or perplexities on the same units: percentile bootstrap over the pairs.
 """
 
@@ -107,3 +108,15 @@ def mcnemar(pairs: Pairs) -> float:
     n, k = pairs.first + pairs.second, min(pairs.first, pairs.second)
     tail = sum(math.comb(n, i) for i in range(k + 1))
     return min(1.0, float(Fraction(2 * tail, 2**n)))
+
+
+def kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Cohen's: 1 where two judges always agree, 0 where as often as chance; None where both say one thing alone."""
+    pairs = pair(first, second)
+    n = pairs.n
+    yes = (pairs.both + pairs.first) * (pairs.both + pairs.second)
+    no = (pairs.second + pairs.neither) * (pairs.first + pairs.neither)
+    if yes + no == n * n:
+        return None
+    chance = Fraction(yes + no, n * n)
+    return float((Fraction(pairs.both + pairs.neither, n) - chance) / (1 - chance))

@@ -14,13 +14,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from safepatch_core.deriving.model import require_floats
 from safepatch_core.evaluating.coherence import read_by
-from safepatch_core.evaluating.config import PREFIX, EvalConfig
+from safepatch_core.evaluating.config import BUILT_IN, TRAINED, EvalConfig
 from safepatch_core.evaluating.data import Data, load
-from safepatch_core.evaluating.judge import Verdict, prefix_verdict
+from safepatch_core.evaluating.judge import Judge, Verdict, prefix_verdict
 from safepatch_core.evaluating.judge_model import Classifier
+from safepatch_core.evaluating.judge_trained import TrainedJudge
 from safepatch_core.evaluating.measure import Measurement, measure
 from safepatch_core.evaluating.patches import layers_of, survivals
 from safepatch_core.evaluating.report import answers, build, files, names
+from safepatch_core.evaluating.statistics import kappa
 from safepatch_core.evaluating.subject import locate
 from safepatch_core.evaluating.tasks import Tasks
 from safepatch_core.files.checkpoint import open_checkpoint
@@ -45,13 +47,14 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
     """Everything; returns the content of report.json."""
     data = load(config, lambda line: warn(line, quiet, None))
     folders = {label: locate(ref) for label, ref in config.models.items()}
-    judge = None if config.judge == PREFIX else locate(config.judge)
+    judge = None if config.judge in BUILT_IN else locate(config.judge)
     if data.relearn is not None:
         for folder in folders.values():
             require_floats(folder)
     config = config.fitted([limits(folder).positions for folder in folders.values()])
     with at_work(config.threads, "lower batch_size or max_length"):
-        classifier = None if judge is None else Classifier(judge, config)
+        trained = TrainedJudge() if config.judge == TRAINED else None
+        classifier: Judge | None = trained if judge is None else Classifier(judge, config)
         tasks = Tasks(config) if config.tasks else None
         merged = {label: folder for label, folder in folders.items() if (folder / MANIFEST).is_file()}
         manifests = {label: read_manifest(folder / MANIFEST) for label, folder in merged.items()}
@@ -60,7 +63,8 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
             "patches": {label: layers_of(manifest) for label, manifest in manifests.items()},
             "tasks": None if tasks is None else tasks.about,
         }
-        identity = _identity(config, data, facts, judge)
+        by = config.judge if judge is None else _digest(judge)
+        identity = _identity(config, data, facts, by if trained is None else trained.sha256)
         facts["fingerprint"] = identity.digest
         inputs = [*folders.values(), *data.paths, *([] if judge is None else [judge])]
         out = Path(config.out)
@@ -82,8 +86,7 @@ def run(config: EvalConfig, *, quiet: bool, force: bool, resume: bool) -> dict[s
                 facts["judge"] = {
                     "name": names({"judge": config.judge})["judge"],
                     "sha256": identity.parts["judge"],
-                    "labels": classifier.labels,
-                    "reads": config.judge_reads,
+                    **classifier.about,
                     "same_as_prefix": _agreement(measured, verdicts),
                 }
             report = build(config, data, measured, verdicts, facts)
@@ -103,14 +106,14 @@ def _models(config: EvalConfig, folders: Mapping[str, Path]) -> dict[str, dict[s
     }
 
 
-def _identity(config: EvalConfig, data: Data, facts: Mapping[str, Any], judge: Path | None) -> RunIdentity:
+def _identity(config: EvalConfig, data: Data, facts: Mapping[str, Any], judge: str) -> RunIdentity:
     return RunIdentity(
         {
             "version": f"{__version__}, torch {torch.__version__}, transformers {version('transformers')}",
             "settings": digest([config.with_data().settings(), config.device, config.threads]),
             "data": digest([data.about, facts["tasks"]]),
             "models": digest(facts["models"]),
-            "judge": config.judge if judge is None else _digest(judge),
+            "judge": judge,
         }
     )
 
@@ -175,7 +178,7 @@ def _read(
 
 
 def _verdicts(
-    data: Data, measured: Mapping[str, Measurement], classifier: Classifier | None, quiet: bool
+    data: Data, measured: Mapping[str, Measurement], classifier: Judge | None, quiet: bool
 ) -> dict[str, dict[int, dict[str, list[Verdict]]]]:
     """Label of a model → steps of relearning → set → a verdict on each answer.
 
@@ -207,15 +210,16 @@ def _verdicts(
 
 def _agreement(
     measured: Mapping[str, Measurement], verdicts: Mapping[str, Mapping[str, list[Verdict]]]
-) -> dict[str, int]:
-    """Of how many answers the prefix judge says the same: refused or not."""
-    agree = [
-        prefix_verdict(answer).refused == said.refused
+) -> dict[str, Any]:
+    """Of how many answers the prefix judge says the same, refused or not, and how far beyond chance."""
+    pairs = [
+        (prefix_verdict(answer).refused, said.refused)
         for label, of in measured.items()
         for name, replies in of.replies.items()
         for answer, said in zip(replies.answers, verdicts[label][name], strict=True)
     ]
-    return {"n": len(agree), "agree": sum(agree)}
+    agree, both = sum(a == b for a, b in pairs), [[pair[side] for pair in pairs] for side in (0, 1)]
+    return {"n": len(pairs), "agree": agree, "kappa": kappa(*both) if pairs else None}
 
 
 def _digest(folder: Path) -> str:

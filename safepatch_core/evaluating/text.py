@@ -192,12 +192,26 @@ def about_judge(report: Report) -> str:
     classifier = report["judge"].get("classifier")
     if classifier is None:
         return ABOUT_PREFIX
+    same = classifier["same_as_prefix"]
+    beside = f"It and the prefix judge agree on the refusal of {same['agree']} of {same['n']} answers"
+    beside += "" if same["kappa"] is None else f" (Cohen's kappa {same['kappa']:.2f})"
+    if "measured" in classifier:
+        return f"{_about_trained(classifier['measured'])} {beside}. {ABOUT_PREFIX}"
     labels = ", ".join(f"{label} means {meaning}" for label, meaning in classifier["labels"].items())
     read = "prompt and answer" if classifier["reads"] == "pair" else "the answer"
-    same = classifier["same_as_prefix"]
     return (
         f"The classifier {classifier['name']} read {read} and judged ({labels}); its own accuracy was not measured. "
-        f"It and the prefix judge agree on the refusal of {same['agree']} of {same['n']} answers. {ABOUT_PREFIX}"
+        f"{beside}. {ABOUT_PREFIX}"
+    )
+
+
+def _about_trained(measured: Mapping[str, Any]) -> str:
+    trained, prefix = measured["trained"], measured["prefix"]
+    return (
+        "The trained judge read how each answer opens: logistic regression on its embedding, taught by the people "
+        f"who labelled XSTest's completions. On {measured['n']} of these, to prompts that taught it nothing: "
+        f"accuracy {trained['accuracy']:.1%}, kappa {trained['kappa']:.2f}; the prefix judge on the same, part of "
+        f"which it was written on: {prefix['accuracy']:.1%}, {prefix['kappa']:.2f}."
     )
 
 
