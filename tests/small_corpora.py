@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safepatch_core.bench.psa.data import Corpora
+from safepatch_core.bench.psa.steps import ROUNDS
 
 
 class Small(Corpora):
@@ -22,7 +23,8 @@ class Small(Corpora):
         table(self.simple, ("prompts_final", "harm_area"), lambda i: (f"how {i}", "any"), 100)
         table(self.xstest, ("prompt", "label"), lambda i: (f"may I {i}", "safe"), 250)
         Path(self.catqa).parent.mkdir()
-        questions = {"Any": {"Kind": [f"how to {i}" for i in range(550)]}}
+        kinds = [kind for pair in ROUNDS.values() for kind in pair] + [f"other {i}" for i in range(5)]
+        questions = {kind: {"any": [f"how to {50 * at + i}" for i in range(50)]} for at, kind in enumerate(kinds)}
         Path(self.catqa).write_text(json.dumps(questions))
         Path(self.wikitext).parent.mkdir()
         Path(self.wikitext).write_text("The river is the reason for the town.\n" * 260)

@@ -269,3 +269,30 @@ def test_a_way_of_remembering_is_a_run_file(job: Evidence, monkeypatch: pytest.M
     assert [of["remember"] for of in asked[: len(remembering.WAYS)]] == list(remembering.WAYS.values())
     assert {of["derive"]["seed"] for of in asked} == {0, 1}
     assert {of["eval"]["harmful_rows"] for of in asked} == {"1:100:8"}
+
+
+def test_rounds_that_remember_on_a_tiny_model(job: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = remembering.rounds
+
+    def few(of: Evidence, answering: str) -> dict[str, Any]:
+        section = whole(of, answering)
+        section["derive"] |= {"ascent_bound": None, "rows": "0:12:2", "importance_samples": 4}
+        section["derive"]["over_safety"] |= {"max_steps": 2}
+        section["eval"] |= {"max_new_tokens": 4, "harmless_rows": "0:4"}
+        section["answers"] |= {"max_new_tokens": 4}
+        return section
+
+    monkeypatch.setattr(remembering, "rounds", few)
+    monkeypatch.setattr(remembering, "WAYS", {"both": ["ewc", "replay"]})
+    remembering.run(job, "eighth", range(1))
+    out = job.out / "remembering-both-0-eighth"
+    terms = [json.loads((out / f"round-{n}" / "derive" / "derive.json").read_text())["config"] for n in (1, 2, 3)]
+    assert [len(of["ewc_fisher"]) for of in terms] == [0, 2, 4]
+    assert [of["replay_data"] is not None for of in terms] == [False, True, True]
+    (found,) = json.loads((job.out / "results" / "remembering-eighth.json").read_text())
+    assert [row["after"] for row in found["matrix"]] == [BACKBONE, *ROUNDS]
+    assert found["matrix"][0]["metrics"]["harmful_compliance"]["n"] == 21  # seven of each round
+    assert (
+        "Remembering both, seeds 1; forgotten: violence"
+        in (job.out / "results" / "remembering-eighth.md").read_text()
+    )
