@@ -145,7 +145,7 @@ def test_rows_are_told_beside_the_backbone_and_a_second_run_measures_nothing(
     assert utility["change"]["value"] == pytest.approx(utility["value"] - base["value"], abs=1e-3)
     assert lines[1]["metrics"]["consistency.framed-harmful"]["n"] == 1  # 4 rows in 4 framings
     table = (results / "methods-quarter.md").read_text()
-    assert f"| {UTILITY} |" in table and "above the backbone" in table
+    assert f"| {UTILITY} |" in table and "Beside the backbone" in table
     assert not (job.out / "compared" / compared.slug("ExPO", 0)).exists()
 
     said: list[str] = []
@@ -161,8 +161,12 @@ def test_what_a_method_pays_with_is_named() -> None:
         return {name: {"mean": value} for name, value in zip(names, (harmful, sst, catqa, refused), strict=True)}
 
     start = row(0.1, 0.4, 0.5, 0.3)
-    table = {BACKBONE: start, "free": row(0.1, 0.3, 0.5, 0.2), "pays": row(0.0, 0.45, 0.4, 0.1)}
-    assert compared.verdict(table) == {"": ["free"], "harmful, SimpleSafetyTests": ["pays"]}
+    table = {BACKBONE: start, "still": start, "free": row(0.1, 0.3, 0.5, 0.2), "pays": row(0.1, 0.45, 0.5, 0.1)}
+    assert compared.verdict(table | {"pays too": row(0.1, 0.41, 0.5, 0.2)}) == {
+        "as the backbone": ["still"],
+        "below in harmful, SimpleSafetyTests, over-refusal, XSTest": ["free"],
+        "below in over-refusal, XSTest; above in harmful, SimpleSafetyTests": ["pays", "pays too"],
+    }
 
 
 def test_what_is_trained_on_is_not_measured(job: Evidence) -> None:
@@ -296,3 +300,11 @@ def test_rounds_that_remember_on_a_tiny_model(job: Evidence, monkeypatch: pytest
         "Remembering both, seeds 1; forgotten: violence"
         in (job.out / "results" / "remembering-eighth.md").read_text()
     )
+
+
+def test_the_committed_table_is_of_the_committed_rows() -> None:
+    folder = Path(__file__).parents[1] / "bench" / "results" / "psa"
+    page = (folder / "README.md").read_text()
+    lines = [json.loads(line) for line in (folder / "methods-eighth.jsonl").read_text().splitlines()]
+    assert compared.markdown(lines) in page
+    assert overlap.table(json.loads((folder / "overlap.json").read_text())) in page

@@ -284,14 +284,19 @@ REFUSAL = "over_refusal"
 
 
 def verdict(table: Table) -> dict[str, list[str]]:
-    """Methods by what they pay with: on which sets their mean is above the backbone's; those of "" pay nothing."""
+    """Methods by where their mean is below the backbone's, which is better, and where above: what they pay with."""
     start = table[BACKBONE]
     groups: dict[str, list[str]] = {}
     for method, row in table.items():
         if method == BACKBONE:
             continue
-        worse = [name for name in (*HARMFUL, REFUSAL) if row[name]["mean"] > start[name]["mean"]]
-        groups.setdefault(", ".join(COLUMNS[name][0] for name in worse), []).append(method)
+        sides: dict[str, list[str]] = {"below": [], "above": []}
+        for name in (*HARMFUL, REFUSAL):
+            mean, before = row[name]["mean"], start[name]["mean"]
+            if mean != before:
+                sides["below" if mean < before else "above"].append(COLUMNS[name][0])
+        told = "; ".join(f"{side} in {', '.join(names)}" for side, names in sides.items() if names)
+        groups.setdefault(told or "as the backbone", []).append(method)
     return groups
 
 
@@ -303,13 +308,14 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = [["", *(f"{COLUMNS[name][0]} ({counts[name]})" for name in columns)], ["---"] * (len(columns) + 1)]
     for method, of in table.items():
         rows.append([method, *(cell(COLUMNS[name][1], of[name]) if name in of else "" for name in columns)])
-    told = [
-        f"- {f'above the backbone in {worse}' if worse else 'nowhere above the backbone'}: {', '.join(methods)}"
-        for worse, methods in sorted(verdict(table).items(), key=lambda of: len(of[0]))
-    ]
+    told = [f"- {where}: {', '.join(methods)}" for where, methods in verdict(table).items()]
     head = f"Mean over seeds (range), size {lines[0]['size']}. ▲ better, ▼ worse than the backbone in most seeds."
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{head}\n\n{body}\n\nBy means, of harmful compliance and over-refusal:\n" + "\n".join(told) + "\n"
+    return (
+        f"{head}\n\n{body}\n\nBeside the backbone, by means of harmful compliance and over-refusal:\n"
+        + "\n".join(told)
+        + "\n"
+    )
 
 
 def _draw(table: Table, figure: Any) -> bool:
@@ -323,7 +329,8 @@ def _draw(table: Table, figure: Any) -> bool:
             if "range" in table[method][harmful]:
                 ends = {"xerr": (x, table[method][harmful]["range"]), "yerr": (y, table[method][REFUSAL]["range"])}
                 bars = {side: [[at - 100 * low], [100 * high - at]] for side, (at, (low, high)) in ends.items()}
-            plot.errorbar([x], [y], fmt="*" if method == BACKBONE else "o", **bars)
+            marker = {"fmt": "*", "markersize": 14, "zorder": 3} if method == BACKBONE else {"fmt": "o"}
+            plot.errorbar([x], [y], **marker, **bars)
         plot.axvline(100 * start[harmful]["mean"], color="0.8", zorder=0)
         plot.axhline(100 * start[REFUSAL]["mean"], color="0.8", zorder=0)
         plot.set(xlabel=f"{COLUMNS[harmful][0]}, %")
