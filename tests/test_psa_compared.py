@@ -15,7 +15,7 @@ from safepatch_core.bench.psa.compared import ORIGINAL, TUNED, UTILITY, Models, 
 from safepatch_core.bench.psa.data import FRAMINGS, SIZES
 from safepatch_core.bench.psa.measures import Measures
 from safepatch_core.bench.psa.overlap import Scored, overlaps, top_set
-from safepatch_core.bench.psa.steps import BACKBONE, ROUNDS, WITH_UTILITY, Evidence, settings
+from safepatch_core.bench.psa.steps import BACKBONE, ROUNDS, WITH_UTILITY, Evidence, rounds, settings
 from safepatch_core.deriving import DeriveConfig, OverSafetyPatch, SafetyPatch
 from safepatch_core.merging.recipe import parse_recipe
 from tests.small_corpora import Small
@@ -276,10 +276,8 @@ def test_a_way_of_remembering_is_a_run_file(job: Evidence, monkeypatch: pytest.M
 
 
 def test_rounds_that_remember_on_a_tiny_model(job: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = remembering.rounds
-
     def few(of: Evidence, answering: str) -> dict[str, Any]:
-        section = whole(of, answering)
+        section = rounds(of, answering)
         section["derive"] |= {"ascent_bound": None, "rows": "0:12:2", "importance_samples": 4}
         section["derive"]["over_safety"] |= {"max_steps": 2}
         section["eval"] |= {"max_new_tokens": 4, "harmless_rows": "0:4"}
