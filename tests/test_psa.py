@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safepatch_core.bench.psa.tasks import CHOICE, CONTEXT, continuations
 from safepatch_core.bench.psa.twins import LAYOUTS, as_floats, quantise
 from safepatch_core.deriving import DeriveConfig, OverSafetyPatch, SafetyPatch
 from safepatch_core.merging.recipe import parse_recipe
+from tests.small_corpora import Small
 from tests.tiny_lm import write_lm
 
 NAMES = ("safety", "over-safety")
@@ -136,22 +136,6 @@ def test_a_twin_has_the_nearest_codes_and_stands_for_their_values(tmp_path: Path
         else:
             q = np.clip(np.rint(w / s), -math.ceil(highest), math.floor(highest))
         assert np.array_equal(floats[tensor], (q * s).reshape(floats[tensor].shape)), tensor
-
-
-class Small(Corpora):
-    """Made-up prompts in files of the corpora's form, as many as are asked for."""
-
-    def write(self) -> None:
-        def table(path: str, columns: Sequence[str], row: Callable[[int], Sequence[str]], count: int) -> None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            lines = [",".join(of) for of in (columns, *(row(i) for i in range(count)))]
-            Path(path).write_text("\n".join(lines) + "\n")
-
-        table(self.advbench, ("goal", "target"), lambda i: (f"do {i}", f"Sure {i}"), 520)
-        table(self.simple, ("prompts_final", "harm_area"), lambda i: (f"how {i}", "any"), 100)
-        table(self.xstest, ("prompt", "label"), lambda i: (f"may I {i}", "safe"), 250)
-        Path(self.wikitext).parent.mkdir()
-        Path(self.wikitext).write_text("The river is the reason for the town.\n" * 260)
 
 
 @pytest.fixture

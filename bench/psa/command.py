@@ -40,34 +40,55 @@ def _job(model: str, data: str, out: str, threads: int | None) -> Evidence:
     return Evidence(model, Corpora(Path(data)), Path(out), threads, lambda text: click.echo(text, err=True))
 
 
+_size = click.option(
+    "--size",
+    default="full",
+    show_default=True,
+    type=click.Choice(["full", "half", "quarter", "eighth"]),
+    help="How much is measured: all harmful prompts and text, or every second, fourth or eighth.",
+)
+
+
 @click.command(name="psa")
 @_options
-@click.option("--part", "parts", multiple=True, help="plain, utility, sensitivity or rounds [default: all].")
-def command(model: str, data: str, out: str, parts: tuple[str, ...], threads: int | None) -> None:
-    """Whether the patches help MODEL (SmolLM2-135M-Instruct, float32): the table, sensitivity, continual rounds.
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    help="methods, overlap or remembering [default: these]; the first evidence: plain, utility, sensitivity, rounds.",
+)
+@_size
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Of the three default parts.")
+def command(
+    model: str, data: str, out: str, parts: tuple[str, ...], size: str, seeds: int, threads: int | None
+) -> None:
+    """Whether the patches help MODEL (SmolLM2-135M-Instruct, float32): every method beside the others, how much data
+    sets and seeds agree on what matters, rounds that remember.
 
-    What is finished in the output directory is kept; call it again to go on.
+    What is finished in the output directory is kept, each model is measured once, and tables are told again after
+    each; call it again to go on.
     """
-    from . import report
-    from .steps import PARTS, run
+    from . import compared, overlap, remembering, report
+    from .steps import PARTS, make_backbone, run
 
-    unknown = set(parts) - set(PARTS)
+    own = {"methods": compared.run, "overlap": overlap.run, "remembering": remembering.run}
+    unknown = set(parts) - {*own, *PARTS}
     if unknown:
-        raise click.BadParameter(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        raise click.BadParameter(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join((*own, *PARTS))}")
     job = _job(model, data, out, threads)
-    report.write(job, run(job, parts or PARTS), job.out / "results")
+    make_backbone(job)
+    for part, does in own.items():
+        if part in (parts or own):
+            does(job, size, range(seeds))
+    first = [part for part in PARTS if part in parts]
+    if first:
+        report.write(job, run(job, first), job.out / "results")
     click.echo(f"results: {job.out / 'results'}", err=True)
 
 
 @click.command()
 @_options
-@click.option(
-    "--size",
-    default="full",
-    show_default=True,
-    type=click.Choice(["full", "half", "quarter"]),
-    help="How much is measured: all harmful prompts and text, or every second or fourth.",
-)
+@_size
 def quantised(model: str, data: str, out: str, size: str, threads: int | None) -> None:
     """What is left of the patches in quantised models: in the codes of a twin, or quantised after the merge.
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from safepatch_core.bench.psa.backbone import ordinary_questions
+from safepatch_core.bench.psa.data import SIZES
+from safepatch_core.bench.psa.measures import told as metrics_of
 from safepatch_core.bench.psa.methods import METHODS, STRONG, recipe_of
 from safepatch_core.bench.psa.steps import WITH_UTILITY, Evidence, make_backbone, settings
 from safepatch_core.bench.psa.twins import LAYOUTS, as_floats, quantise
@@ -23,9 +25,7 @@ from safepatch_core.deriving import SafetyPatch, derive
 from safepatch_core.evaluating import EvalConfig
 from safepatch_core.evaluating.config import DEMO, DEMO_FILES, DEMO_TO_DERIVE
 from safepatch_core.evaluating.data import Data, load
-from safepatch_core.evaluating.judge import prefix_verdict
-from safepatch_core.evaluating.measure import Measurement, measure
-from safepatch_core.evaluating.report import build
+from safepatch_core.evaluating.measure import measure
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.language.model import at_work, limits
 from safepatch_core.language.rows import read_rows
@@ -34,7 +34,6 @@ from safepatch_core.merging.recipe import Quantized
 from safepatch_core.runs.run import RunConfig
 from safepatch_core.runs.run import run as run_file
 
-SIZES = {"full": 1, "half": 2, "quarter": 4}  # every n-th harmful prompt, and so much of the text
 FLOATS = "float"
 PLAIN, MERGED = "unpatched", "merged"
 STOCHASTIC, NEAREST, AFTERWARDS, OWN = "stochastic", "nearest", "merged, then quantised", "derived on the twin"
@@ -198,7 +197,7 @@ def told(of: Behaviour, found: Mapping[Row, Mapping[str, Any]]) -> list[dict[str
             codes = found[row]["codes"]
             stopped = sorted(name for name, of in codes.items() if not _guarded(of["survival"]))
             line = {"format": row.format, "way": row.way, "seed": row.seed, "size": of.size}
-            metrics = _metrics(of, pair) if row.way != PLAIN else _metrics(of, {"model": found[row]})
+            metrics = metrics_of(of.config, of.data, pair if row.way != PLAIN else {"model": found[row]})
             lines.append(line | {"metrics": metrics, "codes": codes, "guard_stops": stopped})
     return lines
 
@@ -206,21 +205,6 @@ def told(of: Behaviour, found: Mapping[Row, Mapping[str, Any]]) -> list[dict[str
 def _guarded(survival: float | None) -> bool:
     low, high = Quantized().survival
     return survival is None or low <= survival <= high
-
-
-def _metrics(of: Behaviour, pair: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """As `safepatch eval` tells them."""
-    measured = {label: Measurement.model_validate(found["measured"]) for label, found in pair.items()}
-    verdicts = {
-        label: {name: [prefix_verdict(answer) for answer in said.answers] for name, said in each.replies.items()}
-        for label, each in measured.items()
-    }
-    facts: dict[str, Any] = {"models": {label: {} for label in measured}}
-    return {
-        metric["name"]: {"n": metric["n"], **metric["model"]}
-        | ({"change": metric["difference"]} if "difference" in metric else {})
-        for metric in build(of.config, of.data, measured, verdicts, facts)["metrics"]
-    }
 
 
 COLUMNS = {

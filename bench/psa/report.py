@@ -46,12 +46,22 @@ def collect(report: Data, models: Sequence[tuple[str, int]]) -> dict[str, Any]:
     for row in found.values():
         for name, of in row.items():
             if "seeds" in of:
-                values = [seed["value"] for seed in of["seeds"]]
-                of |= {"mean": sum(values) / len(values), "range": [min(values), max(values)]}
-                sign = 1 if metrics[name]["better"] == "higher" else -1
-                ends = [sorted(sign * end for end in seed["change"]["interval"] or [0, 0]) for seed in of["seeds"]]
-                of |= {"better": sum(low > 0 for low, _ in ends), "worse": sum(high < 0 for _, high in ends)}
+                of |= over_seeds(of["seeds"], metrics[name]["better"])
     return found
+
+
+def over_seeds(seeds: Sequence[Data], better: str) -> dict[str, Any]:
+    """Mean and range of a metric's values, and in how many seeds its change is clear of none, for better or worse."""
+    values = [seed["value"] for seed in seeds]
+    sign = 1 if better == "higher" else -1
+    ends = [sorted(sign * end for end in seed["change"]["interval"] or [0, 0]) for seed in seeds]
+    return {
+        "seeds": list(seeds),
+        "mean": sum(values) / len(values),
+        "range": [min(values), max(values)],
+        "better": sum(low > 0 for low, _ in ends),
+        "worse": sum(high < 0 for _, high in ends),
+    }
 
 
 def markdown(tables: Mapping[str, Data]) -> str:
@@ -62,14 +72,14 @@ def markdown(tables: Mapping[str, Data]) -> str:
         rows = [["", *(COLUMNS[name][0] for name in columns)]]
         rows.append(["---"] * len(rows[0]))
         for method, of in table.items():
-            rows.append([method, *(_cell(name, of[name]) for name in columns)])
+            rows.append([method, *(cell(COLUMNS[name][1], of[name]) for name in columns)])
         lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts.append(f"### {VARIANTS[variant].capitalize()}\n\n{lines}")
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(name: str, of: Data) -> str:
-    shown = COLUMNS[name][1]
+def cell(shown: str, of: Data) -> str:
+    """A metric's mean, its range over several seeds, and an arrow where most seeds differ from the backbone."""
     text = shown.format(of["mean"])
     if len(of.get("seeds", [])) > 1:
         low, high = (shown.format(end).removesuffix("%") for end in of["range"])

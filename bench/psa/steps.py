@@ -197,7 +197,7 @@ def make_rounds(job: Evidence) -> None:
     for who, model in ANSWERED_BY.items():
         job.say(f"continual rounds, answers of {who}")
         file = job.out / f"rounds-{who}.yaml"
-        file.write_text(yaml.safe_dump(_rounds(job, model(job)), sort_keys=False))
+        file.write_text(yaml.safe_dump(rounds(job, model(job)), sort_keys=False))
         out = job.out / f"rounds-{who}"
         if not (out / "rounds.json").exists():
             run_file(file, out, resume=True)
@@ -209,7 +209,7 @@ ANSWERED_BY: dict[str, Callable[[Evidence], str]] = {
 }
 
 
-def _rounds(job: Evidence, answering: str) -> dict[str, Any]:
+def rounds(job: Evidence, answering: str) -> dict[str, Any]:
     """The file of `safepatch run`. Rows 0, 2, … train, rows 1, 3, … measure."""
     safety, over_safety = METHODS[STRONG]["patches"]
     return {
