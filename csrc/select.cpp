@@ -1,7 +1,8 @@
-// Exact selection from streams, as backends/select.py does it: which keys, and which of the equal ones, belong to the
-// k largest. Nothing is ever sorted. A first sweep counts the keys' upper 16 bits; the bin that holds the k-th key is
-// then counted by its lower 15 bits, which gives the threshold; equal keys go to the lower positions. A sampled guess
-// lets the first sweep count that bin as well. Guesses are only believed where exact counts confirm them.
+// Exact selection from streams, as backends/select.py does it (which also leaves out what lies far below a guess):
+// which keys, and which of the equal ones, belong to the k largest. Nothing is ever sorted. A first sweep counts the
+// keys' upper 16 bits; the bin that holds the k-th key is then counted by its lower 15 bits, which gives the
+// threshold; equal keys go to the lower positions. A sampled guess lets the first sweep count that bin as well.
+// Guesses are only believed where exact counts confirm them.
 #include <algorithm>
 #include <cmath>
 #include <memory>
