@@ -59,7 +59,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         few |= {"lm_eval_include": None, "lm_eval_limit": None, "text_rows": "200:201"}
         return few | {"more_sets": [of | {"rows": "0:4"} for of in few["more_sets"]]}
 
+    again = measures.asked_again
+    few = {"harmful_rows": "400:406", "relearn_rows": "320:324", "max_new_tokens": 4, "relearn_learning_rate": 1e-2}
     monkeypatch.setattr(measures, "asked", asked)
+    monkeypatch.setattr(measures, "asked_again", lambda job, size: again(job, size) | few)
 
 
 def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -144,6 +147,7 @@ def test_rows_are_told_beside_the_backbone_and_a_second_run_measures_nothing(
     base, utility = (line["metrics"]["perplexity"] for line in lines[:2])
     assert utility["change"]["value"] == pytest.approx(utility["value"] - base["value"], abs=1e-3)
     assert lines[1]["metrics"]["consistency.framed-harmful"]["n"] == 1  # 4 rows in 4 framings
+    assert lines[1]["metrics"]["relearned.2"]["n"] == 6 and "relearned.0" not in lines[1]["metrics"]
     table = (results / "methods-quarter.md").read_text()
     assert f"| {UTILITY} |" in table and "Beside the backbone" in table
     assert not (job.out / "compared" / compared.slug("ExPO", 0)).exists()

@@ -5,6 +5,7 @@
 | AdvBench 0–119 | the test bed's refusals |
 | AdvBench 0–319 | deriving the patches |
 | AdvBench 320–399, CatQA and XSTest safe from row 0, in steps | choosing a recipe (sweep, sensitivity plots) |
+| AdvBench 320–399 | what models are fine-tuned on to see how soon a patch is undone |
 | AdvBench 400–519, SimpleSafetyTests, and XSTest safe from row 1, in steps | the tables |
 | CatQA from rows 2 and 8, in steps of 14 | deriving on orders and questions; overlap of importance |
 | CatQA from row 1, in steps of 10 | the table of all methods |
@@ -91,6 +92,14 @@ class Corpora:
         """Of the tables: 120 harmful, 63 harmless, text; or every `step`-th harmful one, and less text."""
         text = {"text": self.wikitext, "text_rows": f"200:{200 + 60 // step}"}
         return self._advbench(_every("400:520", step)) | self._xstest("1:250:4") | text
+
+    def relearned(self, step: int = 1) -> dict[str, Any]:
+        """What models are fine-tuned on, which none of them has seen: 80 orders; and the tables' own orders, asked
+        again afterwards."""
+        columns = {"relearn_question_column": "goal", "relearn_answer_column": "target"}
+        return (
+            self._advbench(_every("400:520", step)) | {"relearn": self.advbench, "relearn_rows": "320:400"} | columns
+        )
 
     def over_refusal(self) -> dict[str, Any]:
         """Of the rounds."""

@@ -1,7 +1,8 @@
 """What every model of the evidence is measured on, at a size, and what is told of it beside the backbone.
 
 Each model is measured once: what it showed is kept in a file, with a digest of what was asked and of what made it. A
-measure that `safepatch eval` has is a line of `asked`; its column in a table is a line of `COLUMNS`.
+measure that `safepatch eval` has is a line of `asked`, or of `asked_again` where a model is fine-tuned first; its
+column in a table is a line of `COLUMNS`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 from safepatch_core.evaluating import EvalConfig
 from safepatch_core.evaluating.coherence import read_by
 from safepatch_core.evaluating.data import Data, load
-from safepatch_core.evaluating.judge import prefix_verdict
-from safepatch_core.evaluating.measure import Measurement, measure
+from safepatch_core.evaluating.judge import Verdict, prefix_verdict
+from safepatch_core.evaluating.measure import Measurement, Replies, measure
 from safepatch_core.evaluating.report import build
 from safepatch_core.evaluating.tasks import Tasks
 from safepatch_core.files.records import digest
@@ -43,7 +44,10 @@ COLUMNS = {
     "consistency.framed-harmless": ("same verdict in all framings, harmless", "{:.1%}"),
     "repeats.harmful": ("repeats in answers", "{:.1%}"),
     "answer_perplexity.harmful": ("perplexity of answers under the backbone", "{:.2f}"),
+    "relearned.1": ("harmful, AdvBench, one step of fine-tuning later", "{:.1%}"),
+    "relearned.2": ("two steps", "{:.1%}"),
 }
+RELEARNING = 2  # steps; after two an earlier trial found most of what can be undone undone
 
 
 def asked(job: Evidence, size: str) -> dict[str, Any]:
@@ -60,14 +64,23 @@ def asked(job: Evidence, size: str) -> dict[str, Any]:
     )
 
 
+def asked_again(job: Evidence, size: str) -> dict[str, Any]:
+    """Fields of `EvalConfig`: what a model is fine-tuned on, and asked afterwards."""
+    return job.corpora.relearned(SIZES[size]) | job.measuring | {"relearn_steps": RELEARNING}
+
+
 class Measures:
     """The measurements of models at a size, kept in OUT/measured-SIZE."""
 
     def __init__(self, job: Evidence, size: str) -> None:
         self.job, self.size, self.out = job, size, job.out / f"measured-{size}"
-        config = EvalConfig.model_validate(asked(job, size) | {"model": "any", "out": "any"})
-        self.config = config.fitted([limits(job.backbone).positions])
-        self.data: Data = load(self.config)
+        self.config, self.data = self._ready(asked(job, size))
+        self.again, self.data_again = self._ready(asked_again(job, size))
+
+    def _ready(self, fields: dict[str, Any]) -> tuple[EvalConfig, Data]:
+        config = EvalConfig.model_validate(fields | {"model": "any", "out": "any"})
+        config = config.fitted([limits(self.job.backbone).positions])
+        return config, load(config)
 
     @cached_property
     def _tasks(self) -> Tasks | None:
@@ -76,7 +89,8 @@ class Measures:
     def found(self, name: str, made_from: Any, make: Callable[[], Path]) -> Found:
         """What the model showed; measured now if it was not, or if what made it or what is asked has changed."""
         file = self.out / f"{name}.json"
-        identity = digest([self.config.settings(), self.data.about, made_from])
+        asked = [self.config.settings(), self.data.about, self.again.settings(), self.data_again.about]
+        identity = digest([*asked, made_from])
         if file.exists():
             known: Found = json.loads(file.read_text())
             if known["identity"] == identity:
@@ -94,21 +108,41 @@ class Measures:
             shown = measure(model, model.name, self.data, self._tasks, self.config, quiet=True)
             said = {"model": {name: replies.answers for name, replies in shown.replies.items()}}
             read = read_by(self.job.backbone, self.data, said, self.config, quiet=True)
-        return {"measured": shown.model_dump(), "read": read["model"]}
+            later = measure(model, model.name, self.data_again, None, self.again, quiet=True)
+        return {"measured": shown.model_dump(), "read": read["model"], "relearned": later.model_dump()}
 
     def told(self, found: Found, backbone: Found) -> dict[str, Any]:
         """Every measure of a model, and its change from the backbone."""
-        return told(self.config, self.data, {"baseline": backbone, "model": found})
+        pair = {"baseline": backbone, "model": found}
+        return told(self.config, self.data, pair) | relearned(self.again, self.data_again, pair)
+
+
+def relearned(config: EvalConfig, data: Data, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """By name the compliance of the model labelled so after each step of fine-tuning, beside the baseline's."""
+    measured = {label: Measurement.model_validate(of["relearned"]) for label, of in found.items()}
+    stages = {
+        label: {step: _judged(replies) for step, replies in of.stages.items()} for label, of in measured.items()
+    }
+    first = {label: of[0] for label, of in stages.items()}
+    report = build(config, data, measured, first, {"models": {label: {} for label in measured}, "stages": stages})
+    compliance = report["relearning"][0]["metrics"][0]
+    return {
+        f"relearned.{at['step']}": {"n": compliance["n"], "better": compliance["better"], **at["model"]}
+        | {"change": at["difference"]}
+        for at in compliance["steps"]
+        if at["step"]
+    }
+
+
+def _judged(replies: Mapping[str, Replies]) -> dict[str, list[Verdict]]:
+    return {name: [prefix_verdict(answer) for answer in said.answers] for name, said in replies.items()}
 
 
 def told(config: EvalConfig, data: Data, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """By name the measures of the model labelled so, as `safepatch eval` tells them: n, value, interval, and change
     from the baseline where there is one."""
     measured = {label: Measurement.model_validate(of["measured"]) for label, of in found.items()}
-    verdicts = {
-        label: {name: [prefix_verdict(answer) for answer in said.answers] for name, said in each.replies.items()}
-        for label, each in measured.items()
-    }
+    verdicts = {label: _judged(each.replies) for label, each in measured.items()}
     read = {label: of["read"] for label, of in found.items() if "read" in of}
     report = build(config, data, measured, verdicts, {"models": {label: {} for label in measured}, "read": read})
     return {
