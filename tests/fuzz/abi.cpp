@@ -122,6 +122,56 @@ bool same(const sp_patch_report& a, const sp_patch_report& b) {
 
 }  // namespace
 
+// Notes of what is counted from the cuts' keys on: the counts are those of a histogram, and applying the cuts gives
+// what it gives, without the patches.
+static void apply_by_notes(sp_engine* engine, sp_block block, std::vector<sp_patch> patches,
+                           const std::vector<sp_cut>& cuts, size_t bytes) {
+    constexpr size_t bins = 8;
+    block.patches = patches.data();
+    std::vector<int64_t> counts[2];
+    std::vector<sp_patch_report> reports[2][2];  // [counting, applying][by notes]
+    std::vector<uint32_t> out[2];
+    sp_notes* notes = nullptr;
+    for (const int by_notes : {0, 1}) {
+        counts[by_notes].assign(patches.size() * bins, 0);
+        std::vector<sp_window> windows;
+        for (size_t p = 0; p < patches.size(); ++p) {
+            int64_t* to = counts[by_notes].data() + p * bins;
+            const uint32_t lo = std::min(cuts[p].key, cuts[p].skip_key == 0 ? cuts[p].key : cuts[p].skip_key);
+            if (patches[p].present) windows.push_back({sizeof(sp_window), p, lo, 20, bins, to});
+        }
+        sp_report report{};
+        report.size = sizeof report;
+        for (auto& of : reports) {
+            of[by_notes].assign(patches.size(), {});
+            for (sp_patch_report& each : of[by_notes]) each.size = sizeof each;
+        }
+        report.patches = reports[0][by_notes].data();
+        const sp_status counted =
+            by_notes == 0 ? sp_histogram(engine, &block, windows.data(), windows.size(), &report)
+                          : sp_notes_count(engine, &block, windows.data(), windows.size(), &report, &notes);
+        if (counted != SP_OK) wrong("another status of counting by notes");
+        if (by_notes == 1 && notes == nullptr) break;
+        if (by_notes == 1) {
+            for (sp_patch& patch : patches) patch.values.data = patch.lora.a = patch.lora.b = nullptr;
+        }
+        report.patches = reports[1][by_notes].data();
+        out[by_notes].resize(bytes / 4 + 1);
+        const sp_status applied = by_notes == 0
+                                      ? sp_apply(engine, &block, cuts.data(), out[0].data(), &report)
+                                      : sp_notes_apply(notes, engine, &block, cuts.data(), out[1].data(), &report);
+        if (applied != SP_OK) wrong("another status of applying by notes");
+    }
+    if (counts[0] != counts[1]) wrong("other counts by notes");
+    for (size_t p = 0; p < patches.size(); ++p) {
+        if (!same(reports[0][0][p], reports[0][1][p])) wrong("another report of counting by notes");
+        if (notes != nullptr && !same(reports[1][0][p], reports[1][1][p]))
+            wrong("another report of applying by notes");
+    }
+    if (notes != nullptr && out[0] != out[1]) wrong("other bytes of applying by notes");
+    sp_notes_close(notes);
+}
+
 // Of the same block with magnitudes and quotas that lists can hold: notes give what a merge gives, without the
 // patches.
 static void merge_by_notes(sp_engine* engine, sp_block block, std::vector<sp_patch> patches,
@@ -150,6 +200,7 @@ static void merge_by_notes(sp_engine* engine, sp_block block, std::vector<sp_pat
             by_notes == 0 ? sp_merge(engine, &block, quotas.data(), out[0].data(), cuts.data(), &report)
                           : sp_notes_merge(notes, engine, &block, quotas.data(), out[1].data(), cuts.data(), &report);
         if (status != (by_notes == 0 || within ? SP_OK : SP_BAD_ARGUMENT)) wrong("another status by notes");
+        if (by_notes == 0) apply_by_notes(engine, block, patches, cuts, bytes);
         for (sp_patch& patch : patches) patch.values.data = patch.lora.a = patch.lora.b = nullptr;
     }
     sp_notes_close(notes);
@@ -285,7 +336,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                 if (o.reports[p].selected > std::max<int64_t>(quotas[p], 0)) wrong("more selected than the quota");
             }
             const bool floats = block.codes == nullptr;
-            if (o.status == SP_OK && block.entries > 1 && floats) merge_by_notes(engine, block, patches, quotas, bytes);
+            if (o.status == SP_OK && block.entries > 1 && floats)
+                merge_by_notes(engine, block, patches, quotas, bytes);
         }
         if (o.status == SP_INTERNAL) wrong("an internal error");
         if (o.status != SP_OK && std::strlen(sp_last_error()) == 0) wrong("no reason given");
