@@ -32,7 +32,7 @@ def ratio(of: dict[str, Any], a: str, b: str) -> tuple[float, float, float]:
 
 def shown(values: tuple[float, float, float], digits: int) -> str:
     middle, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{middle}× ({low}–{high})" if low < middle else f"{middle}×"  # one run has no range
+    return f"{middle}× ({low}–{high})" if low < high else f"{middle}×"  # one run has no range
 
 
 def test_speed() -> None:
