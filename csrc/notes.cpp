@@ -15,7 +15,7 @@ void Notes::make_room(int64_t capacity, int64_t chunks) {
 
 void Notes::append(Sink& sink, int64_t slot, std::atomic<int64_t>& used, int64_t capacity) {
     const int64_t begin = used.fetch_add(sink.listed);
-    if (begin + sink.listed <= capacity) {
+    if (sink.listed != 0 && begin + sink.listed <= capacity) {  // of none there may be no list, either
         const auto n = static_cast<size_t>(sink.listed);
         std::memcpy(keys.get<uint32_t>() + begin, sink.list, n * sizeof(uint32_t));
         std::memcpy(places.get<uint16_t>() + begin, sink.places, n * sizeof(uint16_t));
