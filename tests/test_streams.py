@@ -73,13 +73,20 @@ def test_the_first_failure_ends_all_and_is_told(recipe: Path, tmp_path: Path) ->
 
 def test_what_was_stopped_goes_on_to_the_same_bytes(recipe: Path, tmp_path: Path) -> None:
     merge(recipe, tmp_path / "one", backend="cpu", streams=1)
-    before, told = signal.signal(signal.SIGTERM, cli._stop), 0
+    handled, told = threading.Event(), 0
+
+    def handler(*given: Any) -> None:
+        handled.set()
+        cli._stop(*given)
 
     def stop(done: int, total: int) -> None:
         nonlocal told
         told += 1
         if told == 4:
             os.kill(os.getpid(), signal.SIGTERM)
+            handled.wait(timeout=60)  # the others are waiting to tell of what they read
+
+    before = signal.signal(signal.SIGTERM, handler)
 
     try:
         with pytest.raises(Stopped):
