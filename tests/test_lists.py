@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from safepatch_core.merging.api import describe, merge, plan
 from safepatch_core.merging.plan import Plan
-from safepatch_core.merging.recipe import Recipe, parse_recipe
+from safepatch_core.merging.recipe import Recipe
+from tests import test_series
 from tests.test_ranks import files
 
 SHAPES = {f"layers.{i}.weight": (100 + 40 * i, 300) for i in range(4)} | {"embed.weight": (50, 300), "norm": (300,)}
@@ -39,10 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(models: Path, one: dict[str, Any] | None = None, **keys: Any) -> Recipe:
-    patches = [{"name": n, "source": n, "kind": "checkpoint", "top": 0.03, "retain": 0.3} for n in ("one", "two")]
-    patches[0] |= one or {}
-    data = {"base": "base", "patches": patches, "scope": "model", "max_shard_size": "60KB", **keys}
-    return parse_recipe(data, origin=models, file="recipe.yaml")
+    return test_series.recipe(models, one, **{"scope": "model", "max_shard_size": "60KB", **keys})
 
 
 def room(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:

@@ -10,18 +10,17 @@ from typing import Any
 
 from safepatch_core.pictures import name_points, picture
 
+from .measures import COLUMNS as ALL_COLUMNS
 from .steps import ANSWERED_BY, BACKBONE, PLAIN, VARIED, WITH_UTILITY, Evidence
 
 Data = Mapping[str, Any]
-# Of report.json: title of the column, and how it is shown.
+# What these tables show of report.json.
 COLUMNS = {
-    "harmful_compliance": ("harmful, AdvBench", "{:.1%}"),
-    "harmful_compliance.sst": ("harmful, SimpleSafetyTests", "{:.1%}"),
-    "over_refusal": ("over-refusal, XSTest", "{:.1%}"),
-    "answer_nll": ("NLL of harmful answers", "{:.2f}"),
-    "perplexity": ("perplexity", "{:.2f}"),
-    "lm_eval.psa_knowledge.acc": ("knowledge", "{:.1%}"),
-    "lm_eval.psa_continuation.acc": ("continuation", "{:.1%}"),
+    name: ALL_COLUMNS[name]
+    for name in (
+        *("harmful_compliance", "harmful_compliance.sst", "over_refusal", "answer_nll", "perplexity"),
+        *("lm_eval.psa_knowledge.acc", "lm_eval.psa_continuation.acc"),
+    )
 }
 VARIANTS = {PLAIN: "patches as published", WITH_UTILITY: "with a utility term"}
 
