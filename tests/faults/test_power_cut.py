@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_an_unsynced_file_is_lost(blank: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["over an older output", "into nothing"])
-def test_power_cut_at_success(blank: Path, bench: Bench, tmp_path: Path, old: bool) -> None:
+@pytest.mark.parametrize("past_cache", [False, True], ids=["through the cache", "past it"])
+def test_power_cut_at_success(blank: Path, bench: Bench, tmp_path: Path, old: bool, past_cache: bool) -> None:
+    bench = replace(bench, past_cache=past_cache)
     for i in range(IMAGES // 2):
         image, after = tmp_path / "disk", tmp_path / "after"
         start_from(blank, bench, image, old)
@@ -84,7 +87,11 @@ def test_power_cut_at_success(blank: Path, bench: Bench, tmp_path: Path, old: bo
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["over an older output", "into nothing"])
-def test_power_cut_at_any_call(blank: Path, bench: Bench, place: Path, tmp_path: Path, old: bool) -> None:
+@pytest.mark.parametrize("past_cache", [False, True], ids=["through the cache", "past it"])
+def test_power_cut_at_any_call(
+    blank: Path, bench: Bench, place: Path, tmp_path: Path, old: bool, past_cache: bool
+) -> None:
+    bench = replace(bench, past_cache=past_cache)
     calls = bench.calls(place, old)
     for n in range(2, len(calls) + 1) if LONG else random.Random(1).sample(range(2, len(calls) + 1), 4):
         image, after = tmp_path / "disk", tmp_path / "after"
