@@ -69,7 +69,8 @@ def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     return load_file(folder / "model.safetensors")
 
 
-def test_every_way_is_a_recipe_and_moves_the_backbone(job: Evidence) -> None:
+def test_every_way_is_a_recipe_and_moves_the_backbone(job: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compared, "STRENGTHS", {"patches.safety.scale": {"values": [4.0, 8.0]}})
     models = Models(job)
     for name in compared.WAYS:
         recipe = models.recipe(name, 0)

@@ -29,9 +29,9 @@ from safepatch_core.pictures import name_points, picture
 
 from .data import TRAINED, write_lines
 from .measures import COLUMNS, Found, Measures, replace
-from .methods import DEFAULTS, METHODS, STRONG, Method, recipe_of
+from .methods import DEFAULTS, METHODS, STRONG, Method, recipe_of, swept_method
 from .report import cell, over_seeds
-from .steps import BACKBONE, PLAIN, WITH_UTILITY, Evidence, settings
+from .steps import BACKBONE, PLAIN, WITH_UTILITY, Evidence, search, settings
 
 Recipe = dict[str, Any]
 ANSWER = 32  # tokens
@@ -99,6 +99,28 @@ def of_patches(kind: str, method: Method, on: str = BACKBONE) -> Way:
     return Way(recipe)
 
 
+def searched(kind: str) -> Way:
+    """Both patches of a kind at the recipe that the search on the development prompts chooses, from seed 0's."""
+
+    def recipe(models: Models, seed: int) -> Recipe:
+        models.patches(kind, 0)
+        found = search(models.job, kind, "searched", STRENGTHS, objectives=EACH_HARM)
+        method = swept_method(found["trials"][found["chosen"]]["parameters"])
+        return of_patches(kind, method).recipe(models, seed)
+
+    return Way(recipe)
+
+
+# How strong and how dense each patch is. Every kind of harm weighs as much as refusing: halved, as the first table's
+# search has them, what was won in refusals was paid in harmful questions.
+STRENGTHS = {
+    "patches.safety.scale": {"values": [4.0, 8.0]},
+    "patches.safety.top": {"values": [0.03, 0.1]},
+    "patches.over-safety.scale": {"values": [1.0, 2.0, 4.0]},
+}
+EACH_HARM = {"harmful_compliance": 1.0, "harmful_compliance.catqa": 1.0, "over_refusal": 1.0}
+
+
 def between(*patches: dict[str, Any], drawn: bool = True, **whole: Any) -> Way:
     """A recipe of whole models on the backbone; sources, `minus` and scores are names of `Models.named`."""
 
@@ -143,6 +165,7 @@ WAYS: dict[str, Way] = {
         combine="sum",
     ),
     MIXED: of_patches(QUESTIONS, METHODS[STRONG]),
+    "SafePatching, orders and questions, searched": searched(QUESTIONS),
     "directions, orders and questions": of_patches(MIXED_DIRECTIONS, {}),
     "orders and questions + directions": of_patches(MIXED_DIRECTIONS, {}, MIXED),
     PUBLISHED: of_patches(PLAIN, METHODS[DEFAULTS]),

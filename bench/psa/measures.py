@@ -47,6 +47,8 @@ COLUMNS = {
     "relearned.1": ("harmful, AdvBench, one step of fine-tuning later", "{:.1%}"),
     "relearned.2": ("two steps", "{:.1%}"),
 }
+# Sets whose answers the backbone reads: those with a column. Reading all of them took a fifth of a row.
+READ = ("harmful",)
 RELEARNING = 2  # steps; after two an earlier trial found most of what can be undone undone
 
 
@@ -107,7 +109,8 @@ class Measures:
         with at_work(self.job.threads, "take a smaller size"):
             shown = measure(model, model.name, self.data, self._tasks, self.config, quiet=True)
             said = {"model": {name: replies.answers for name, replies in shown.replies.items()}}
-            read = read_by(self.job.backbone, self.data, said, self.config, quiet=True)
+            reading = Data([of for of in self.data.sets if of.name in READ], text=None)
+            read = read_by(self.job.backbone, reading, said, self.config, quiet=True)
             later = measure(model, model.name, self.data_again, None, self.again, quiet=True)
         return {"measured": shown.model_dump(), "read": read["model"], "relearned": later.model_dump()}
 

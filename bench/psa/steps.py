@@ -113,9 +113,15 @@ def make_patches(job: Evidence, variant: str) -> None:
 
 
 def search(
-    job: Evidence, variant: str, name: str, parameters: dict[str, Any], trials: int | None = None
+    job: Evidence,
+    variant: str,
+    name: str,
+    parameters: dict[str, Any],
+    trials: int | None = None,
+    objectives: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """OUT/NAME-VARIANT: a sweep from seed 0's recipe, scored on the development split; the content of sweep.json."""
+    """OUT/NAME-VARIANT: a sweep from seed 0's recipe, scored on the development split, by OBJECTIVES unless told
+    otherwise; the content of sweep.json."""
     job.say(f"{name}: {variant}")
     out = job.out / f"{name}-{variant}"
     config = SweepConfig.model_validate(
@@ -124,7 +130,7 @@ def search(
             "method": "grid" if trials is None else "random",
             "parameters": parameters,
             "trials": trials,
-            "objectives": OBJECTIVES,
+            "objectives": objectives or OBJECTIVES,
             "eval": job.corpora.development() | job.measuring | {"max_new_tokens": 16},
         }
     )

@@ -155,8 +155,8 @@ def _coherence(data: Data, measured: Mapping[str, Measurement], read: Read, seed
         mean, change = _means(seed)
         about = {"set": prompts.name, "n": len(prompts.rows)}
         found.append({**_named(REPEATS, prompts.name, title), **about, **_compare(repeated, mean, change)})
-        if read:
-            pairs = {label: of[prompts.name] for label, of in read.items()}
+        pairs = {label: of[prompts.name] for label, of in read.items() if prompts.name in of}
+        if pairs:
             found.append({**_named(ODDITY, prompts.name, title), **about, **_odd(pairs, seed)})
     return found
 
