@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 import safepatch_core
 from safepatch_core.deriving import SafetyPatch, derive
 from safepatch_core.evaluating import EvalConfig
@@ -27,6 +29,7 @@ from safepatch_core.language.rows import read_rows
 from safepatch_core.merging.recipe import parse_recipe
 from safepatch_core.pictures import name_points, picture
 
+from .backbone import answers
 from .data import TRAINED, write_lines
 from .measures import COLUMNS, Found, Measures, replace
 from .methods import DEFAULTS, METHODS, STRONG, Method, recipe_of, swept_method
@@ -41,7 +44,9 @@ THIRD = 3  # directions of one seed are read from every third row, so that seeds
 PUBLISHED = "SafePatching, as published"
 UTILITY = "SafePatching, utility term"
 MIXED = "SafePatching, orders and questions"
+OPPOSED = "SafePatching, opposed data"
 QUESTIONS, DIRECTIONS, MIXED_DIRECTIONS, FISHER = "questions", "directions", "directions-of-questions", "fisher"
+HARMLESS, EACH_ITS_OWN = "harmless", "each-its-own"
 
 
 def _directions(seed: int) -> dict[str, Any]:
@@ -72,6 +77,14 @@ PATCHES: dict[str, Callable[[Evidence, int], dict[str, Any]]] = {
     MIXED_DIRECTIONS: lambda job, seed: (
         _directions(seed) | _mixed(job) | {"utility_data": str(job.utility), "rows": f"{seed % THIRD}::{THIRD}"}
     ),
+    HARMLESS: lambda job, seed: {
+        "patches": "over-safety",
+        "data": str(harmless_answers(job)),
+        "question_column": "question",
+        "answer_column": "answer",
+        "rows": None,
+        "utility_data": str(refusals(job)),
+    },
     # Of the backbone: a step has to be taken, and nobody looks at what it did.
     FISHER: lambda job, seed: {
         "patches": "safety",
@@ -80,6 +93,9 @@ PATCHES: dict[str, Callable[[Evidence, int], dict[str, Any]]] = {
         "importance_kind": "fisher",
     },
 }
+
+# Kinds whose safety patch is of one kind, and whose over-safety patch is of another.
+PAIRED = {EACH_ITS_OWN: (QUESTIONS, HARMLESS)}
 
 
 class Way(NamedTuple):
@@ -114,9 +130,8 @@ def searched(kind: str) -> Way:
 # How strong and how dense each patch is. Every kind of harm weighs as much as refusing: halved, as the first table's
 # search has them, what was won in refusals was paid in harmful questions.
 STRENGTHS = {
-    "patches.safety.scale": {"values": [4.0, 8.0]},
-    "patches.safety.top": {"values": [0.03, 0.1]},
-    "patches.over-safety.scale": {"values": [1.0, 2.0, 4.0]},
+    "patches.safety.scale": {"values": [4.0, 6.0]},
+    "patches.over-safety.scale": {"values": [4.0, 6.0, 8.0]},
 }
 EACH_HARM = {"harmful_compliance": 1.0, "harmful_compliance.catqa": 1.0, "over_refusal": 1.0}
 
@@ -165,7 +180,9 @@ WAYS: dict[str, Way] = {
         combine="sum",
     ),
     MIXED: of_patches(QUESTIONS, METHODS[STRONG]),
-    "SafePatching, orders and questions, searched": searched(QUESTIONS),
+    f"{MIXED}, searched": searched(QUESTIONS),
+    OPPOSED: of_patches(EACH_ITS_OWN, METHODS[STRONG]),
+    f"{OPPOSED}, searched": searched(EACH_ITS_OWN),
     "directions, orders and questions": of_patches(MIXED_DIRECTIONS, {}),
     "orders and questions + directions": of_patches(MIXED_DIRECTIONS, {}, MIXED),
     PUBLISHED: of_patches(PLAIN, METHODS[DEFAULTS]),
@@ -185,7 +202,9 @@ class Models:
     def patches(self, kind: str, seed: int, on: str = BACKBONE) -> Path:
         """A run of `derive`."""
         run = self.job.run_of(kind, seed) if on == BACKBONE else self.job.run_of(f"{kind}-on-{slug(on, seed)}", seed)
-        if not (run / "recipe.yaml").exists():
+        if kind in PAIRED:
+            pair_up(*(self.patches(of, seed, on) for of in PAIRED[kind]), run)
+        elif not (run / "recipe.yaml").exists():
             self.job.say(f"derive: {run.name}")
             changes = PATCHES[kind](self.job, seed)
             changes |= {} if on == BACKBONE else {"model": str(self.named(on, seed))}
@@ -219,6 +238,19 @@ class Models:
         return place
 
 
+def pair_up(safety: Path, over_safety: Path, run: Path) -> None:
+    """RUN/recipe.yaml: the safety patch of one run of `derive`, and the over-safety patch of another."""
+    recipes = [recipe_of(one, {}) for one in (safety, over_safety)]
+    for one, recipe in zip((safety, over_safety), recipes, strict=True):
+        for patch in recipe["patches"]:
+            patch["source"] = str((one / patch["source"]).resolve())
+            patch["importance"] = {"scores": str((one / patch["importance"]["scores"]).resolve())}
+    first, second = recipes
+    first["patches"] = [first["patches"][0], second["patches"][-1]]
+    run.mkdir(parents=True, exist_ok=True)
+    replace(run / "recipe.yaml", yaml.safe_dump(first, sort_keys=False))
+
+
 def slug(name: str, seed: int) -> str:
     """A row as the name of a file."""
     return "-".join((*name.replace(",", "").replace("+ ", "").split(), str(seed)))
@@ -233,6 +265,31 @@ def orders_and_questions(job: Evidence) -> Path:
         orders = [row.values for row in read_rows(job.corpora.advbench, columns, TRAINED)]
         step = len(orders) / len(questions)
         write_lines(file, [of for i, q in enumerate(questions) for of in (orders[int(i * step)], q)])
+    return file
+
+
+def harmless_answers(job: Evidence) -> Path:
+    """OUT/harmless.jsonl: what looks harmful and isn't, answered by the model that refuses nothing yet. None of it is
+    among the utility term's."""
+    file = job.out / "harmless.jsonl"
+    if not file.exists():
+        job.say("answers to harmless questions")
+        asked = [row.values["question"] for row in read_rows(DEMO / DEMO_FILES["harmless"], ["question"], "48::3")]
+        said = answers(job.model, asked)
+        write_lines(file, [row for row in said if not prefix_verdict(row["answer"]).refused])
+    return file
+
+
+def refusals(job: Evidence) -> Path:
+    """OUT/refusals.jsonl: what the backbone refuses of the orders and questions that are trained on, and its answers
+    to ordinary questions."""
+    file = job.out / "refusals.jsonl"
+    if not file.exists():
+        job.say("refusals")
+        asked = [row.values["question"] for row in read_rows(orders_and_questions(job), ["question"])]
+        said = answers(str(job.backbone), asked)
+        ordinary = [row.values for row in read_rows(job.utility, ["question", "answer"], "0:24")]
+        write_lines(file, [*ordinary, *(row for row in said if prefix_verdict(row["answer"]).refused)])
     return file
 
 
