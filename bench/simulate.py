@@ -44,7 +44,8 @@ class Prediction(NamedTuple):
 def described(bench: Bench, shape: ModelShape) -> dict[str, Any]:
     """What a merge of a model of that shape has to do."""
     recipe = models.recipe_path(bench.models(shape, sparse=THIN))
-    return describe(plan(recipe, backend="cpu", threads=1, memory_limit=bench.memory_limit))
+    # With all threads that each machine has.
+    return describe(plan(recipe, backend="cpu", threads=1, memory_limit=bench.memory_limit)) | {"threads": None}
 
 
 def predictions(

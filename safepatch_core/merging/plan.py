@@ -24,7 +24,7 @@ from safepatch_core.files.parsing import FLOATS, uncollected
 from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.agreement import agreed
 from safepatch_core.merging.beside import Beside, beside
-from safepatch_core.merging.gates import Angles, gated, measure, open_gates, pair_of, pairs_of
+from safepatch_core.merging.gates import Angles, bytes_of, gated, measure, open_gates, pair_of, pairs_of
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
 from safepatch_core.merging.pipeline import ALIGN, align
@@ -129,6 +129,16 @@ class Plan:
             return None
         pair = pair_of(p, self.recipe.names.index(gate.patch))
         return {name: angle.cosine for name, angle in self.angles[pair].items()}
+
+    @cached_property
+    def gate_bytes(self) -> int:
+        """Bytes that were read for gates, before there was a plan."""
+        return bytes_of(self.ungated, [*self.angles])
+
+    @property
+    def gate_entries(self) -> int:
+        """Entries of which gates were told the deltas of two patches."""
+        return sum(self.ungated[name].entry.entries for of in self.angles.values() for name in of)
 
     @property
     def whole_model(self) -> bool:
