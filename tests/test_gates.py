@@ -185,11 +185,15 @@ def test_plan_says_how_many_tensors_a_gate_leaves(tmp_path: Path) -> None:
 def test_the_plan_counts_what_gates_read_and_how_long_that_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of, opened = large(tmp_path, 70_000), []
-    close = Inputs.close
-    monkeypatch.setattr(Inputs, "close", lambda inputs: (opened.append(inputs.bytes_read), close(inputs))[1])
-    made = plan(of, backend="cpu")
-    monkeypatch.undo()
+    of, opened, close = large(tmp_path, 70_000), [], Inputs.close
+
+    def counted(inputs: Inputs) -> None:
+        opened.append(inputs.bytes_read)
+        close(inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inputs, "close", counted)
+        made = plan(of, backend="cpu")
     each = 70_000 * (2 + 2 + 4)  # the base, which is taken from the one patch, and the other's deltas
     assert sorted(opened) == [each, each] and made.gate_bytes == 2 * each
     told = describe(made)
