@@ -221,7 +221,7 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".", *, tensors: bool =
     if tensors:
         data["tensors"] = listed
     # Cold inputs, as for a model that was just fetched; None until `safepatch bench floor --save` has measured.
-    data["seconds"] = None if rates is None else predict({**data, "tensors": listed}, rates)
+    data["seconds"] = None if rates is None else predict({**data, "tensors": listed}, rates, streams=plan.streams)
     return data
 
 
