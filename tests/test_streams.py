@@ -15,6 +15,7 @@ from safepatch_core import merge
 from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.commands import cli
 from safepatch_core.errors import InputError, Stopped, UsageError
+from safepatch_core.merging import rates
 from safepatch_core.merging.api import describe, plan
 from tests.test_cli import write_safetensors
 
@@ -127,3 +128,11 @@ def test_several_are_refused_where_they_would_have_no_effect(recipe: Path, monke
     with pytest.raises(UsageError, match=r"--streams: scope: model .* found 4, expected 1"):
         plan(recipe, backend="cpu", streams=4)
     assert plan(recipe, backend="cpu", streams=1).streams == 1
+
+
+def test_the_time_is_of_what_is_under_way(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    slow = {rates.READ: 1e3, rates.CORES: 64.0, rates.STARTUP: 1e-9}  # readers bound it
+    rates.save_rates(dict.fromkeys(rates.NAMES, 1e9) | {rates.STALLS: 1.0} | slow)
+    one, four = (describe(plan(recipe, backend="cpu", streams=n))["seconds"] for n in (1, 4))
+    assert one == pytest.approx(4 * four)
