@@ -128,8 +128,7 @@ def predicted(bench: Bench, recipe: Path, cache: Cache) -> float | None:
     if rates is None:
         return None
     made = plan(recipe, backend=bench.backend, threads=bench.threads, memory_limit=bench.memory_limit)
-    described = describe(made) | {"threads": bench.threads}
-    return predict(described, rates, cached=1.0 if cache == "warm" else 0.0)
+    return predict(describe(made), rates, cached=1.0 if cache == "warm" else 0.0)
 
 
 def _measure(size: str, jobs: Sequence[MergeCase], cache: Cache, bench: Bench) -> Measured:

@@ -13,6 +13,7 @@ from pathlib import Path
 from safepatch_core.backends import open_backend
 from safepatch_core.merging import rates as names
 from safepatch_core.merging.api import describe, plan
+from safepatch_core.merging.gates import measure
 
 from . import models
 from .kernels import COLS, Source, make_block, make_pass, quotas
@@ -55,6 +56,8 @@ def measure_rates(bench: Bench, log: Callable[[str], None]) -> dict[str, float]:
     log("the engine")
     for kind in names.FORMS:
         found |= _engine(bench.rounds, kind)
+    log("gates")
+    found[names.GATE] = _gate(bench.rounds, folder)
     log(f"a merge of {SIZE} parameters")
     found[names.STALLS] = _stalls(bench, folder, found)
     return found
@@ -69,6 +72,21 @@ def _stalls(bench: Bench, folder: Path, rates: Mapping[str, float]) -> float:
         merge = merge_subject(bench, recipe, scratch / "out", {})
         wall = _median(bench.rounds, lambda: merge()["wall_s"], before)
     return max((wall - rates[names.STARTUP]) / ideal, 1.0)
+
+
+def _gate(rounds: int, folder: Path) -> float:
+    """Entries of two patches per second on one thread."""
+    made = plan(models.recipe_path(folder), backend="cpu", threads=1)
+    targets = dict([*made.targets.items()][: names.GATE_THREADS])
+    threads = min(len(os.sched_getaffinity(0)), len(targets))
+
+    def timed() -> float:
+        begin = time.perf_counter()
+        measure(targets, [(0, 1)], made.inputs, made.recipe.nonfinite)
+        return time.perf_counter() - begin
+
+    timed()  # into the page cache
+    return sum(target.entry.entries for target in targets.values()) / threads / _median(rounds, timed)
 
 
 def _median(rounds: int, subject: Callable[[], float], before: Callable[[], None] = lambda: None) -> float:

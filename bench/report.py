@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.errors import UsageError
+from safepatch_core.pages import document
 
 from .measure import Spread, ratio
 from .results import HEADLINES, Record, by_group, shown
@@ -206,32 +207,24 @@ def plots(records: Sequence[Record]) -> dict[str, bytes]:
     return found
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.5em 0 1.5em}
-td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}h3{margin-bottom:0}code{background:#f4f4f4}"""
-
-
 def page(records: Sequence[Record], pictures: dict[str, bytes]) -> str:
     """One self-contained HTML page: machine, pictures, and a table per case."""
-    parts = ["<h1>safepatch benchmark</h1>"]
     settings = {
         json.dumps([r["machine"], r["versions"], r["commit"], r["options"].get("command")], sort_keys=True): r
         for r in records
     }
+    machines = ""
     for record in settings.values():
         facts = {**record["machine"], **record["versions"], "commit": record["commit"], **record["options"]}
         row = ", ".join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in facts.items() if v is not None)
-        parts.append(f"<p>{row}</p>")
+        machines += f'<p class="note">{row}</p>'
+    parts = []
     for name, png in pictures.items():
         data = base64.b64encode(png).decode("ascii")
-        parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>')
-    for record in records:
-        parts.append(_table(record))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>safepatch benchmark</title>'
-        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    )
+        parts.append(f'<figure class="scroll"><img alt="{name}" src="data:image/png;base64,{data}"></figure>')
+    parts += map(_table, records)
+    title = "safepatch benchmark"
+    return document(title, f"<header><h1>{title}</h1>{machines}</header><main>{''.join(parts)}</main>\n")
 
 
 def _table(record: Record) -> str:
@@ -247,16 +240,15 @@ def _table(record: Record) -> str:
                 cells += f"<td>{text}{shown(quantity, spread.high)}]</small></td>"
             else:
                 cells += "<td></td>"
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+        rows.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
     ratios = []
     for a, b in record["ratios"]:
         spread = ratio(record["series"][a]["wall_s"], record["series"][b]["wall_s"])
         pair = f"{html.escape(a)} ÷ {html.escape(b)}"
         ratios.append(f"{pair}: <b>{spread.median:.2f}</b> [{spread.low:.2f} – {spread.high:.2f}]")
-    return (
-        f"<h3>{html.escape(record['case'])}</h3><table><tr><th>median [lowest – highest] of {record['rounds']}</th>"
-        f"{head}</tr>{''.join(rows)}</table><p>{'; '.join(ratios)}</p>"
-    )
+    head = f"<thead><tr><th>median [lowest – highest] of {record['rounds']}</th>{head}</tr></thead>"
+    table = f'<table class="compact">{head}<tbody>{"".join(rows)}</tbody></table>'
+    return f'<h3>{html.escape(record["case"])}</h3><div class="scroll">{table}</div><p>{"; ".join(ratios)}</p>\n'
 
 
 def write(folder: Path, records: Sequence[Record]) -> list[Path]:

@@ -43,8 +43,12 @@ class Prediction(NamedTuple):
 
 def described(bench: Bench, shape: ModelShape) -> dict[str, Any]:
     """What a merge of a model of that shape has to do."""
-    recipe = models.recipe_path(bench.models(shape, sparse=THIN))
-    return describe(plan(recipe, backend="cpu", threads=1, memory_limit=bench.memory_limit))
+    return _described(bench, models.recipe_path(bench.models(shape, sparse=THIN)))
+
+
+def _described(bench: Bench, recipe: Path) -> dict[str, Any]:
+    """With all the threads that each machine has, and not those of this one."""
+    return describe(plan(recipe, backend="cpu", threads=1, memory_limit=bench.memory_limit)) | {"threads": None}
 
 
 def predictions(
@@ -105,7 +109,7 @@ def _check(size: str, cache: Cache, bench: Bench) -> Measured:
     rates = measure_rates(bench, lambda text: None)
     folder, here = bench.models(SHAPES[size]), sorted(os.sched_getaffinity(0))
     recipe, files = models.recipe_path(folder), inputs(folder, "checkpoint")
-    description = describe(plan(recipe, backend="cpu", threads=1, memory_limit=bench.memory_limit))
+    description = _described(bench, recipe)
     digests: set[bytes] = set()
     with bench.scratch() as scratch, prepared(files, cache, 2 * output_bytes(folder)) as before:
         subjects = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from safepatch_core.merging import rates
 from safepatch_core.merging.api import describe, plan
 from safepatch_core.merging.quantised.grids import E4M3
 from safepatch_core.spec import Kind
+from tests.browser import BROWSER, browser
 
 TINY = models.SHAPES["tiny"]
 
@@ -440,8 +442,19 @@ def test_pictures_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name, path in written.items() if ".png" in name)
     page = written["report.html"].read_text()
     assert page.count("data:image/png;base64,") == len(report.PLOTS)
-    assert "http" not in page and "<peer>" not in page and "&lt;peer&gt;" in page
+    assert re.search("https?:", page) is None and "<peer>" not in page and "&lt;peer&gt;" in page
     assert "2.00" in page and "merge/0.3B/scopes/warm" in page
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
+def test_the_page_fits_a_phone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.write(tmp_path, some_records())
+    with browser(tmp_path / "profile") as page:
+        page.size(390)
+        page.call("Page.navigate", url=(tmp_path / "report.html").as_uri())
+        page.wait("Page.loadEventFired")
+        assert page.value("innerWidth") == 390 and page.value("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_page_of_nothing_to_draw(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from safepatch_core.errors import InputError
+from safepatch_core.merging import rates
 
 HEAVY = ("torch", "transformers", "triton", "peft", "safetensors")
 
@@ -200,6 +201,21 @@ def test_the_plan_foretells_every_byte(recipe: Path, tmp_path: Path, scope: str,
     assert planned["bytes_read_at_most"] is (scope == "model")
     assert merged["bytes_read"] == planned["bytes_read"]  # the only target shares out its ties, so that no list does
     assert merged["bytes_written"] == planned["bytes_written"]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_the_time_is_at_most_where_the_bytes_are(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    """Lists of the first look at a whole model may spare the second one, which the time has in full as well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rates.save_rates(dict.fromkeys(rates.NAMES, 1.0))
+    recipe.write_text(recipe.read_text() + f"scope: {scope}\n")
+    lines = dict(
+        line.split(": ", 1) for line in safepatch("plan", recipe, "--backend", "cpu").stdout.splitlines()[:12]
+    )
+    for row in ("read", "time"):
+        assert lines[row].strip().startswith("at most ") is (scope == "model"), lines[row]
 
 
 @pytest.mark.parametrize("mark", ["\x1b[2J", "\u200b", "\u200f", "\u061c", "\ufeff", "\u202e", "\n"])

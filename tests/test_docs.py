@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from safepatch_core.commands.cli import COMMANDS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BESIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "safepatch_core/SPEC.md")
+EVIDENCE = ("demo", "judge", "psa", "quantised")
 PAGES = [
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / name for name in BESIDE),
-    *(ROOT / "bench" / "results" / name for name in ("README.md", "psa/README.md", "quantised/README.md")),
-    ROOT / "bench" / "results" / "judge" / "README.md",
+    *(ROOT / "bench" / "results" / name for name in ("README.md", *(f"{part}/README.md" for part in EVIDENCE))),
 ]
 LINK = re.compile(r"(?<!`)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
@@ -50,6 +51,18 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
         assert place.exists(), target
         if anchor:
             assert anchor in anchors(place), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lists_and_tables_begin_behind_an_empty_line(page: Path) -> None:
+    """Without one, the site runs them together; GitHub doesn't."""
+    lines = page.read_text().split("\n")
+    glued = [
+        line
+        for before, line in pairwise(lines)
+        if line.startswith(("- ", "|")) and not re.match(r"$|- |  |\||#|<!--", before)
+    ]
+    assert glued == []
 
 
 def test_the_check_sees_links() -> None:

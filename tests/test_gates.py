@@ -16,8 +16,10 @@ from safepatch_core import build, merge, plan, verify
 from safepatch_core.commands.cli import cli
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.fixes.apply import apply
-from safepatch_core.merging.api import cosines
+from safepatch_core.merging import rates
+from safepatch_core.merging.api import cosines, describe
 from safepatch_core.merging.gates import Sum
+from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.recipe import parse_recipe
 from safepatch_core.spec import LANES
 from tests import oracle
@@ -178,6 +180,32 @@ def test_plan_says_how_many_tensors_a_gate_leaves(tmp_path: Path) -> None:
     assert "the gate of patch safety is open for 2 of 3 targets" in made.notes
     assert made.recipe.written()["patches"][1]["gate"] == {"patch": "tuned", "below": 0.5}
     assert "gate" not in made.recipe.written()["patches"][0]
+
+
+def test_the_plan_counts_what_gates_read_and_how_long_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, opened, close = large(tmp_path, 70_000), [], Inputs.close
+
+    def counted(inputs: Inputs) -> None:
+        opened.append(inputs.bytes_read)
+        close(inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inputs, "close", counted)
+        made = plan(of, backend="cpu")
+    each = 70_000 * (2 + 2 + 4)  # the base, which is taken from the one patch, and the other's deltas
+    assert sorted(opened) == [each, each] and made.gate_bytes == 2 * each
+    told = describe(made)
+    assert told["gates"] == {"entries": 140_000, "bytes_read": 2 * each}
+    assert merge(of, tmp_path / "out", backend="cpu").bytes_read == told["bytes_read"]
+
+    known = dict.fromkeys(rates.NAMES, 1e12) | {rates.STARTUP: 0.0, rates.STALLS: 1.0, rates.CORES: 16.0}
+    by_gates = rates.predict(told, known | {rates.GATE: 1e3}, cached=1.0)
+    assert by_gates == pytest.approx(140_000 / (8 * 1e3), rel=1e-3)
+    disk = known | {rates.DISK_READ: 1e3}
+    assert rates.predict(told, disk) == pytest.approx(told["bytes_read"] / 1e3)
+    assert rates.predict(told, disk | {rates.GATE: 1e3}) < rates.predict(told, disk) + by_gates  # both at once
 
 
 def test_every_two_patches_have_cosines_gates_or_not(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from safepatch_core import merge
+from safepatch_core.backends.cpu import CpuBackend
 from safepatch_core.commands import cli
-from safepatch_core.errors import InputError, Stopped
+from safepatch_core.errors import InputError, Stopped, UsageError
+from safepatch_core.merging import rates
 from safepatch_core.merging.api import describe, plan
 from tests.test_cli import write_safetensors
 
@@ -98,7 +100,7 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(recipe: Path, tmp_path: Path
     assert files(tmp_path / "out") == files(tmp_path / "one")
 
 
-def test_the_memory_limit_allows_fewer(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_limit_allows_fewer(recipe: Path) -> None:
     known = plan(recipe, backend="cpu", streams=4)
     each = known.ring_bytes + known.beside_bytes
     assert describe(known)["streams"] == 4 and describe(known)["memory"] == 4 * each
@@ -106,8 +108,31 @@ def test_the_memory_limit_allows_fewer(recipe: Path, monkeypatch: pytest.MonkeyP
     assert plan(recipe, backend="cpu", streams=99).streams == SHARDS
     text = recipe.read_text()
     recipe.write_text(text + "scope: model\n")
-    assert plan(recipe, backend="cpu", streams=4).streams == 1
-    recipe.write_text(text)
-    for cores, streams in ((2, 1), (7, 1), (8, 2), (16, 4), (128, 4)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
-        assert plan(recipe, backend="cpu").streams == streams
+    assert plan(recipe, backend="cpu", threads=16).streams == 1
+
+
+def test_the_default_follows_the_threads(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, streams in ((1, 1), (7, 1), (8, 2), (16, 4), (32, 4)):
+        assert plan(recipe, backend="cpu", threads=threads).streams == streams
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert plan(recipe, backend="cpu").streams == 2
+    assert plan(recipe, backend="cpu", threads=4).streams == 1
+    assert plan(recipe, backend="reference").streams == 1
+
+
+def test_several_are_refused_where_they_would_have_no_effect(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"--streams: this engine .* found 2"):
+        patch.setattr(CpuBackend, "takes_turns", False)
+        plan(recipe, backend="cpu", streams=2)
+    recipe.write_text(recipe.read_text() + "scope: model\n")
+    with pytest.raises(UsageError, match=r"--streams: scope: model .* found 4, expected 1"):
+        plan(recipe, backend="cpu", streams=4)
+    assert plan(recipe, backend="cpu", streams=1).streams == 1
+
+
+def test_the_time_is_of_what_is_under_way(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    slow = {rates.READ: 1e3, rates.CORES: 64.0, rates.STARTUP: 1e-9}  # readers bound it
+    rates.save_rates(dict.fromkeys(rates.NAMES, 1e9) | {rates.STALLS: 1.0} | slow)
+    one, four = (describe(plan(recipe, backend="cpu", streams=n))["seconds"] for n in (1, 4))
+    assert one == pytest.approx(4 * four)

@@ -392,7 +392,7 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     head = f"Mean over seeds (range), size {lines[0]['size']}. ▲ better, ▼ worse than the backbone in most seeds."
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
-        f"{head}\n\n{body}\n\nBeside the backbone, by means of harmful compliance and over-refusal:\n"
+        f"{head}\n\n{body}\n\nBeside the backbone, by means of harmful compliance and over-refusal:\n\n"
         + "\n".join(told)
         + "\n"
     )

@@ -20,6 +20,7 @@ BESIDE = {
     "SECURITY.md": "security.md",
     "README.md": "index.md",
     "bench/results/README.md": "evidence/results.md",
+    "bench/results/demo/README.md": "evidence/demo.md",
     "bench/results/psa/README.md": "evidence/psa.md",
     "bench/results/quantised/README.md": "evidence/quantised.md",
     "bench/results/judge/README.md": "evidence/judge.md",
@@ -27,6 +28,8 @@ BESIDE = {
 PLOTS = "bench/results/psa/"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"(<code\b[^>]*>)(.*?)(?=</code>)", re.DOTALL)
+_TAG_OR_OPTION = re.compile(r"<[^>]*>|(?<![\w-])--?[a-z][\w-]*")
 _OUTSIDE = re.compile(r"""<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)="?(?:https?:)?//[^">]+""")
 
 
@@ -40,7 +43,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links are written as they work in the repository; here they lead to the site's pages, or nowhere."""
+    """Links are written as they work in the repository; here they lead to the site's pages, or nowhere. Code gets
+    empty lines around it, without which it would become a part of a paragraph."""
     origin = {site: source for source, site in BESIDE.items() if site != "index.md"}.get(
         page.file.src_uri, f"docs/{page.file.src_uri}"
     )
@@ -56,7 +60,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{found[1]}[{found[2]}]({relpath(place, dirname(page.file.src_uri) or '.')}{anchor})"
 
     pieces = _FENCE.split(markdown)
-    return "".join(piece if i % 2 else _LINK.sub(link, piece) for i, piece in enumerate(pieces))
+    return "".join(f"\n{piece}\n" if i % 2 else _LINK.sub(link, piece) for i, piece in enumerate(pieces))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Options in code stay whole: a browser would break a line behind their hyphens."""
+
+    def whole(found: re.Match[str]) -> str:
+        return found[0] if found[0].startswith("<") else f'<span class="option">{found[0]}</span>'
+
+    return _CODE.sub(lambda found: found[1] + _TAG_OR_OPTION.sub(whole, found[2]), html)
 
 
 def _in_site(path: str) -> str | None:

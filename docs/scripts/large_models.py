@@ -78,6 +78,7 @@ def planned(folder: Path, shape: ModelShape, scope: str, limit: str) -> dict[str
             write_hollow(folder / part, shape)
     recipe = write_recipe(folder / f"{scope}.yaml", scope=scope)
     command = [sys.executable, "-m", "safepatch_core", "plan", recipe, "--memory-limit", limit, "--backend", "cpu"]
+    command += ["--threads", str(ASSUMED[rates.CORES])]
     cache = folder / "cache"
     (cache / "safepatch").mkdir(parents=True, exist_ok=True)
     (cache / "safepatch" / "rates.json").write_text(json.dumps(ASSUMED))

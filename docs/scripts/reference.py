@@ -125,12 +125,17 @@ def _recipe() -> Iterator[str]:
             yield f"## {title}\n\n{_cell(model.get('description', ''))}\n\n"
         needed = model.get("required", ())
         yield _table(
-            ("key", "value", "default", "what it says"),
+            ("key", "what it says"),
             [
-                (f"`{key}`", _kind(of), "needed" if key in needed else _default(of), _cell(of.get("description", "")))
+                (f"`{key}`", _says(of, _kind(of), "needed" if key in needed else _default(of)))
                 for key, of in model["properties"].items()
             ],
         )
+
+
+def _says(of: Mapping[str, Any], *notes: str) -> str:
+    """Description and, on a line of its own, what values there are: more columns are too many for a phone."""
+    return f"{_cell(of.get('description', ''))}<br>*{'; '.join(note for note in notes if note)}*"
 
 
 def _kind(of: Mapping[str, Any]) -> str:
@@ -157,8 +162,8 @@ def _number(value: float) -> str:
 def _default(of: Mapping[str, Any]) -> str:
     value = of.get("default")
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {one}" for key, one in value.items())
-    return "" if value in (None, []) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+        value = ", ".join(f"{key}: {one}" for key, one in value.items())
+    return "" if value in (None, [], "") else f"default `{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _settings() -> Iterator[str]:
@@ -180,19 +185,18 @@ def _settings() -> Iterator[str]:
 def _fields(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     rows = list(_keys(schema, schema.get("$defs", {})))
-    return _table(("key", "value", "what it says"), rows)
+    return _table(("key", "what it says"), rows)
 
 
-def _keys(model: Mapping[str, Any], inner: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, str, str]]:
+def _keys(model: Mapping[str, Any], inner: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, str]]:
     """Keys with dots for those of nested models."""
     for key, of in model["properties"].items():
         nested = inner.get(of.get("$ref", "").rpartition("/")[2])
         if nested is not None and "properties" in nested:
             yield from _keys(nested, inner, f"{under}{key}.")
         else:
-            needed = " (needed)" if key in model.get("required", ()) else ""
             kind = re.sub(r"\[(\w+)\]\(#\w+\)", r"\1", _kind(of))
-            yield f"`{under}{key}`{needed}", kind, _cell(of.get("description", ""))
+            yield f"`{under}{key}`", _says(of, kind, "needed" if key in model.get("required", ()) else "")
 
 
 def _files() -> Iterator[str]:

@@ -272,6 +272,11 @@ def takes_turns(engine: Backend) -> bool:
     return getattr(engine, "takes_turns", False)
 
 
+def threads_of(engine: Backend) -> int | None:
+    """How many threads a call works with; None of an engine that doesn't say."""
+    return getattr(engine, "threads", None)
+
+
 @runtime_checkable
 class Noting(Protocol):
     """What an engine has beside a `Backend` where it can go on from notes.

@@ -81,9 +81,12 @@ class CpuBackend:
         """The instruction set in use."""
         return self._engine.isa
 
+    @property
+    def threads(self) -> int:
+        return self._engine.threads
+
     def describe(self) -> str:
-        threads = self._engine.threads
-        return f"cpu ({self.isa}, {threads} thread{'s' if threads > 1 else ''})"
+        return f"cpu ({self.isa}, {self.threads} thread{'s' if self.threads > 1 else ''})"
 
     def allocate(self, nbytes: int) -> NDArray[np.uint8]:
         """Anonymous memory, in huge pages where that is possible: its first touch is several times faster."""

@@ -87,7 +87,9 @@ def engine_options(function: F) -> F:
 
 
 streams_option = click.option(
-    "--streams", type=click.IntRange(min=1), help="Output shards at once [default: one per 4 cores, 4 at most]."
+    "--streams",
+    type=click.IntRange(min=1),
+    help="Output shards at once [default: one per 4 threads, 4 at most; always 1 with scope: model and on a GPU].",
 )
 output_options = _options(
     click.option("--quiet", is_flag=True, help="No progress and no summary."),

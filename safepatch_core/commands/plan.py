@@ -144,7 +144,7 @@ def _tell_recipe(
         ("time", "unknown: `safepatch bench floor --save` measures this machine's rates"),
     ]
     if data["seconds"] is not None:
-        rows[-1] = ("time", f"about {data['seconds']:.1f} s, inputs not in the page cache")
+        rows[-1] = ("time", f"{most}about {data['seconds']:.1f} s, inputs not in the page cache")
     rows += [("note", note) for note in made.notes]
     _table(rows)
     if tensors:

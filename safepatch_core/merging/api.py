@@ -15,7 +15,7 @@ from typing import Any, Unpack
 
 import yaml
 
-from safepatch_core.backends.contract import Backend, Report
+from safepatch_core.backends.contract import Backend, Report, threads_of
 from safepatch_core.errors import IOFailure, UsageError
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.files.parsing import uncollected
@@ -130,7 +130,7 @@ def merge(
             staging.add("README.md", model_card(plan).encode())
             staging.add(MANIFEST, manifest(plan, counts, staging.files).encode())
             staging.publish()
-        bytes_read = sum(ranks.gather(read))
+        bytes_read = sum(ranks.gather(plan.gate_bytes + read))
     acted, changed = (sum(getattr(report, name) for report in counts.values()) for name in ("acted", "changed"))
     warnings = plan.warnings + (() if changed else (_unchanged(acted),))
     return MergeResult(
@@ -191,6 +191,7 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".", *, tensors: bool =
     quotas = _selected(plan.model_quotas, plan.model_skips) if plan.whole_model else None
     data: dict[str, Any] = {
         "engine": plan.engine.describe(),
+        "threads": threads_of(plan.engine),
         "patches": [
             {"name": spec.name, "kind": kind, "top": spec.top, "retain": spec.retain, "scale": spec.factor}
             | ({"skip": spec.skip} if spec.skip else {})
@@ -205,8 +206,9 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".", *, tensors: bool =
         "model_quotas": quotas,
         "passes": max((plan.sweeps(t) for t in targets), default=1),
         "chunked": sum(not t.whole for t in targets),
-        "bytes_read": plan.bytes_to_read,
+        "bytes_read": plan.gate_bytes + plan.bytes_to_read,
         "bytes_read_at_most": plan.lists,
+        "gates": {"entries": plan.gate_entries, "bytes_read": plan.gate_bytes},
         "bytes_written": plan.bytes_to_write,
         "files": len(plan.outputs),
         "memory": plan.streams * (plan.ring_bytes + plan.beside_bytes) + plan.list_bytes,
@@ -219,7 +221,7 @@ def describe(plan: Plan, where: str | os.PathLike[str] = ".", *, tensors: bool =
     if tensors:
         data["tensors"] = listed
     # Cold inputs, as for a model that was just fetched; None until `safepatch bench floor --save` has measured.
-    data["seconds"] = None if rates is None else predict({**data, "tensors": listed}, rates)
+    data["seconds"] = None if rates is None else predict({**data, "tensors": listed}, rates, streams=plan.streams)
     return data
 
 

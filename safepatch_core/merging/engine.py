@@ -19,8 +19,9 @@ class EngineOptions(TypedDict, total=False):
         memory_limit: bytes (or "2GiB") of buffers on the host, 2 GiB by default. Tensors that don't fit are done in
             chunks.
         vram_limit: bytes (or "8GiB") of the GPU's memory.
-        streams: output shards that `merge` has under way at once; by default one per four cores, at most four. The
-            memory limit, the number of shards, whole-model scope and GPUs allow fewer.
+        streams: output shards that `merge` has under way at once; by default one per four threads, at most four. The
+            memory limit and the number of shards allow fewer; with whole-model scope and on a GPU it is one, and
+            more is refused.
         chunk_entries: cut larger targets into chunks of so many entries, whatever fits; for tests.
     """
 

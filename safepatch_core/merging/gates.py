@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safepatch_core.errors import InputError
 from safepatch_core.files.checkpoint import Checkpoint
 from safepatch_core.merging.inputs import Inputs
+from safepatch_core.merging.rates import GATE_THREADS
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.sources.computed import as_delta, values_of
 from safepatch_core.merging.sources.contract import PatchTensor
@@ -28,8 +29,6 @@ from safepatch_core.merging.sources.decoding import PIECE, F32Array
 from safepatch_core.merging.work import Target
 from safepatch_core.spec import LANES, NonFinite
 from safepatch_core.threads import room_for_a_thread
-
-THREADS = 8  # at most; each has buffers of its own, a few MiB and an adapter's factors
 
 Pair = tuple[int, int]  # of patches, by their places in the recipe, the lower one first
 
@@ -96,7 +95,7 @@ def measure(
     if not pairs:
         return {}
     room_for_a_thread()
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, GATE_THREADS)) as pool:
         try:
             found = {
                 pair: pool.map(partial(_angle, checkpoints, pair, nonfinite), targets.values()) for pair in pairs
@@ -105,6 +104,18 @@ def measure(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def bytes_of(targets: Mapping[str, Target], pairs: Sequence[Pair]) -> int:
+    """How much `measure` reads."""
+    deltas = [
+        (target.entry, as_delta(of.delta, target.entry))
+        for pair in pairs
+        for target in targets.values()
+        for of in (target.patches[p] for p in pair)
+        if of is not None
+    ]
+    return sum(math.ceil(entry.entries * of.entry_bytes) + of.once_bytes for entry, of in deltas if entry.entries)
 
 
 def _angle(checkpoints: Sequence[Checkpoint], pair: Pair, nonfinite: NonFinite, target: Target) -> Angle:

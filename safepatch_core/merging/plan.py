@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch_core.backends.codes import takes_codes
-from safepatch_core.backends.contract import Backend, Noting, takes_turns
+from safepatch_core.backends.contract import Backend, Noting, takes_turns, threads_of
 from safepatch_core.errors import InputError, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint
 from safepatch_core.files.companions import companions, left_out
@@ -24,7 +24,7 @@ from safepatch_core.files.parsing import FLOATS, uncollected
 from safepatch_core.files.reading import TensorEntry
 from safepatch_core.merging.agreement import agreed
 from safepatch_core.merging.beside import Beside, beside
-from safepatch_core.merging.gates import Angles, gated, measure, open_gates, pair_of, pairs_of
+from safepatch_core.merging.gates import Angles, bytes_of, gated, measure, open_gates, pair_of, pairs_of
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
 from safepatch_core.merging.pipeline import ALIGN, align
@@ -51,7 +51,7 @@ FIXED_BYTES = 4 << 20
 SMALLEST_LIMIT = 16 << 20
 DEFAULT_LIMIT = 2 << 30
 # By `bench simulate` a second shard at once pays from 8 cores on, and four do from 16.
-CORES_PER_STREAM, MOST_STREAMS = 4, 4
+THREADS_PER_STREAM, MOST_STREAMS = 4, 4
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,16 @@ class Plan:
             return None
         pair = pair_of(p, self.recipe.names.index(gate.patch))
         return {name: angle.cosine for name, angle in self.angles[pair].items()}
+
+    @cached_property
+    def gate_bytes(self) -> int:
+        """Bytes that were read for gates, before there was a plan."""
+        return bytes_of(self.ungated, [*self.angles])
+
+    @property
+    def gate_entries(self) -> int:
+        """Entries of which gates were told the deltas of two patches."""
+        return sum(self.ungated[name].entry.entries for of in self.angles.values() for name in of)
 
     @property
     def whole_model(self) -> bool:
@@ -601,11 +611,16 @@ def _memory(targets: Mapping[str, Target], engine: Backend, limit: int) -> tuple
 
 
 def _streams(asked: int | None, recipe: Recipe, engine: Backend, room: int, shards: int) -> int:
-    """How many shards are under way at once. A whole model's are written by one look at it, and a GPU is one."""
+    """How many shards are under way at once. A whole model's are written by one look at it, and a GPU is one.
+
+    Raises UsageError where these are asked for several.
+    """
     if recipe.scope == "model" or not takes_turns(engine):
+        if (asked or 1) > 1:
+            why = "scope: model writes" if recipe.scope == "model" else "this engine takes"
+            raise UsageError(f"--streams: {why} one shard after another", found=f"{asked}", expected="1")
         return 1
-    cores = len(os.sched_getaffinity(0))
-    wanted = min(MOST_STREAMS, cores // CORES_PER_STREAM) if asked is None else asked
+    wanted = min(MOST_STREAMS, (threads_of(engine) or 1) // THREADS_PER_STREAM) if asked is None else asked
     return max(1, min(wanted, room, shards))
 
 

@@ -23,6 +23,8 @@ HASH = "hash_bytes_per_s"
 STARTUP = "startup_s"  # a merge of next to nothing
 CORES = "cores"
 STALLS = "stalls"  # how many times longer than its slowest part a merge takes
+GATE = "gate_entries_per_s"  # entries of which gates are told two patches' deltas
+GATE_THREADS = 8  # at most; each has buffers of its own, a few MiB and an adapter's factors
 PASSES = ("merge", "histogram", "apply")
 # The forms in which patches reach an engine. There are no more, whatever kinds of sources come to be.
 FORMS: tuple[Kind, ...] = ("checkpoint", "delta", "lora")
@@ -34,7 +36,7 @@ def engine_rate(pass_: str, form: str) -> str:
 
 
 MACHINE = (DISK_READ, DISK_WRITE, READ, WRITE, HASH, STARTUP, CORES, STALLS)
-NAMES = MACHINE + tuple(engine_rate(pass_, form) for pass_ in PASSES for form in FORMS)
+NAMES = (*MACHINE, GATE, *(engine_rate(pass_, form) for pass_ in PASSES for form in FORMS))
 
 
 def rates_path() -> Path:
@@ -75,7 +77,8 @@ def lanes(
     cached: the share of the inputs that is in the page cache.
     streams: how many shards are under way at once, each with a reader, a hash and a writer of its own.
     """
-    read, written = int(description["bytes_read"]), int(description["bytes_written"])
+    read = int(description["bytes_read"]) - _gates(description)[1]
+    written = int(description["bytes_written"])
     cores = _rate(rates, CORES)
     threads = min(cores, description.get("threads") or cores)
     engine = 0.0
@@ -100,9 +103,21 @@ def predict(
     """Seconds that a merge will take; arguments as of `lanes`.
 
     All parts work at once, so the slowest of them counts. How well they do that, `bench floor` has seen in a merge.
+    Gates are told first, by threads of their own. At most, where `bytes_read_at_most` is said of the bytes.
     """
+    entries, read = _gates(description)
+    gates = max(
+        entries / (_rate(rates, GATE) * min(_rate(rates, CORES), GATE_THREADS)),
+        (1 - cached) * read / _rate(rates, DISK_READ),
+    )
     slowest = max(lanes(description, rates, cached=cached, streams=streams).values())
-    return rates.get(STARTUP, 0.0) + rates.get(STALLS, 1.0) * slowest
+    return rates.get(STARTUP, 0.0) + gates + rates.get(STALLS, 1.0) * slowest
+
+
+def _gates(description: Mapping[str, Any]) -> tuple[int, int]:
+    """Entries and bytes that are read for gates, before the merge."""
+    of = description["gates"]
+    return of["entries"], of["bytes_read"]
 
 
 def _rate(rates: Mapping[str, float], name: str) -> float:
