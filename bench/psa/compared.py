@@ -240,7 +240,7 @@ class Models:
 
 def pair_up(safety: Path, over_safety: Path, run: Path) -> None:
     """RUN/recipe.yaml: the safety patch of one run of `derive`, and the over-safety patch of another."""
-    recipes = [recipe_of(one, {}) for one in (safety, over_safety)]
+    recipes = [yaml.safe_load((one / "recipe.yaml").read_text()) for one in (safety, over_safety)]
     for one, recipe in zip((safety, over_safety), recipes, strict=True):
         for patch in recipe["patches"]:
             patch["source"] = str((one / patch["source"]).resolve())
