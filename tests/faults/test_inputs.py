@@ -13,6 +13,7 @@ import pytest
 
 from safepatch_core import merge
 from safepatch_core.errors import Busy, InputError, IOFailure
+from safepatch_core.files import direct
 from tests.faults.harness import KILL, LONG, STEM, Bench, contents, fault, restore
 
 
@@ -53,11 +54,20 @@ def inputs(bench: Bench) -> Iterator[Path]:
 @pytest.mark.parametrize("change", [truncate, truncate_to_nothing, overwrite, replace, remove])
 @pytest.mark.parametrize("victim", [f"base/{STEM.format(3)}", f"safety/{STEM.format(2)}", "base/tokenizer.json"])
 @pytest.mark.parametrize("when", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("past_cache", [False, True], ids=["through the cache", "past it"])
 def test_an_input_that_changes_is_named(
-    inputs: Path, change: Callable[[Path], None], victim: str, when: float
+    inputs: Path,
+    change: Callable[[Path], None],
+    victim: str,
+    when: float,
+    past_cache: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At some share of the bytes read, from within the progress callback."""
     changed = False
+    if past_cache:
+        monkeypatch.setattr(direct, "DIRECT_READ", 0)
+        monkeypatch.setattr(direct, "cached", lambda fd, at, nbytes: 0)
 
     def progress(done: int, total: int) -> None:
         nonlocal changed
