@@ -178,6 +178,12 @@ class DirectReader:
             self._threads.shutdown()
 
 
+def pages(nbytes: int) -> NDArray[np.uint8]:
+    """Memory that begins with a page."""
+    raw = np.empty(nbytes + PAGE, np.uint8)
+    return raw[-raw.ctypes.data % PAGE :][:nbytes]
+
+
 def cached(fd: int, at: int, nbytes: int) -> int:
     """How many bytes of a file's range the page cache holds; all of them where the kernel (before 6.5) can't tell.
 

@@ -69,7 +69,8 @@ class Inputs:
         Not on those that `load` is to read (`straight`) past the cache.
         """
         fd = self.fd(entry)
-        if fd not in self._sparse and not (straight and self._past_cache(fd, entry.start + lo, hi - lo)):
+        nothing = lo == hi or fd in self._sparse  # no bytes would mean all to the end
+        if not nothing and not (straight and self._past_cache(fd, entry.start + lo, hi - lo)):
             os.posix_fadvise(fd, entry.start + lo, hi - lo, os.POSIX_FADV_WILLNEED)
 
     def drop(self, entry: TensorEntry, lo: int, hi: int) -> None:
