@@ -170,8 +170,6 @@ class Reading:
     def __init__(self, path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.data, self.path = os.urandom(size), path
         path.write_bytes(self.data)
-        monkeypatch.setattr(direct, "DIRECT_READ", 0)
-        monkeypatch.setattr(direct, "cached", lambda fd, at, nbytes: 0)
         self.patch, self._read = monkeypatch, os.preadv
         self.past, self.plain = 0, 0  # bytes
         monkeypatch.setattr(os, "preadv", self._count)
@@ -205,7 +203,7 @@ class Reading:
 
 
 @pytest.fixture
-def reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
+def reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_past_cache: None) -> Iterator[Reading]:
     found = Reading(tmp_path / "input", 5 * direct.STEP + 1234, monkeypatch)
     yield found
     found.inputs.close()
@@ -386,14 +384,18 @@ def test_a_file_that_was_replaced_is_read_to_its_end(reading: Reading) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("chunk", [None, 999])
 def test_merges_write_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, scope: str, chunk: int | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    backend: str,
+    scope: str,
+    chunk: int | None,
 ) -> None:
     for seed, name in enumerate(("base", "safety", "over-safety")):
         write_model(tmp_path / name, seed, rows=96, cols=64)
     recipe = write_recipe(tmp_path, scope=scope)
     merge(recipe, tmp_path / "plain", backend="reference")
-    monkeypatch.setattr(direct, "DIRECT_READ", 0)
-    monkeypatch.setattr(direct, "cached", lambda fd, at, nbytes: 0)
+    request.getfixturevalue("read_past_cache")
     read, real = [0], direct.DirectReader.read
 
     def counted(*args: Any) -> Placed | None:

@@ -13,7 +13,6 @@ import pytest
 
 from safepatch_core import merge
 from safepatch_core.errors import Busy, InputError, IOFailure
-from safepatch_core.files import direct
 from tests.faults.harness import KILL, LONG, STEM, Bench, contents, fault, restore
 
 
@@ -61,13 +60,12 @@ def test_an_input_that_changes_is_named(
     victim: str,
     when: float,
     past_cache: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """At some share of the bytes read, from within the progress callback."""
     changed = False
     if past_cache:
-        monkeypatch.setattr(direct, "DIRECT_READ", 0)
-        monkeypatch.setattr(direct, "cached", lambda fd, at, nbytes: 0)
+        request.getfixturevalue("read_past_cache")
 
     def progress(done: int, total: int) -> None:
         nonlocal changed
