@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from safepatch_core.files import direct
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -16,3 +18,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def read_past_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every range of an input is read past the page cache, as long ones are that are not in it."""
+    monkeypatch.setattr(direct, "DIRECT_READ", 0)
+    monkeypatch.setattr(direct, "cached", lambda fd, at, nbytes: 0)

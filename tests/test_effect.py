@@ -12,7 +12,8 @@ import yaml
 
 from safepatch_core import merge, plan, verify
 from safepatch_core.errors import InputError
-from tests.oracle import Tensor, load_checkpoint, save_file
+from tests.oracle import Tensor, from_f32, load_checkpoint, save_file
+from tests.twins import FLOAT, SHAPE, UP, Q, Twin
 
 Tensors = dict[str, Tensor]
 
@@ -244,3 +245,16 @@ def test_an_adapter_with_a_trained_head(tmp_path: Path) -> None:
     merge(recipe, tmp_path / "all", backend="reference")
     merged = np.frombuffer(load_checkpoint(tmp_path / "all")["lm_head.weight"].data, "<f4")
     assert np.allclose(merged, np.frombuffer(f32(9, 4, seed=5).data, "<f4"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_unchanged_checkpoint_of_a_quantised_base_is_refused(tmp_path: Path, backend: str) -> None:
+    """What the dequantised base is when rounded to bfloat16, as a trainer was handed it."""
+    twin = Twin(tmp_path)
+    same = {FLOAT: twin.base[FLOAT]}
+    for name in (Q, UP):
+        same[name] = Tensor("BF16", SHAPE, from_f32(twin.values(name), "BF16"))
+    save_file(tmp_path / "p.safetensors", same)
+    recipe = twin.recipe({"name": "p", "source": "p.safetensors", "kind": "checkpoint", "top": 0.5})
+    with pytest.raises(InputError, match="every delta of a target is zero"):
+        merge(recipe, tmp_path / "out", backend=backend)

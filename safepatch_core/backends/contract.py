@@ -232,7 +232,10 @@ class Backend(Protocol):
         """Name, instruction set or card, threads: for the log and the manifest-free summary."""
 
     def allocate(self, nbytes: int) -> NDArray[np.uint8]:
-        """Host memory for the ring, aligned to 256 bytes (pinned where the engine moves it elsewhere)."""
+        """Host memory for the ring, aligned to 256 bytes (pinned where the engine moves it elsewhere).
+
+        Aligned to 4096, it can be read into past the page cache.
+        """
 
     def scratch(self, entries: int, patches: int) -> int:
         """Upper bound in bytes of what `merge` of so many entries allocates beyond its arguments."""

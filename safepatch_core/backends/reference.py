@@ -211,8 +211,8 @@ class ReferenceBackend:
         return f"reference (numpy {np.__version__})"
 
     def allocate(self, nbytes: int) -> NDArray[np.uint8]:
-        raw = np.empty(nbytes + 256, dtype=np.uint8)
-        skip = -raw.ctypes.data % 256
+        raw = np.empty(nbytes + 4096, dtype=np.uint8)
+        skip = -raw.ctypes.data % 4096
         return raw[skip : skip + nbytes]
 
     def scratch(self, entries: int, patches: int) -> int:

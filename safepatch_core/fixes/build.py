@@ -18,6 +18,7 @@ import numpy as np
 from safepatch_core.backends.contract import Report
 from safepatch_core.errors import Busy, InputError, OutputError, Stopped, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint, require_same_table
+from safepatch_core.files.direct import pages
 from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.files.parsing import read_json
@@ -32,7 +33,7 @@ from safepatch_core.merging.effect import require_deltas, require_eligible, requ
 from safepatch_core.merging.engine import EngineOptions
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
-from safepatch_core.merging.pipeline import Region, Ring, align
+from safepatch_core.merging.pipeline import Region, Ring, align, room
 from safepatch_core.merging.plan import DEFAULT_LIMIT, SMALLEST_LIMIT, Plan
 from safepatch_core.merging.recipe import Recipe
 from safepatch_core.merging.stream import Merge, Work
@@ -292,9 +293,9 @@ class _Comparison:
         """Raises InputError for differences in entries that can't be fixed."""
         with closing(Inputs(self._checkpoints)) as files:
             # Two pairs of windows: one is read while the other is encoded.
-            ring = Ring(np.empty(4 * WINDOW, np.uint8))
+            ring = Ring(pages(4 * room(WINDOW)))
             read = partial(self._read, files)
-            pipeline.run(self._windows(), lambda window: 2 * align(window.nbytes), read, self._encode, None, ring)
+            pipeline.run(self._windows(), lambda window: 2 * room(window.nbytes), read, self._encode, None, ring)
             files.check_unchanged()
 
     def _windows(self) -> Iterator[_Window]:
@@ -307,10 +308,11 @@ class _Comparison:
 
     @staticmethod
     def _read(files: Inputs, window: _Window, region: Region) -> tuple[_Window, list[Any]]:
-        half = align(window.nbytes)
-        sides = [region.memory[at : at + window.nbytes] for at in (0, half)]
-        for entry, side in zip((window.old, window.new), sides, strict=True):
-            files.read(entry, window.lo * window.width, side)
+        half, (lo, hi) = room(window.nbytes), (window.lo * window.width, window.hi * window.width)
+        halves = region.memory[:half], region.memory[half:]
+        for entry in (window.old, window.new):
+            files.prefetch(entry, hi, min(hi + WINDOW, entry.nbytes), straight=True)
+        sides = [files.load(e, lo, hi, of) for e, of in zip((window.old, window.new), halves, strict=True)]
         return window, [side.view(f"<u{window.width}") for side in sides]
 
     def _encode(self, loaded: tuple[_Window, list[Any]]) -> None:

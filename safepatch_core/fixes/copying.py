@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.direct import pages
 from safepatch_core.files.disk import HashedFile
 from safepatch_core.files.reading import TensorEntry
 from safepatch_core.files.staging import Staging
@@ -30,9 +31,9 @@ from safepatch_core.fixes.reference import Run
 from safepatch_core.merging import pipeline
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputFile
-from safepatch_core.merging.pipeline import Region, Ring, align
+from safepatch_core.merging.pipeline import Region, Ring, room
 
-RING_BYTES = 4 * WINDOW  # one that is read, one that is settled, one written and one hashed
+RING_BYTES = 4 * room(WINDOW)  # one that is read, one that is settled, one written and one hashed
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class Copier:
     ) -> None:
         self._staging, self._fix, self._checkpoint = staging, fix, checkpoint
         self._direction, self._advance = direction, advance
-        self._files, self._memory = Inputs([checkpoint]), np.empty(RING_BYTES, np.uint8)
+        self._files, self._memory = Inputs([checkpoint]), pages(RING_BYTES)
 
     def copy(self, outputs: Sequence[OutputFile]) -> None:
         """Every shard that no earlier run has finished.
@@ -87,7 +88,7 @@ class Copier:
             file.write(memoryview(output.header))
             pipeline.run(
                 self._windows(output),
-                lambda window: align(window.nbytes),
+                lambda window: room(window.nbytes),
                 self._read,
                 self._settle,
                 lambda window: self._write(file, window),
@@ -106,8 +107,9 @@ class Copier:
                     yield _Window(entry, lo, min(WINDOW, entry.nbytes - lo))
 
     def _read(self, window: _Window, region: Region) -> _Window:
-        window.data = region.memory[: window.nbytes]
-        self._files.read(window.entry, window.lo, window.data)
+        hi = window.lo + window.nbytes
+        self._files.prefetch(window.entry, hi, min(hi + WINDOW, window.entry.nbytes), straight=True)
+        window.data = self._files.load(window.entry, window.lo, hi, region.memory)
         return window
 
     def _settle(self, window: _Window) -> None:

@@ -12,14 +12,20 @@ from numpy.typing import NDArray
 
 from safepatch_core.errors import IOFailure
 from safepatch_core.files.checkpoint import Checkpoint
+from safepatch_core.files.direct import DirectReader
 from safepatch_core.files.reading import TensorEntry, identify, is_sparse, read_exact
 
 
 class Inputs:
-    """Reads tensors of the given checkpoints; `drop_behind` where their files outgrow the page cache."""
+    """Reads tensors of the given checkpoints; `drop_behind` where their files outgrow the page cache.
+
+    What `load` reads goes past the cache where it is not there, unless it is read again (`again`) and the cache
+    could hold it until then.
+    """
 
     def __init__(self, checkpoints: Iterable[Checkpoint], *, drop_behind: bool = False) -> None:
-        self._drop_behind = drop_behind
+        self._drop_behind, self.again = drop_behind, False
+        self._direct = DirectReader()
         self._sparse: set[int] = set()
         self._identity = {s.path: s.identity for checkpoint in checkpoints for s in checkpoint.shards}
         self._fds: dict[Path, int] = {}
@@ -40,10 +46,31 @@ class Inputs:
         if position < end:
             read_exact(fd, buffer[position - at :], position, entry)
 
-    def prefetch(self, entry: TensorEntry, lo: int, hi: int) -> None:
-        """Bytes [lo, hi) of the tensor are needed next: let the disk start on all inputs at once."""
+    def load(self, entry: TensorEntry, lo: int, hi: int, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Bytes [lo, hi) of the tensor, somewhere in `memory`: whole pages with one more than they fill."""
+        fd, at = self.fd(entry), entry.start + lo
+        placed = self._direct.read(fd, at, hi - lo, memory) if self._past_cache(fd, at, hi - lo) else None
+        if placed is None:
+            data = memory[: hi - lo]
+            self.read(entry, lo, data)
+            return data
+        self.bytes_read += hi - lo
+        for begin, end in placed.missing:
+            read_exact(fd, placed.data[begin - at : end - at], begin, entry)
+        return placed.data
+
+    def _past_cache(self, fd: int, at: int, nbytes: int) -> bool:
+        kept = self.again and not self._drop_behind
+        return not kept and fd not in self._sparse and self._direct.takes(fd, at, nbytes)
+
+    def prefetch(self, entry: TensorEntry, lo: int, hi: int, *, straight: bool = False) -> None:
+        """Bytes [lo, hi) of the tensor are needed next: let the disk start on all inputs at once.
+
+        Not on those that `load` is to read (`straight`) past the cache.
+        """
         fd = self.fd(entry)
-        if fd not in self._sparse:
+        nothing = lo == hi or fd in self._sparse  # no bytes would mean all to the end
+        if not nothing and not (straight and self._past_cache(fd, entry.start + lo, hi - lo)):
             os.posix_fadvise(fd, entry.start + lo, hi - lo, os.POSIX_FADV_WILLNEED)
 
     def drop(self, entry: TensorEntry, lo: int, hi: int) -> None:
@@ -82,6 +109,7 @@ class Inputs:
                 raise IOFailure(f"the input went away while it was being read: {error.strerror}", file=path) from None
 
     def close(self) -> None:
+        self._direct.close()
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()

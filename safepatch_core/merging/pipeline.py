@@ -16,6 +16,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from safepatch_core.files.direct import PAGE
 from safepatch_core.threads import room_for_a_thread
 
 
@@ -33,12 +34,17 @@ T = TypeVar("T")
 U = TypeVar("U")
 P = ParamSpec("P")
 R = TypeVar("R")
-ALIGN = 64  # of every buffer in the ring
+ALIGN = PAGE  # of every buffer in the ring
 
 
 def align(nbytes: int) -> int:
     """So many bytes, filled up to ALIGN."""
     return -(-nbytes // ALIGN) * ALIGN
+
+
+def room(nbytes: int) -> int:
+    """What so many bytes of a file take in the ring: whole pages, which they begin and end within (`Inputs.load`)."""
+    return align(nbytes) + ALIGN
 
 
 class Cancelled(Exception):

@@ -27,7 +27,7 @@ from safepatch_core.merging.beside import Beside, beside
 from safepatch_core.merging.gates import Angles, bytes_of, gated, measure, open_gates, pair_of, pairs_of
 from safepatch_core.merging.layout import IndexFile, OutputFile, OutputPart, lay_out
 from safepatch_core.merging.names import lines as renaming
-from safepatch_core.merging.pipeline import ALIGN, align
+from safepatch_core.merging.pipeline import ALIGN, room
 from safepatch_core.merging.quantised.modules import module_of, quantised, refuse_base, refuse_patch
 from safepatch_core.merging.quantised.twin import Twin, refuse_weight, twin_of
 from safepatch_core.merging.quantised.values import Dequantised, delta_of
@@ -43,6 +43,7 @@ from safepatch_core.spec import ITEMSIZE, Kind, keep_threshold, random_key, roun
 # Chunks of tensors that are not held whole: the reader's copy is still in the last-level cache when the engine
 # reads it, and the Python work per unit stays under a percent.
 CHUNK_BYTES = 6 << 20
+RUN = 64  # entries: chunks begin at multiples of it
 # Entries read to guess the thresholds of a scope that is swept in chunks, in runs of SAMPLE_RUN.
 SAMPLE_ENTRIES = 1 << 20
 SAMPLE_RUN = 1 << 12
@@ -207,8 +208,8 @@ class Plan:
     def sample_units(self, scope: Sequence[Target]) -> list[Unit]:
         """Short units spread evenly over a scope."""
         entries = sum(t.entry.entries for t in scope)
-        room = min(SAMPLE_ENTRIES, int(self.ring_bytes // max(t.ring_bytes for t in scope)) // 2)
-        stride = max(entries // max(room // SAMPLE_RUN, 1), SAMPLE_RUN)
+        runs = min(SAMPLE_ENTRIES // SAMPLE_RUN, self.ring_bytes // max(t.unit_bytes(SAMPLE_RUN) for t in scope) // 2)
+        stride = max(entries // max(runs, 1), SAMPLE_RUN)
         units, at = [], 0
         for target in scope:
             size = target.entry.entries
@@ -239,11 +240,11 @@ class Plan:
     def chunk_entries(self, target: Target) -> int:
         if self.chunk is not None:
             return -(-self.chunk // target.step) * target.step
-        room = min(CHUNK_BYTES, self.ring_bytes // 3)
+        left = min(CHUNK_BYTES, self.ring_bytes // 3)
         # A buffer of each input may be filled up to ALIGN.
-        room -= target.unit_bytes(0) + target.buffers * ALIGN
-        whole = math.lcm(ALIGN, target.step)
-        return max(whole, int(room / target.ring_bytes) // whole * whole)
+        left -= target.unit_bytes(0) + target.buffers * ALIGN
+        whole = math.lcm(RUN, target.step)
+        return max(whole, int(left / target.ring_bytes) // whole * whole)
 
     def owners(self, ranks: int) -> dict[str, int]:
         """Which rank does which tensor: contiguous runs in the order of the output, of about equal bytes."""
@@ -274,7 +275,7 @@ class Plan:
 
     def units_in(self, part: OutputPart) -> Iterator[Unit]:
         """The units of one part of an output file, in order."""
-        step = min(CHUNK_BYTES, self.ring_bytes // 3)
+        step = min(CHUNK_BYTES, self.ring_bytes // 3 - room(0) - ALIGN)
         for entry in part.tensors:
             target = self.by_stored.get(entry.name)
             if target is not None:
@@ -282,7 +283,7 @@ class Plan:
             else:
                 for lo in range(0, entry.nbytes, step):
                     hi = min(lo + step, entry.nbytes)
-                    yield Unit(entry, None, lo, hi, align(hi - lo))
+                    yield Unit(entry, None, lo, hi, room(hi - lo))
 
 
 @uncollected()
@@ -627,7 +628,7 @@ def _streams(asked: int | None, recipe: Recipe, engine: Backend, room: int, shar
 def _least_unit(target: Target) -> int:
     """Ring bytes of the smallest unit that a target can be cut into."""
     entries = target.entry.entries
-    return target.unit_bytes(entries if target.whole else min(math.lcm(ALIGN, target.step), entries))
+    return target.unit_bytes(entries if target.whole else min(math.lcm(RUN, target.step), entries))
 
 
 def _too_small(what: str, limit: int, lacks: int) -> UsageError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -36,13 +36,14 @@ from safepatch_core.merging import pipeline
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.lists import Lists
-from safepatch_core.merging.pipeline import Begun, Region, Ring, align
+from safepatch_core.merging.pipeline import Begun, Region, Ring, align, room
 from safepatch_core.merging.plan import Plan
 from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target, Unit
 from safepatch_core.ranks import Alone, Ranks
+from safepatch_core.spec import ITEMSIZE
 
 Counts = dict[str, Report]
 Shared = dict[PatchTensor, Held]
@@ -206,6 +207,7 @@ class Merge:
     def _sample(self, targets: Sequence[Target]) -> list[Block]:
         """Blocks spread evenly over the scope. They lie in the ring's memory, which is idle before a sweep."""
         self._held = self._fresh_held()
+        self._inputs.again = True
         blocks, used = [], 0
         for unit in self.plan.sample_units(targets):
             block = self._load(unit, self._memory[used : used + unit.ring_bytes], selecting=True).block
@@ -221,7 +223,7 @@ class Merge:
         write: Callable[[Work], Future[None] | None] | None,
     ) -> None:
         ring = Ring(self._memory)
-        selecting = write is None
+        selecting = self._inputs.again = write is None
         self._held = self._fresh_held()
 
         def noted(unit: Unit) -> tuple[Unit, Notes | None]:
@@ -235,12 +237,12 @@ class Merge:
             assert coming is not None
             notes, coming = coming[1], next(ahead, None)
             if coming is not None:
-                for entry, lo, hi in _ranges(*coming, selecting):
-                    self._inputs.prefetch(entry, lo, hi)
+                for needed, straight in _ranges(*coming, selecting):
+                    self._inputs.prefetch(*needed, straight=straight)
             loaded = self._load(unit, region.memory, selecting, notes)
             if not selecting:
-                for entry, lo, hi in _ranges(unit, notes):
-                    self._inputs.drop(entry, lo, hi)
+                for done, _ in _ranges(unit, notes):
+                    self._inputs.drop(*done)
             entries = unit.hi - unit.lo
             self._advance(unit.target.bytes_of(entries, selecting) if unit.target else entries)
             return loaded
@@ -260,26 +262,25 @@ class Merge:
     ) -> Work:
         """Read a unit's inputs into `memory`, one aligned buffer after another; with notes the base alone."""
         if unit.target is None:
-            base = memory[: unit.hi - unit.lo]
-            self._inputs.read(unit.entry, unit.lo, base)
+            base = self._inputs.load(unit.entry, unit.lo, unit.hi, memory)
             return Work(unit, base, None, Extent(self._inputs.fd(unit.entry), unit.entry.start + unit.lo))
         target, n, used = unit.target, unit.hi - unit.lo, 0
 
         def fetch(tensor: PatchTensor) -> Bits | Lora:
             nonlocal used
             if target.whole:
-                used += tensor.held_bytes
-                held = tensor.hold(self._inputs, memory[used - tensor.held_bytes : used])
+                held = tensor.hold(self._inputs, memory[used : used + tensor.held_bytes])
+                used += align(tensor.held_bytes)
             else:
                 held = self._held.get(target.entry.name)[tensor]
-            room = align(tensor.ring_bytes * n)
-            used += room
-            return held.load(self._inputs, unit.lo, unit.hi, memory[used - room : used])
+            begin, used = used, used + room(tensor.ring_bytes * n)
+            return held.load(self._inputs, unit.lo, unit.hi, memory[begin:used])
 
         codes = None
         if target.coded is None:
-            bits = Dense(target.entry, "checkpoint").load(self._inputs, unit.lo, unit.hi, memory)
-            written, used = bits.data.view(np.uint8), align(bits.data.nbytes)
+            used = room(ITEMSIZE[target.entry.dtype] * n)
+            bits = Dense(target.entry, "checkpoint").load(self._inputs, unit.lo, unit.hi, memory[:used])
+            written = bits.data.view(np.uint8)
         else:
             codes, used = load(
                 target.coded, target.present, self._inputs, (unit.lo, unit.hi), memory, selecting=selecting
@@ -322,12 +323,15 @@ class Merge:
         return pipeline.Once(partial(_load_held, self.plan, self._inputs))
 
 
-def _ranges(unit: Unit, notes: Notes | None, selecting: bool = False) -> list[Range]:
-    """The bytes of each tensor that a unit reads."""
+def _ranges(unit: Unit, notes: Notes | None, selecting: bool = False) -> Iterator[tuple[Range, bool]]:
+    """The bytes of each tensor that a unit reads, and whether they go straight into the ring (`Inputs.load`)."""
     if unit.target is None:
-        return [(unit.entry, unit.lo, unit.hi)]
-    tensors = [unit.target.base] if notes else unit.target.tensors(selecting)
-    return [of for tensor in tensors for of in tensor.ranges(unit.lo, unit.hi)]
+        yield (unit.entry, unit.lo, unit.hi), True
+        return
+    for tensor in [unit.target.base] if notes else unit.target.tensors(selecting):
+        ranges = tensor.ranges(unit.lo, unit.hi)
+        for needed in ranges:
+            yield needed, needed[0] is unit.target.stored or (isinstance(tensor, Dense) and len(ranges) == 1)
 
 
 def _load_held(plan: Plan, inputs: Inputs, name: str) -> Shared:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from safepatch_core.files.reading import TensorEntry
-from safepatch_core.merging.pipeline import align
+from safepatch_core.merging.pipeline import align, room
 from safepatch_core.merging.quantised.values import Dequantised, Measured
 from safepatch_core.merging.quantised.writing import Coded
 from safepatch_core.merging.sources.contract import PatchTensor
@@ -139,12 +139,12 @@ class Target:
         return sum([tensor.held_bytes for tensor in self.given])
 
     def unit_bytes(self, entries: int) -> int:
-        """Ring bytes of a unit of so many entries: one aligned buffer per input.
+        """Ring bytes of a unit of so many entries: room for one buffer per input.
 
         What is held lies in the unit of a tensor that is done whole; chunks of one tensor share it.
         """
-        held = self.held_bytes if self.whole else 0
-        return held + sum([align(math.ceil(size * entries)) for size in self._sizes])
+        held = sum([align(tensor.held_bytes) for tensor in self.given]) if self.whole else 0
+        return held + sum([room(math.ceil(size * entries)) for size in self._sizes])
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class Server:
         """Run a command; `fault` are the arguments of the shim, `signal` a number and after how many seconds.
 
         chunk: entries per unit of its merges. mark_bytes: after how many a file's beginning is marked.
-        past_cache: files are written past the page cache, as large ones are.
+        past_cache: files are read and written past the page cache, as large ones are.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import safepatch_core.merging.verification
 from safepatch_core.backends import cpu, reference
 from safepatch_core.commands import apply, cli, log, revert
-from safepatch_core.files import disk
+from safepatch_core.files import direct, disk
 from safepatch_core.fixes import apply as fixes_apply
 from safepatch_core.fixes import log as fixes_log
 from safepatch_core.merging import api, sink
@@ -40,7 +40,8 @@ def child(request: dict[str, Any], output: int, log: int) -> NoReturn:
     if request["mark_bytes"] is not None:
         sink.MARK_BYTES = request["mark_bytes"]
     if request["past_cache"]:
-        disk.DIRECT_BYTES = 0
+        disk.DIRECT_BYTES = direct.DIRECT_READ = 0
+        direct.cached = lambda fd, at, nbytes: 0
     sys.argv = ["safepatch", *request["args"]]
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))

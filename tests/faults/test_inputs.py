@@ -53,11 +53,19 @@ def inputs(bench: Bench) -> Iterator[Path]:
 @pytest.mark.parametrize("change", [truncate, truncate_to_nothing, overwrite, replace, remove])
 @pytest.mark.parametrize("victim", [f"base/{STEM.format(3)}", f"safety/{STEM.format(2)}", "base/tokenizer.json"])
 @pytest.mark.parametrize("when", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("past_cache", [False, True], ids=["through the cache", "past it"])
 def test_an_input_that_changes_is_named(
-    inputs: Path, change: Callable[[Path], None], victim: str, when: float
+    inputs: Path,
+    change: Callable[[Path], None],
+    victim: str,
+    when: float,
+    past_cache: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
     """At some share of the bytes read, from within the progress callback."""
     changed = False
+    if past_cache:
+        request.getfixturevalue("read_past_cache")
 
     def progress(done: int, total: int) -> None:
         nonlocal changed

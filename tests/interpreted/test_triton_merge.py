@@ -14,6 +14,7 @@ from safepatch_core.backends import open_backend
 from safepatch_core.backends.triton import TritonBackend
 from safepatch_core.bench import models
 from safepatch_core.errors import SafepatchError
+from tests.faults.harness import write_model, write_recipe
 from tests.oracle import Tensor, from_f32, save_file, to_f32
 from tests.recipes import write_random
 from tests.twins import Twin
@@ -95,3 +96,11 @@ def test_the_first_layers_of_a_real_model(tmp_path: Path) -> None:
 def test_the_engine_is_opened_by_name() -> None:
     engine = open_backend("triton", vram_limit=1 << 20)
     assert isinstance(engine, TritonBackend) and "interpreter" in engine.describe()
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_inputs_read_past_the_page_cache(tmp_path: Path, seed: int, read_past_cache: None) -> None:
+    """They come to lie in the pinned ring as in their files, at no multiple of 64 bytes."""
+    for number, name in enumerate(("base", "safety", "over-safety")):
+        write_model(tmp_path / name, number, rows=40 + seed, cols=36)
+    assert both_engines(write_recipe(tmp_path, seed=seed), tmp_path) > 0

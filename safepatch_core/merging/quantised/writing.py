@@ -18,7 +18,7 @@ from safepatch_core.backends.codes import CodesReport, Kept
 from safepatch_core.backends.contract import Bits, Block, Codes, Fault, PatchReport, Report
 from safepatch_core.backends.reference import acting, joined, philox, to_float32
 from safepatch_core.merging.inputs import Inputs
-from safepatch_core.merging.pipeline import align
+from safepatch_core.merging.pipeline import room
 from safepatch_core.merging.quantised import grids
 from safepatch_core.merging.quantised.grids import F32, Grid
 from safepatch_core.merging.quantised.layouts.contract import CodedWeight, Places, Scales
@@ -90,23 +90,23 @@ def load(
     lo, hi = run
     weight, n, used = coded.weight, hi - lo, 0
 
-    def room(nbytes: int) -> NDArray[np.uint8]:
+    def take(nbytes: int) -> NDArray[np.uint8]:
         nonlocal used
-        used += align(nbytes)
-        return memory[used - align(nbytes) :][:nbytes]
+        used += room(nbytes)
+        return memory[used - room(nbytes) : used]
 
     alone = selecting and not coded.direct
     begin, end = (0, 0) if alone else weight.stored(lo, hi)
-    data = room(end - begin)
+    data = take(end - begin)
     if coded.direct:
         tiles = [np.broadcast_to(UNTOUCHED, n)]  # no more than a number of entries
     else:
-        tiles = [room(4 * n).view(np.uint32) for _ in range(1 if alone else max(patches, 1))]
+        tiles = [take(4 * n)[: 4 * n].view(np.uint32) for _ in range(1 if alone else max(patches, 1))]
         for tile in tiles:
             tile.fill(UNTOUCHED)
     if alone:
-        return Loaded(lo, n, data, None, tiles), used
-    inputs.read(weight.codes, begin, data)
+        return Loaded(lo, n, data[:0], None, tiles), used
+    data = inputs.load(weight.codes, begin, end, data)
     return Loaded(lo, n, data, weight.scales(inputs, lo, hi), tiles), used
 
 

@@ -62,10 +62,13 @@ class Dense:
         return self
 
     def load(self, inputs: Inputs, lo: int, hi: int, memory: NDArray[np.uint8]) -> Bits:
-        buffer, at = memory[: (hi - lo) * self.entry_bytes], 0
-        for part, begin, end in self.ranges(lo, hi):
-            inputs.read(part, begin, buffer[at : at + end - begin])
-            at += end - begin
+        buffer, at, ranges = memory[: (hi - lo) * self.entry_bytes], 0, self.ranges(lo, hi)
+        if len(ranges) == 1:
+            buffer = inputs.load(*ranges[0], memory)
+        else:
+            for part, begin, end in ranges:
+                inputs.read(part, begin, buffer[at : at + end - begin])
+                at += end - begin
         return Bits(buffer.view(np.uint32 if self.entry_bytes == 4 else np.uint16), cast(Dtype, self.entry.dtype))
 
 
