@@ -18,6 +18,7 @@ from safepatch_core.backends.contract import (
     Backend,
     Bits,
     Block,
+    Counting,
     Cut,
     Fault,
     Later,
@@ -29,7 +30,7 @@ from safepatch_core.backends.contract import (
     Report,
     unread,
 )
-from safepatch_core.backends.select import Selection, Tally, TieCounter
+from safepatch_core.backends.select import Selection, Tally, TieCounter, counting
 from safepatch_core.errors import InputError
 from safepatch_core.files.disk import Extent
 from safepatch_core.merging import pipeline
@@ -187,17 +188,9 @@ class Merge:
             selection.guess(self._engine, self._sample(targets))
         lists = self._lists
         while selection.pending:
-            found: Counts = {}
-
-            def count(
-                work: Work, selection: Selection = selection, found: Counts = found, lists: Lists | None = lists
-            ) -> None:
-                assert work.block is not None
-                windows = selection.windows(work.unit.entry.name)
-                report = None if lists is None else lists.count(work.unit, work.block, windows)
-                _collect(self.plan, work.unit, report or self._engine.histogram(work.block, windows), found)
-
-            self._sweep([u for t in mine for u in self.plan.units_of(t)], count, None)
+            sweep = _Count(self.plan, counting(self._engine), selection, lists)
+            self._sweep([u for t in mine for u in self.plan.units_of(t)], sweep.begin, None)
+            sweep.counting.end()
             selection.combine(ranks)
             selection.advance()
             lists = None
@@ -334,6 +327,27 @@ def _load_held(plan: Plan, inputs: Inputs, name: str) -> Shared:
     """What all chunks of a target share."""
     given = plan.targets[name].given
     return {tensor: tensor.hold(inputs, np.empty(tensor.held_bytes, np.uint8)) for tensor in given}
+
+
+class _Count:
+    """The only stage of a target whose keys are counted."""
+
+    def __init__(self, plan: Plan, counting: Counting, selection: Selection, lists: Lists | None) -> None:
+        self._plan, self._selection, self._lists = plan, selection, lists
+        self.counting = counting
+        self._counts: Counts = {}
+
+    def begin(self, work: Work) -> Begun | None:
+        assert work.block is not None
+        windows = self._selection.windows(work.unit.entry.name)
+        report = None if self._lists is None else self._lists.count(work.unit, work.block, windows)
+        if report is None:
+            return _Begun(self.counting.begin(work.block, windows), partial(self._keep, work.unit))
+        self._keep(work.unit, report)
+        return None
+
+    def _keep(self, unit: Unit, report: Report) -> None:
+        _collect(self._plan, unit, report, self._counts)
 
 
 class _Apply:
