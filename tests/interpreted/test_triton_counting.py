@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from safepatch_core import merge
 from safepatch_core.backends.ahead import Asked, Job
 from safepatch_core.backends.contract import SELECT_NONE, Backend, Block, Report, Window
 from safepatch_core.backends.counting import Sweep, nbytes_of
@@ -16,9 +19,12 @@ from safepatch_core.backends.reference import ReferenceBackend
 from safepatch_core.backends.select import COARSE, counting
 from safepatch_core.backends.selftest import Setting, Shape, make_block
 from safepatch_core.backends.triton import TritonBackend
+from safepatch_core.bench import models
 from safepatch_core.spec import COMBINE, KEY_BITS
 from tests.interpreted.fake_device import FakeDevice, Race
 from tests.interpreted.test_triton_ahead import LARGE, PLENTY, blocks_of
+from tests.test_quantised_packed import given
+from tests.twins import Twin
 
 Windows = list[list[Window]]
 
@@ -170,3 +176,41 @@ def test_lost_counts_are_told_to_their_sweep_alone() -> None:
         sweep.begin(blocks[0], search_of(1)[0])
         sweep.end()
     check(engine, blocks, [0, 0], search_of(1))
+
+
+def merged_alike(recipe: Path, folder: Path, **options: Any) -> FakeDevice:
+    """The device on which a merge wrote the bytes of the C++ engine; it was never waited for but to count ties."""
+    device = FakeDevice(PLENTY)
+    merge(recipe, folder / "gpu", backend=TritonBackend(device, PLENTY), **options)
+    merge(recipe, folder / "cpu", backend="cpu", threads=1, **options)
+    for path in (folder / "cpu").iterdir():
+        assert path.read_bytes() == (folder / "gpu" / path.name).read_bytes()
+    assert device.synchronized <= device.kinds.count("count_equal_kernel")
+    return device
+
+
+def test_a_whole_model_in_chunks(tmp_path: Path) -> None:
+    models.write_set(tmp_path, models.SHAPES["tiny"])
+    recipe = models.write_recipe(tmp_path / "recipe.yaml", scope="model", targets={"include": ["*layers.0.*"]})
+    device = merged_alike(recipe, tmp_path, chunk_entries=5000)
+    assert device.synchronized and device.kinds.count("apply_kernel") > 1, "ties are shared out"
+
+
+def test_a_tensor_in_chunks(tmp_path: Path) -> None:
+    """One that the host's memory does not hold: three times what the smallest limit has room for."""
+    models.write_set(tmp_path, replace(models.SHAPES["tiny"], hidden=64, vocab=2**14))
+    recipe = models.write_recipe(tmp_path / "recipe.yaml", targets={"include": ["lm_head*"]})
+    device = merged_alike(recipe, tmp_path, memory_limit="16MiB")
+    assert device.kinds.count("apply_kernel") > 1 and device.synchronized
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("name", ["fp8", "int8 per channel", "int4 in groups"])
+def test_codes(tmp_path: Path, name: str, scope: str) -> None:
+    """Done whole, and in chunks."""
+    base = Twin(tmp_path, seed=2) if name == "fp8" else given(tmp_path, name, 5)
+    patches = base.patch("a", top=0.3, retain=0.5), base.patch("b", "checkpoint", top=0.2)
+    recipe = base.recipe(*patches, scope=scope)
+    for chunk in (None, 1000):
+        (tmp_path / str(chunk)).mkdir()
+        merged_alike(recipe, tmp_path / str(chunk), chunk_entries=chunk)
