@@ -85,6 +85,13 @@ class TritonBackend:
                 raise
 
     def histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
+        sweep = self.counting()
+        report = sweep.begin(block, windows)
+        sweep.end()
+        return report.result()
+
+    def _histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
+        """Count in a block that is too long for the device, or empty."""
         flat = [w for patch, wanted in zip(block.patches, windows, strict=True) if patch for w in wanted]
         with self._call(block, len(flat), sum(len(w.counts) for w in flat)) as call:
             call.prepare([SELECT_NONE] * len(block.patches))
@@ -189,7 +196,7 @@ class _Counting:
 
         nothing = [SELECT_NONE] * len(block.patches)
         asked = Asked(block, block.base.data, cuts=nothing, windows=windows, sweep=self.sweep)
-        self.engine._begin(asked, lambda: ([], self.engine.histogram(block, windows)))
+        self.engine._begin(asked, lambda: ([], self.engine._histogram(block, windows)))
         return _Later(self.engine, asked, lambda found: found[1])
 
     def end(self) -> None:
