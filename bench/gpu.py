@@ -48,6 +48,7 @@ from .lab import Clock, HostClock, Lab, TracedDevice, clock_of
 from .measure import Failed, Red, Skipped, alternate, drop, prepared, remove, run
 from .merges import copy_subject, inputs, merge_subject, output_bytes
 from .models import SHAPES, is_target
+from .quantised import twin_recipe
 from .registry import Bench
 from .tracing import Recorder, chrome_trace
 
@@ -455,7 +456,9 @@ def _resident_sweep(session: Session, block: Block, cuts: Sequence[Cut]) -> dict
 def merges(session: Session) -> dict[str, Any]:
     """Merges of a generated model: in this process and as commands, beside the CPU engine and a plain copy."""
     scale, bench = session.scale, session.bench
-    folder = bench.models(SHAPES[scale.model])
+    folder = bench.models(SHAPES[scale.model], twin=True)
+    recipes = {scope: models.recipe_path(folder, scope=scope) for scope in ("tensor", "model")}
+    recipes["codes"] = twin_recipe(folder, "checkpoint")
     files, written = inputs(folder, "checkpoint"), output_bytes(folder)
     found: dict[str, Any] = {"model": scale.model, "read_bytes": sum(f.stat().st_size for f in files)}
     found["written_bytes"] = written
@@ -465,13 +468,14 @@ def merges(session: Session) -> dict[str, Any]:
         found["cold_read"] = copy_subject(bench, files, scratch / "copy", 0, False)()
     with bench.scratch() as scratch, prepared(files, "warm", 2 * written) as before:
         subjects: dict[str, Callable[[], Mapping[str, float]]] = {}
-        for scope in ("tensor", "model"):
-            recipe = models.recipe_path(folder, scope=scope)
+        for scope, recipe in recipes.items():
             for name, backend in {
                 f"triton, {scale.vram}": session.engine(scale.vram),
                 f"triton, {scale.tight}": session.engine(scale.tight),
                 "cpu": open_backend("cpu", threads=bench.threads),
             }.items():
+                if scope == "codes" and name.endswith(scale.tight):
+                    continue  # the host rewrites codes, which takes its time
                 facts = digests[f"{name}, {scope}"] = {"scope": scope}
                 subjects[f"{name}, {scope}"] = _in_process(backend, recipe, scratch / "out", facts, bench)
         for backend_name in ("triton", "cpu"):
@@ -492,7 +496,7 @@ def merges(session: Session) -> dict[str, Any]:
                 for quantity, values in quantities.items():
                     series.setdefault(name, {}).setdefault(quantity, []).extend(values)
             rounds += 1
-    for scope in ("tensor", "model"):
+    for scope in recipes:
         if len({facts["output"] for facts in digests.values() if facts["scope"] == scope}) != 1:
             raise Red(f"merges of scope {scope} wrote different bytes: {digests}")
     floor = sorted(series["copy, synced"]["wall_s"])[rounds // 2]

@@ -83,12 +83,14 @@ def histogram(piece: Piece, windows: torch.Tensor, owners: tuple[int, ...], coun
 
 
 @triton.jit
-def fold_kernel(counts, total, sums, bins: tl.int64, HISTOGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+def fold_kernel(
+    counts, total, sums, bins: tl.int64, stride: tl.int64, HISTOGRAMS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     bin = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = bin < bins
     both = tl.zeros([BLOCK], tl.int64)
     for copy in tl.static_range(HISTOGRAMS):
-        both += tl.load(counts + copy * bins + bin, mask=inside, other=0)
+        both += tl.load(counts + copy * stride + bin, mask=inside, other=0)
     tl.store(total + bin, both, mask=inside)
     if sums is not None:
         tl.store(sums + tl.program_id(0), tl.sum(both))
@@ -97,10 +99,11 @@ def fold_kernel(counts, total, sums, bins: tl.int64, HISTOGRAMS: tl.constexpr, B
 def fold(counts: torch.Tensor, total: torch.Tensor, sums: torch.Tensor | None = None) -> Launch:
     """Add up the copies of a histogram: counts int64 [copies, bins], total int64 [bins], which may be the only copy.
 
-    sums: int64, of each BLOCK bins.
+    counts may be columns of a wider array; sums: int64, of each BLOCK bins.
     """
     copies, bins = counts.shape
-    return Launch(fold_kernel, triton.cdiv(bins, BLOCK), (counts, total, sums, bins, copies, BLOCK))
+    args = (counts, total, sums, bins, counts.stride(0), copies, BLOCK)
+    return Launch(fold_kernel, triton.cdiv(bins, BLOCK), args)
 
 
 # reference.py: ReferenceBackend.count_equal

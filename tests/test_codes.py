@@ -23,7 +23,7 @@ from safepatch_core.merging.quantised.layouts.fp8 import Fp8
 from safepatch_core.merging.quantised.layouts.packed import Packed, Turned, TurnedScales
 from safepatch_core.merging.quantised.layouts.scales import Blocks, BlockScales
 from safepatch_core.merging.quantised.values import DTYPES, rounded
-from safepatch_core.merging.quantised.writing import UNTOUCHED, Coded, Loaded, rewrite
+from safepatch_core.merging.quantised.writing import UNTOUCHED, Coded, Loaded, apart, rewrite
 from safepatch_core.merging.recipe import Quantized
 from safepatch_core.spec import KEEP_ALL, Acts, Join, Rule
 
@@ -123,11 +123,9 @@ def by_numpy(
 
         patches = list(map(measured, block.patches))
     loaded.tiles = [np.full(stored.entries, UNTOUCHED) for _ in patches]
-
-    def patch(block: Block, of: slice) -> Report:
-        return REFERENCE.merge(block, quotas[of], block.base.data)[1]
-
-    return data, rewrite(replace(block, patches=tuple(patches)), coded, loaded, patch)
+    block = replace(block, patches=tuple(patches))
+    reports = [REFERENCE.merge(alone, quotas[of], alone.base.data)[1] for of, alone in apart(block, loaded)]
+    return data, rewrite(block, coded, loaded, reports)
 
 
 def by_engine(

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safepatch_core.backends.contract import SELECT_ALL, SELECT_NONE, Bits, Block, Cut, Lora, Report
+from safepatch_core.backends.contract import SELECT_ALL, SELECT_NONE, Bits, Block, Cut, Lora, Report, Window
+from safepatch_core.backends.counting import Sweep, Told, Windows, flat, nbytes_of, starts
 from safepatch_core.backends.device import Device, as_tensor
 from safepatch_core.backends.passes import (
     COUNTS,
@@ -31,6 +32,7 @@ from safepatch_core.backends.passes import (
     Streams,
     cut_up,
     cuts_of,
+    line,
     present,
     report_of,
     table_of,
@@ -57,13 +59,18 @@ Sizes = dict[str, Size]
 
 @dataclass(eq=False)
 class Asked:
-    """One tensor to be merged, by quotas or by cuts that are known; `found` or `failed` in the end."""
+    """One tensor to be merged, by quotas or by cuts that are known, or to be counted in the windows of a sweep.
+
+    It is `found` or `failed` in the end.
+    """
 
     block: Block
-    out: NDArray[np.unsignedinteger]
+    out: NDArray[np.unsignedinteger]  # nothing is written where it is counted
     wanted: Sequence[int] = ()  # at most as many as there are entries
     skipped: Sequence[int] = ()
     cuts: Sequence[Cut] | None = None
+    windows: Windows = ()
+    sweep: Sweep | None = None
     job: Job | None = None
     found: Found | None = None
     failed: BaseException | None = None
@@ -86,6 +93,11 @@ class Asked:
         return variant_of(self.block, skips)
 
     @property
+    def kind(self) -> object:
+        """What those of one job have in common."""
+        return self.plan, self.cuts is None, self.sweep, [id(window.counts) for window in flat(self.windows)]
+
+    @property
     def head(self) -> int:
         return self.block.start % ALIGN
 
@@ -104,15 +116,11 @@ def _plain(k: int) -> Cut:
 
 
 def _nbytes(sizes: Sizes) -> int:
-    return sum(_line(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize) for dtype, shape in sizes.values())
+    return sum(line(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize) for dtype, shape in sizes.values())
 
 
 def _taken(arena: Arena, sizes: Sizes) -> dict[str, torch.Tensor]:
     return {name: arena.take(dtype, *shape) for name, (dtype, shape) in sizes.items()}
-
-
-def _line(nbytes: int) -> int:
-    return -(-nbytes // LINE) * LINE
 
 
 class Job:
@@ -122,6 +130,10 @@ class Job:
         self.asked = asked
         first = asked[0]
         self._plan, self._searching = first.plan, any(one.searching for one in asked)
+        self.sweep, self.windows = first.sweep, flat(first.windows)
+        at = iter(starts(self.windows))
+        rows = [[(w.lo, w.shift, len(w.counts), next(at)) for w in of] for of in first.windows]
+        self._counted = [(i, row) for i, (p, _) in enumerate(present(first.block)) if rows for row in rows[p]]
         self._batched = first.small
         self._roles = 2 if self._searching and any(form.skip for form in self._plan.patches) else 1
         self._ends = np.cumsum([one.segments for one in asked]).tolist()
@@ -138,6 +150,7 @@ class Job:
             "coarse": (integer, (tensors * patches if searches else 0, WINDOW_FIELDS.value)),
             "fine": (integer, (searches, WINDOW_FIELDS.value)),
             "extents": (integer, (tensors, 2)),
+            "windows": (integer, (tensors * len(self._counted), WINDOW_FIELDS.value)),
             "batch": (integer, (self.segments if self._batched else 0, columns.BATCH_FIELDS.value)),
         }
         return sizes | (self._entries if self._batched else {})
@@ -156,15 +169,17 @@ class Job:
         """What the host is told: the tables have the cuts; a batch's bits are told apart there."""
         tensors, patches = len(self.asked), len(self._plan.patches)
         sizes: Sizes = {"tally": (torch.int64, (tensors, COPIES, patches * COUNTS + ENDING))}
-        return sizes | ({"out": (TYPES[self._plan.dtype], (self.segments * BLOCK,))} if self._batched else {})
+        return sizes | (self._written if self._batched else {})
+
+    @property
+    def _written(self) -> Sizes:
+        return {} if self.sweep else {"out": (TYPES[self._plan.dtype], (self.segments * BLOCK,))}
 
     @cached_property
     def _kept(self) -> Sizes:
         """What is on the device alone. Copies of histograms are for many programs at one bin."""
         tensors, patches = len(self.asked), len(self._plan.patches)
-        sizes: Sizes = {} if self._batched else {"out": (TYPES[self._plan.dtype], (self.segments * BLOCK,))}
-        if not self._batched:
-            sizes |= self._entries
+        sizes: Sizes = {} if self._batched else self._written | self._entries
         for p, (_, patch) in enumerate(present(self.asked[0].block)):
             if isinstance(patch.values, Lora):
                 sizes[f"a {p}"] = torch.float32, patch.values.a.shape
@@ -201,6 +216,9 @@ class Job:
         self._host |= _taken(stage, self._told | {"cuts": self._cuts})
         self._on |= _taken(room, self._told | self._kept)
         parts = self._load()
+        if self.sweep is not None:
+            self._count(parts, self.sweep)
+            return
         if self._searching:
             self._search(parts)
         self._finish(parts)
@@ -208,6 +226,8 @@ class Job:
     def _fill(self) -> None:
         """Write what is sent into the stage."""
         host = {name: tensor.numpy() for name, tensor in self._host.items()}
+        if self._counted:
+            host["windows"][:] = [row for _ in self.asked for _, row in self._counted]
         for t, one in enumerate(self.asked):
             n, begin = len(one.block), self._ends[t] - one.segments
             cuts = [Cut(0, 0)] * len(one.block.patches) if self._searching else one.known
@@ -328,6 +348,19 @@ class Job:
         if roles > 1:
             self._launch(without(on["table"]))
 
+    def _count(self, parts: Sequence[tuple[Part, Any]], sweep: Sweep) -> None:
+        """Count the keys among those of the sweep, and bring what else was found."""
+        device, work, owners = self._device, self._streams.work, tuple(i for i, _ in self._counted)
+        for memory in (self._on["tally"], *sweep.fresh):
+            device.clear(work, memory)
+        for part, loaded in parts:
+            device.wait(work, loaded)
+            piece = self._piece(part)
+            self._launch(histogram(piece, self._on["windows"], owners, sweep.copies))
+            self._launch(faults(piece))
+        self._download_after_kernels()
+        self._tell({"tally": self._on["tally"]})
+
     def _finish(self, parts: Sequence[tuple[Part, Any]]) -> None:
         """Write the new bits and bring them, then what was counted and decided."""
         device, work, down = self._device, self._streams.work, self._streams.down
@@ -340,25 +373,32 @@ class Job:
             out = self._on["out"][at : at + padded(piece.head + piece.count)]
             self._launch(apply(piece, out))
             self._launch(faults(piece))
-            used = device.event()
-            device.record(used, work)
-            device.wait(down, used)
+            self._download_after_kernels()
             if not self._batched:
                 left = out[part.head : part.head + part.hi - part.lo]
                 device.download(down, one.out[part.lo : part.hi], left.view(torch.uint8))
-        for name, source in {"cuts": self._on["table"][0], **{name: self._on[name] for name in self._told}}.items():
-            device.download(down, self._host[name].numpy(), source.view(-1).view(torch.uint8))
-        device.record(self.done, down)
+        self._tell({"cuts": self._on["table"][0], **{name: self._on[name] for name in self._told}})
+
+    def _download_after_kernels(self) -> None:
+        used = self._device.event()
+        self._device.record(used, self._streams.work)
+        self._device.wait(self._streams.down, used)
+
+    def _tell(self, found: dict[str, torch.Tensor]) -> None:
+        for name, source in found.items():
+            self._device.download(self._streams.down, self._host[name].numpy(), source.view(-1).view(torch.uint8))
+        self._device.record(self.done, self._streams.down)
 
     def collect(self) -> None:
         """Wait until it is done, and tell."""
         self._device.finish(self.done)
         host = {name: self._host[name].numpy() for name in ("cuts", *self._told)}
         for t, one in enumerate(self.asked):
-            if self._batched:
+            if self._batched and self.sweep is None:
                 begin = (self._ends[t] - one.segments) * BLOCK + one.head
                 one.out[:] = host["out"][begin : begin + len(one.block)]
-            one.found = cuts_of(one.block, host["cuts"][t]), report_of(one.block, host["tally"][t])
+            cuts = cuts_of(one.block, host["cuts"][t]) if self.sweep is None else []
+            one.found = cuts, report_of(one.block, host["tally"][t])
 
     @property
     def happened(self) -> bool:
@@ -391,22 +431,30 @@ class Rooms:
 
 
 class Ahead:
-    """The jobs under way, in order, and the batch that is being put together."""
+    """The jobs under way, in order, the batch that is being put together, and the sweep whose counts the device has.
+
+    These lie at the memory's end; jobs have the rest.
+    """
 
     def __init__(self, device: Device, arena: Arena, streams: Streams) -> None:
         self._device, self._arena, self._streams = device, arena, streams
         self._pinned = device.pinned(STAGE)
         self._rooms, self._stages = Rooms(arena.nbytes), Rooms(STAGE)
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[Job | Told] = deque()
         self._open: list[Asked] = []
         self._passed = 0  # larger tensors since the batch was opened
+        self._sweep: Sweep | None = None
 
     def begin(self, asked: Asked) -> bool:
         """Queue a tensor; False where it doesn't fit the device's memory."""
+        if asked.sweep is not None and not self._open_sweep(asked.sweep, flat(asked.windows)):
+            return False
         alone = Job([asked])
         if alone.device_bytes > self._rooms.nbytes or alone.host_bytes > STAGE:
             return False
         if not asked.small:
+            if asked.sweep is not None:
+                self.flush()  # a tensor's windows come and go once
             self._start(alone)
             self._passed += bool(self._open)
             if self._passed >= PATIENCE:
@@ -417,10 +465,27 @@ class Ahead:
         self._open.append(asked)
         return True
 
+    def _open_sweep(self, sweep: Sweep, windows: Sequence[Window]) -> bool:
+        """Have room for the counts of these windows; False where there is none."""
+        wanted = line(nbytes_of(windows))
+        if sweep is self._sweep and sweep.copies.nbytes >= wanted:
+            return True
+        self.drain()
+        left = (self._arena.nbytes - wanted) // LINE * LINE
+        if left < 0 or max((w.counts.nbytes for w in windows), default=0) > min(left, STAGE):
+            return False
+        self._sweep, self._rooms = sweep, Rooms(left)
+        sweep.take(self._arena.room(left, wanted))
+        return True
+
+    def _tell(self, sweep: Sweep, windows: Sequence[Window] = ()) -> None:
+        """Go on with these windows; begin to bring the counts of the others."""
+        for told in sweep.go_on(windows):
+            self._queue(told)
+
     def _goes_with(self, asked: Asked) -> bool:
         """Whether a tensor has room in the open batch: a third of what there is, so that others are under way."""
-        first = self._open[0]
-        if (first.plan, first.cuts is None) != (asked.plan, asked.cuts is None):
+        if self._open[0].kind != asked.kind:
             return False
         more = Job([*self._open, asked])
         fits = more.device_bytes <= self._rooms.nbytes // 3 and more.host_bytes <= STAGE // 3
@@ -433,14 +498,19 @@ class Ahead:
             self._start(Job(asked))
 
     def _start(self, job: Job) -> None:
+        if job.sweep is not None:
+            self._tell(job.sweep, job.windows)
+        self._queue(job)
+        for one in job.asked:
+            one.job = job
+
+    def _queue(self, job: Job | Told) -> None:
         room, stage = self._place(self._rooms, job.device_bytes), self._place(self._stages, job.host_bytes)
         self._rooms.take(room, job.device_bytes)
         self._stages.take(stage, job.host_bytes)
         self._jobs.append(job)
         memory = Arena(as_tensor(self._pinned[stage : stage + job.host_bytes]))
         job.start(self._device, self._streams, self._arena.room(room, job.device_bytes), memory)
-        for one in job.asked:
-            one.job = job
 
     def _place(self, rooms: Rooms, nbytes: int) -> int:
         while (start := rooms.place(nbytes)) is None:
@@ -462,15 +532,20 @@ class Ahead:
             self._collect()
 
     def drain(self) -> None:
-        """Wait for all that was begun."""
+        """Wait for all that was begun, and for what was counted."""
         self.flush()
+        if self._sweep is not None:
+            self._tell(self._sweep)
         while self._jobs:
             self._collect()
+        self._sweep, self._rooms = None, Rooms(self._arena.nbytes)
 
     def abandon(self, error: BaseException) -> None:
         """Give up what was begun; the device has been waited for."""
         for asked in (*self._open, *(one for job in self._jobs for one in job.asked)):
             asked.failed = error
-        self._open, self._passed = [], 0
+        if self._sweep is not None:
+            self._sweep.failed = error
+        self._open, self._passed, self._sweep = [], 0, None
         self._jobs.clear()
-        self._rooms, self._stages = Rooms(self._rooms.nbytes), Rooms(STAGE)
+        self._rooms, self._stages = Rooms(self._arena.nbytes), Rooms(STAGE)

@@ -323,9 +323,22 @@ class Later(Protocol[T]):
         """Wait for it; raises what the call would have raised. Until then the call's arrays stay as they are."""
 
 
+class Counting(Protocol):
+    """One sweep over many blocks, whose windows have their counts at its end."""
+
+    def begin(self, block: Block, windows: Sequence[Sequence[Window]]) -> Later[Report]:
+        """As `histogram`, but that what the windows count is not read before `end`."""
+
+    def end(self) -> None:
+        """Wait until all windows have their counts."""
+
+
 @runtime_checkable
 class Ahead(Protocol):
     """What an engine has beside a `Backend` where it can go on to the next tensor before one is done."""
+
+    def counting(self) -> Counting:
+        """A sweep that counts."""
 
     def begin_apply(self, block: Block, cuts: Sequence[Cut], out: NDArray[np.unsignedinteger]) -> Later[Report]:
         """As `apply`."""

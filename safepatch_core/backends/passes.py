@@ -41,6 +41,11 @@ FIELDS, COUNTS, ENDING = columns.FIELDS.value, columns.COUNTS.value, columns.END
 Launches = Callable[[Piece, torch.Tensor], Iterable[Launch]]
 
 
+def line(nbytes: int) -> int:
+    """So many bytes, filled up to LINE."""
+    return -(-nbytes // LINE) * LINE
+
+
 class Arena:
     """Memory, allocated once: taken from the front, given back all at once. `room` of it is an arena of its own."""
 
@@ -70,7 +75,7 @@ class Arena:
         """An uninitialised tensor, aligned to LINE. Raises UsageError where the limit doesn't allow it."""
         start = self._used
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        self._used += -(-nbytes // LINE) * LINE
+        self._used += line(nbytes)
         if self._used > len(self._memory):
             raise UsageError(
                 "--vram-limit is too small for this merge",

@@ -15,7 +15,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.contract import SELECT_ALL, SELECT_NONE, Backend, Block, Cut, Window
+from safepatch_core.backends.contract import (
+    SELECT_ALL,
+    SELECT_NONE,
+    Ahead,
+    Backend,
+    Block,
+    Counting,
+    Cut,
+    Later,
+    Report,
+    Window,
+)
 from safepatch_core.ranks import Ranks
 from safepatch_core.spec import EVERY, KEY_BITS, NO_KEY
 
@@ -29,6 +40,34 @@ GUESS_SIGMAS = 5.0
 # neighbours, which are alike. A tenth more keys than are asked for are looked at, of a model of 1.1 B and top 0.03.
 FLOOR_SIGMAS = 20.0
 TIE_BINS = 1024
+
+
+def counting(engine: Backend) -> Counting:
+    """A sweep that counts: the engine's own where it goes on to the next block before one is done."""
+    return engine.counting() if isinstance(engine, Ahead) else _AtOnce(engine)
+
+
+@dataclass(frozen=True, slots=True)
+class _AtOnce:
+    """A `Counting` that has counted each block before the next."""
+
+    engine: Backend
+
+    def begin(self, block: Block, windows: Sequence[Sequence[Window]]) -> Later[Report]:
+        return _Counted(self.engine.histogram(block, windows))
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    report: Report
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Report:
+        return self.report
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +255,14 @@ class _Search:
         return shares
 
 
+def _count(engine: Backend, blocks: Sequence[Block], windows: Sequence[Sequence[Window]]) -> None:
+    """Count the keys of all blocks in the same windows."""
+    sweep = counting(engine)
+    for block in blocks:
+        sweep.begin(block, windows)
+    sweep.end()
+
+
 def _tails(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many keys lie in each bin or a higher one."""
     tails: NDArray[np.int64] = np.cumsum(counts[::-1])[::-1]
@@ -251,13 +298,11 @@ class Selection:
         """Choose what the first sweep counts finely, from blocks that stand for the whole scope."""
         sampled = sum(len(b) for b in sample)
         coarse = [np.zeros(COARSE, dtype=np.int64) for _ in range(self._patches)]
-        for block in sample:
-            engine.histogram(block, [[Window(0, LOW_BITS, c)] for c in coarse])
+        _count(engine, sample, [[Window(0, LOW_BITS, c)] for c in coarse])
         fine = [s.guess(coarse[p], sampled) for p, s in zip(self._owners, self._searches, strict=True)]
         if len(self._tensors) == 1:
             return
-        for block in sample:
-            engine.histogram(block, self._by_patch([[] if w is None else [w] for w in fine]))
+        _count(engine, sample, self._by_patch([[] if w is None else [w] for w in fine]))
         for p, search, window in zip(self._owners, self._searches, fine, strict=True):
             if window is not None:
                 search.guess_ties(coarse[p], window.counts, sampled)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.backends.contract import SELECT_NONE, Block, Cut, Later, Report, Window
+from safepatch_core.backends.contract import SELECT_NONE, Block, Counting, Cut, Later, Report, Window
 from safepatch_core.backends.device import Device, open_device
 from safepatch_core.backends.select import COARSE, FINE, NOTHING, Selection, Tally
 from safepatch_core.spec import EVERY
 
 if TYPE_CHECKING:
     from safepatch_core.backends.ahead import Asked, Found
+    from safepatch_core.backends.counting import Sweep
     from safepatch_core.backends.passes import Call
 
 T = TypeVar("T")
@@ -84,6 +85,13 @@ class TritonBackend:
                 raise
 
     def histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
+        sweep = self.counting()
+        report = sweep.begin(block, windows)
+        sweep.end()
+        return report.result()
+
+    def _histogram(self, block: Block, windows: Sequence[Sequence[Window]]) -> Report:
+        """Count in a block that is too long for the device, or empty."""
         flat = [w for patch, wanted in zip(block.patches, windows, strict=True) if patch for w in wanted]
         with self._call(block, len(flat), sum(len(w.counts) for w in flat)) as call:
             call.prepare([SELECT_NONE] * len(block.patches))
@@ -118,6 +126,11 @@ class TritonBackend:
         asked = Asked(block, out, wanted, skipped)
         self._begin(asked, lambda: self._sweep(block, wanted, out, skipped))
         return _Later(self, asked, lambda found: found)
+
+    def counting(self) -> Counting:
+        from safepatch_core.backends.counting import Sweep
+
+        return _Counting(self, Sweep())
 
     def _begin(self, asked: Asked, otherwise: Callable[[], Found]) -> None:
         """Queue a tensor, or do it at once where there is nothing to queue or no room for it."""
@@ -169,6 +182,28 @@ class _Later(Generic[T]):
 
     def result(self) -> T:
         return self.of(self.engine._result(self.asked))
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """A `Counting`."""
+
+    engine: TritonBackend
+    sweep: Sweep
+
+    def begin(self, block: Block, windows: Sequence[Sequence[Window]]) -> Later[Report]:
+        from safepatch_core.backends.ahead import Asked
+
+        nothing = [SELECT_NONE] * len(block.patches)
+        asked = Asked(block, block.base.data, cuts=nothing, windows=windows, sweep=self.sweep)
+        self.engine._begin(asked, lambda: ([], self.engine._histogram(block, windows)))
+        return _Later(self.engine, asked, lambda found: found[1])
+
+    def end(self) -> None:
+        with self.engine._taking_turns():
+            self.engine._ahead.drain()
+        if self.sweep.failed is not None:
+            raise self.sweep.failed
 
 
 def open_engine(*, threads: int | None, device: str | None, vram_limit: int | None) -> TritonBackend:

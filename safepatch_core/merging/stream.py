@@ -18,6 +18,7 @@ from safepatch_core.backends.contract import (
     Backend,
     Bits,
     Block,
+    Counting,
     Cut,
     Fault,
     Later,
@@ -29,7 +30,7 @@ from safepatch_core.backends.contract import (
     Report,
     unread,
 )
-from safepatch_core.backends.select import Selection, Tally, TieCounter
+from safepatch_core.backends.select import Selection, Tally, TieCounter, counting
 from safepatch_core.errors import InputError
 from safepatch_core.files.disk import Extent
 from safepatch_core.merging import pipeline
@@ -38,7 +39,7 @@ from safepatch_core.merging.layout import OutputPart
 from safepatch_core.merging.lists import Lists
 from safepatch_core.merging.pipeline import Begun, Region, Ring, align, room
 from safepatch_core.merging.plan import Plan
-from safepatch_core.merging.quantised.writing import SCALES, Loaded, load, rewrite
+from safepatch_core.merging.quantised.writing import SCALES, Coded, Loaded, apart, load, rewrite
 from safepatch_core.merging.sources.contract import Held, PatchTensor, Range
 from safepatch_core.merging.sources.dense import Dense
 from safepatch_core.merging.work import Target, Unit
@@ -82,6 +83,12 @@ class Work:
     codes: Loaded | None = None  # of a target that is stored as codes, where it is about to be written
     cuts: Sequence[Cut] = ()
     notes: Notes | None = None  # an earlier look's, by which the patches were not read
+
+    @property
+    def codes_of_floats(self) -> tuple[Coded, Loaded] | None:
+        """How codes are stored, and these, where the engine patches floats alone."""
+        coded = None if self.unit.target is None else self.unit.target.coded
+        return None if coded is None or self.codes is None or coded.direct else (coded, self.codes)
 
 
 class Notebook(Protocol):
@@ -188,17 +195,9 @@ class Merge:
             selection.guess(self._engine, self._sample(targets))
         lists = self._lists
         while selection.pending:
-            found: Counts = {}
-
-            def count(
-                work: Work, selection: Selection = selection, found: Counts = found, lists: Lists | None = lists
-            ) -> None:
-                assert work.block is not None
-                windows = selection.windows(work.unit.entry.name)
-                report = None if lists is None else lists.count(work.unit, work.block, windows)
-                _collect(self.plan, work.unit, report or self._engine.histogram(work.block, windows), found)
-
-            self._sweep([u for t in mine for u in self.plan.units_of(t)], count, None)
+            sweep = _Count(self.plan, counting(self._engine), selection, lists)
+            self._sweep([u for t in mine for u in self.plan.units_of(t)], sweep.begin, None)
+            sweep.counting.end()
             selection.combine(ranks)
             selection.advance()
             lists = None
@@ -340,6 +339,27 @@ def _load_held(plan: Plan, inputs: Inputs, name: str) -> Shared:
     return {tensor: tensor.hold(inputs, np.empty(tensor.held_bytes, np.uint8)) for tensor in given}
 
 
+class _Count:
+    """The only stage of a target whose keys are counted."""
+
+    def __init__(self, plan: Plan, counting: Counting, selection: Selection, lists: Lists | None) -> None:
+        self._plan, self._selection, self._lists = plan, selection, lists
+        self.counting = counting
+        self._counts: Counts = {}
+
+    def begin(self, work: Work) -> Begun | None:
+        assert work.block is not None
+        windows = self._selection.windows(work.unit.entry.name)
+        report = None if self._lists is None else self._lists.count(work.unit, work.block, windows)
+        if report is None:
+            return _Begun(self.counting.begin(work.block, windows), partial(self._keep, work.unit))
+        self._keep(work.unit, report)
+        return None
+
+    def _keep(self, unit: Unit, report: Report) -> None:
+        _collect(self._plan, unit, report, self._counts)
+
+
 class _Apply:
     """The last stage of a target: patch the unit's base in place and count.
 
@@ -359,20 +379,25 @@ class _Apply:
         self._ahead = isinstance(engine, Ahead) and notebook is None
 
     def begin(self, work: Work) -> Begun | None:
-        target = work.unit.target
-        if not self._ahead or work.block is None or target is None or target.coded is not None:
+        block, target = work.block, work.unit.target
+        if not self._ahead or block is None or target is None:
             self(work)
             return None
-        engine, block, out = cast(Ahead, self._engine), work.block, _output(work.block)
-        if target.whole:
-            later: Any = engine.begin_merge(block, target.quotas, out, target.skips)
-            return _Begun(later, lambda found: self._keep(work, *found))
-        cuts = self._ties.get(work.unit.entry.name).cuts(self._engine, block)
-        return _Begun(engine.begin_apply(block, cuts, out), lambda report: self._keep(work, cuts, report))
+        engine, codes = cast(Ahead, self._engine), work.codes_of_floats
+        cuts = () if target.whole else self._ties.get(work.unit.entry.name).cuts(self._engine, block)
 
-    def _keep(self, work: Work, cuts: Sequence[Cut], report: Report) -> None:
-        work.cuts = cuts
-        _collect(self._plan, work.unit, report, self._counts)
+        def begin(block: Block, of: slice) -> Later[Any]:
+            if target.whole:
+                return engine.begin_merge(block, target.quotas[of], _output(block), target.skips[of])
+            return engine.begin_apply(block, cuts[of], _output(block))
+
+        def keep(found: Sequence[Any]) -> None:
+            reports: list[Report] = [one[1] if target.whole else one for one in found]
+            report = reports[0] if codes is None else rewrite(block, *codes, reports)
+            _collect(self._plan, work.unit, report, self._counts)
+
+        parts = [(slice(None), block)] if codes is None else apart(block, codes[1])
+        return _Begun(_All([begin(part, of) for of, part in parts]), keep)
 
     def __call__(self, work: Work) -> None:
         block, unit = work.block, work.unit
@@ -393,10 +418,11 @@ class _Apply:
                     return cast(Noting, engine).apply_noted(work.notes, block, cuts[of], _output(block))
                 return engine.apply(block, cuts[of], _output(block))
 
-        if target.coded is None or work.codes is None or target.coded.direct:
+        codes = work.codes_of_floats
+        if codes is None:
             report = patch(block, slice(None))
         else:
-            report = rewrite(block, target.coded, work.codes, patch)
+            report = rewrite(block, *codes, [patch(alone, of) for of, alone in apart(block, codes[1])])
         _collect(self._plan, unit, report, self._counts)
 
     def _merge(self, work: Work, block: Block, target: Target, of: slice) -> tuple[list[Cut], Report]:
@@ -421,6 +447,19 @@ class _Begun:
 
     def result(self) -> None:
         self.keep(self.later.result())
+
+
+@dataclass(frozen=True)
+class _All:
+    """A `Later` of several calls."""
+
+    parts: Sequence[Later[Any]]
+
+    def done(self) -> bool:
+        return all(part.done() for part in self.parts)
+
+    def result(self) -> list[Any]:
+        return [part.result() for part in self.parts]
 
 
 def _output(block: Block) -> NDArray[np.unsignedinteger]:

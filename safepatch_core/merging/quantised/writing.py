@@ -8,7 +8,7 @@ in plain numpy, which is also what an engine that takes codes has to equal in ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,9 +80,6 @@ class Loaded:
         )
 
 
-Patch = Callable[[Block, slice], Report]  # runs the engine in place on a block that holds these patches alone
-
-
 def load(
     coded: Coded, patches: int, inputs: Inputs, run: tuple[int, int], memory: NDArray[np.uint8], selecting: bool
 ) -> tuple[Loaded, int]:
@@ -110,17 +107,23 @@ def load(
     return Loaded(lo, n, data, weight.scales(inputs, lo, hi), tiles), used
 
 
-def rewrite(block: Block, coded: Coded, loaded: Loaded, patch: Patch) -> CodesReport:
-    """Let the patches of a block act on the codes of a run."""
-    report = CodesReport([PatchReport() for _ in block.patches], kept=[Kept() for _ in block.patches])
-    tiles: list[Tile | None] = []
-    spare = iter(loaded.tiles)
+def apart(block: Block, loaded: Loaded) -> list[tuple[slice, Block]]:
+    """Each patch that a block has, alone and over a tile of its own, for an engine to run on in place."""
+    spare, found = iter(loaded.tiles), []
     for p, given in enumerate(block.patches):
-        tiles.append(None if given is None else next(spare))
-        if given is not None and (tile := tiles[p]) is not None:
-            alone = replace(block, base=Bits(tile, "F32"), patches=(replace(given, scale=1.0),))
-            alone = replace(alone, rule=ONE_PATCH, lambda_=1.0)
-            report.patches[p] = replace(patch(alone, slice(p, p + 1)).patches[0], applied=0)
+        if given is not None:
+            alone = replace(block, base=Bits(next(spare), "F32"), patches=(replace(given, scale=1.0),))
+            found.append((slice(p, p + 1), replace(alone, rule=ONE_PATCH, lambda_=1.0)))
+    return found
+
+
+def rewrite(block: Block, coded: Coded, loaded: Loaded, reports: Sequence[Report]) -> CodesReport:
+    """Let the patches of a block act on the codes of a run; `reports` of the engine's runs on them, see `apart`."""
+    report = CodesReport([PatchReport() for _ in block.patches], kept=[Kept() for _ in block.patches])
+    tiles: list[Tile | None] = [None] * len(block.patches)
+    given = [p for p, patch in enumerate(block.patches) if patch is not None]
+    for p, tile, found in zip(given, loaded.tiles, reports, strict=False):
+        tiles[p], report.patches[p] = tile, replace(found.patches[0], applied=0)
     scales = [0.0 if given is None else given.scale for given in block.patches]
     for lo in range(0, len(block), SCAN):
         held = [tile[lo : lo + SCAN] != UNTOUCHED for tile in tiles if tile is not None]
