@@ -203,7 +203,8 @@ class Models:
         """A run of `derive`."""
         run = self.job.run_of(kind, seed) if on == BACKBONE else self.job.run_of(f"{kind}-on-{slug(on, seed)}", seed)
         if kind in PAIRED:
-            pair_up(*(self.patches(of, seed, on) for of in PAIRED[kind]), run)
+            safety, over_safety = PAIRED[kind]
+            pair_up(self.patches(safety, seed, on), self.patches(over_safety, seed, on), run)
         elif not (run / "recipe.yaml").exists():
             self.job.say(f"derive: {run.name}")
             changes = PATCHES[kind](self.job, seed)

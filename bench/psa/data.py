@@ -11,7 +11,8 @@
 | CatQA from row 1, in steps of 10 | the table of all methods |
 | CatQA from rows 0 and 1 of three pairs of categories, in steps of 2 | deriving and measuring the rounds |
 | XSTest safe from row 3, in steps | the rounds |
-| the demo's harmless questions: the first 48; every third of the others | the utility term; the over-safety patch of opposed data |
+| the demo's harmless questions 0–47 | the utility term |
+| the demo's harmless questions from row 48, in steps of 3 | the over-safety patch of opposed data |
 """
 
 from __future__ import annotations
