@@ -156,7 +156,7 @@ def _measure_apply(size: str, cache: Cache, bench: Bench) -> Measured:
         subjects = {
             "apply": output_subject(bench, words, out, facts),
             "merge": output_subject(bench, merge_command(bench, recipe, out), out, facts),
-            "floor": copy_subject(bench, list(shards(base).values()), scratch / "copy", written, True),
+            "floor": copy_subject(bench, list(shards(base).values()), scratch / "copy", written, True, cache),
         }
         with prepared([*inputs(folder, "checkpoint"), fix], cache, 2 * written) as before:
             series = alternate(subjects, bench.rounds, before)

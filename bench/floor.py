@@ -39,11 +39,11 @@ def _measure(size: str, cache: Cache, bench: Bench) -> Measured:
         out = scratch / "copy"
         subjects = {
             "memcpy": memcpy_subject(),
-            "read": copy_subject(bench, files, out, 0, False),
+            "read": copy_subject(bench, files, out, 0, False, cache),
             "write": copy_subject(bench, [], out, written, False),
             "write-synced": copy_subject(bench, [], out, written, True),
-            "both": copy_subject(bench, files, out, written, False),
-            "both-synced": copy_subject(bench, files, out, written, True),
+            "both": copy_subject(bench, files, out, written, False, cache),
+            "both-synced": copy_subject(bench, files, out, written, True, cache),
         }
         return Measured(alternate(subjects, bench.rounds, before), [], {"entries": SHAPES[size].entries})
 

@@ -465,7 +465,7 @@ def merges(session: Session) -> dict[str, Any]:
     digests: dict[str, dict[str, Any]] = {}
     with bench.scratch() as scratch:
         drop(files)
-        found["cold_read"] = copy_subject(bench, files, scratch / "copy", 0, False)()
+        found["cold_read"] = copy_subject(bench, files, scratch / "copy", 0, False, "cold")()
     with bench.scratch() as scratch, prepared(files, "warm", 2 * written) as before:
         subjects: dict[str, Callable[[], Mapping[str, float]]] = {}
         for scope, recipe in recipes.items():

@@ -105,11 +105,12 @@ def merge_subject(
 
 
 def copy_subject(
-    bench: Bench, files: Sequence[Path], out: Path, size: int, sync: bool
+    bench: Bench, files: Sequence[Path], out: Path, size: int, sync: bool, cache: Cache = "warm"
 ) -> Callable[[], dict[str, float]]:
     """What reads the files and writes `size` bytes, and nothing else."""
     moved = size + sum(path.stat().st_size for path in files)
-    command: list[str | Path] = [*ISOLATED, COPY, out, str(size), str(int(sync)), str(bench.threads), *files]
+    how = (size, int(sync), int(cache == "cold"), bench.threads)
+    command: list[str | Path] = [*ISOLATED, COPY, out, *map(str, how), *files]
 
     def subject() -> dict[str, float]:
         cost, _ = run(command, timeout=bench.timeout)
@@ -148,8 +149,8 @@ def _measure(size: str, jobs: Sequence[MergeCase], cache: Cache, bench: Bench) -
             subjects[f"{kind}-{scope}"] = merge_subject(bench, recipe, scratch / "out", of)
         names = list(subjects)
         first = inputs(folder, kinds[0])
-        subjects["floor"] = copy_subject(bench, first, scratch / "copy", written, True)
-        subjects["floor-unsynced"] = copy_subject(bench, first, scratch / "copy", written, False)
+        subjects["floor"] = copy_subject(bench, first, scratch / "copy", written, True, cache)
+        subjects["floor-unsynced"] = copy_subject(bench, first, scratch / "copy", written, False, cache)
         series = alternate(subjects, bench.rounds, before)
     ratios = [(name, floor) for name in names[:1] for floor in ("floor", "floor-unsynced")]
     return Measured(series, ratios + [(name, names[0]) for name in names[1:]], facts)
