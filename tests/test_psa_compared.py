@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from safepatch_core.bench.psa import compared, measures, overlap, remembering
+from safepatch_core.bench.psa import compared, measures, overlap, remembering, separation
 from safepatch_core.bench.psa.compared import ORIGINAL, TUNED, UTILITY, Models, between, of_patches
 from safepatch_core.bench.psa.data import FRAMINGS, SIZES
 from safepatch_core.bench.psa.measures import Measures
@@ -70,7 +70,7 @@ def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def test_every_way_is_a_recipe_and_moves_the_backbone(job: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compared, "STRENGTHS", {"patches.safety.scale": {"values": [4.0, 8.0]}})
+    monkeypatch.setattr(compared, "STRENGTHS", {"patches.safety.scale": {"values": [4.0, 8.0]}})  # two trials
     models = Models(job)
     for name in compared.WAYS:
         recipe = models.recipe(name, 0)
@@ -311,3 +311,31 @@ def test_the_committed_table_is_of_the_committed_rows() -> None:
     lines = [json.loads(line) for line in (folder / "methods-eighth.jsonl").read_text().splitlines()]
     assert compared.markdown(lines) in page
     assert overlap.table(json.loads((folder / "overlap.json").read_text())) in page
+
+
+def test_what_refuses_more_alike_tells_nothing_better() -> None:
+    start = {"harmless": [5.0, 6.0, 7.0], **{name: [4.0, 6.0, 8.0, 9.0] for name in separation.SETS}}
+    alike = {name: [nats - 2 for nats in of] for name, of in start.items()}
+    better = {name: [nats - 2 * (name != "harmless") for nats in of] for name, of in start.items()}
+    for told in (separation.areas(start, start), separation.areas(alike, start)):
+        assert told["catqa"] == {"n": [4, 3], "value": 0.375, "change": {"value": 0.0, "interval": [0.0, 0.0]}}
+    told = separation.areas(better, start)["catqa"]
+    assert told["value"] == 0.6667 and told["change"]["value"] == 0.2917  # 8 and 4.5 of 12 pairs
+    assert 0 <= told["change"]["interval"][0] < 0.2917 < told["change"]["interval"][1] <= 1
+    lines = [{"method": BACKBONE, "area": separation.areas(start, start)}]
+    lines += [{"method": "way", "area": separation.areas(better, start)}]
+    table = separation.table(lines)
+    assert "| way | 0.667" in table and "| AUC against harmless prompts |" in table
+
+
+def test_separation_of_a_tiny_model_is_kept(job: Evidence, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(separation, "WAYS", {name: compared.WAYS[name] for name in (UTILITY, "ExPO")})
+    separation.run(job, "quarter", range(1))
+    results = job.out / "results"
+    lines = [json.loads(line) for line in (results / "separation-quarter.jsonl").read_text().splitlines()]
+    assert [line["method"] for line in lines] == [BACKBONE, UTILITY, "ExPO"]
+    assert all(set(line["area"]) == set(separation.SETS) for line in lines)
+    assert all(0 <= of["value"] <= 1 for line in lines for of in line["area"].values())
+    said: list[str] = []
+    separation.run(Evidence(job.model, job.corpora, job.out, 1, said.append), "quarter", range(1))
+    assert not [line for line in said if not line.startswith("merge")]

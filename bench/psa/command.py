@@ -55,23 +55,29 @@ _size = click.option(
     "--part",
     "parts",
     multiple=True,
-    help="methods, overlap or remembering [default: these]; the first evidence: plain, utility, sensitivity, rounds.",
+    help="methods, separation, overlap or remembering [default: these]; the first evidence: plain, utility, "
+    "sensitivity, rounds.",
 )
 @_size
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Of the three default parts.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Of the default parts.")
 def command(
     model: str, data: str, out: str, parts: tuple[str, ...], size: str, seeds: int, threads: int | None
 ) -> None:
-    """Whether the patches help MODEL (SmolLM2-135M-Instruct, float32): every method beside the others, how much data
-    sets and seeds agree on what matters, rounds that remember.
+    """Whether the patches help MODEL (SmolLM2-135M-Instruct, float32): every method beside the others, whether it
+    tells harm better or only refuses more, how much data sets and seeds agree on what matters, rounds that remember.
 
     What is finished in the output directory is kept, each model is measured once, and tables are told again after
     each; call it again to go on.
     """
-    from . import compared, overlap, remembering, report
+    from . import compared, overlap, remembering, report, separation
     from .steps import PARTS, make_backbone, run
 
-    own = {"methods": compared.run, "overlap": overlap.run, "remembering": remembering.run}
+    own = {
+        "methods": compared.run,
+        "separation": separation.run,
+        "overlap": overlap.run,
+        "remembering": remembering.run,
+    }
     unknown = set(parts) - {*own, *PARTS}
     if unknown:
         raise click.BadParameter(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join((*own, *PARTS))}")

@@ -127,11 +127,12 @@ def searched(kind: str) -> Way:
     return Way(recipe)
 
 
-# How strong and how dense each patch is. Every kind of harm weighs as much as refusing: halved, as the first table's
-# search has them, what was won in refusals was paid in harmful questions.
+# Where the over-safety patch keeps to refusals itself, it can be dense and strong, and the safety patch weak. Every
+# kind of harm weighs as much as refusing: halved, as in the first table's search, harm was given up for refusals.
 STRENGTHS = {
-    "patches.safety.scale": {"values": [4.0, 6.0]},
-    "patches.over-safety.scale": {"values": [4.0, 6.0, 8.0]},
+    "patches.over-safety.top": {"values": [0.1, 0.3]},
+    "patches.over-safety.scale": {"values": [4.0, 8.0]},
+    "patches.safety.scale": {"values": [0.5, 1.0]},
 }
 EACH_HARM = {"harmful_compliance": 1.0, "harmful_compliance.catqa": 1.0, "over_refusal": 1.0}
 
@@ -180,9 +181,7 @@ WAYS: dict[str, Way] = {
         combine="sum",
     ),
     MIXED: of_patches(QUESTIONS, METHODS[STRONG]),
-    f"{MIXED}, searched": searched(QUESTIONS),
-    OPPOSED: of_patches(EACH_ITS_OWN, METHODS[STRONG]),
-    f"{OPPOSED}, searched": searched(EACH_ITS_OWN),
+    OPPOSED: searched(EACH_ITS_OWN),
     "directions, orders and questions": of_patches(MIXED_DIRECTIONS, {}),
     "orders and questions + directions": of_patches(MIXED_DIRECTIONS, {}, MIXED),
     PUBLISHED: of_patches(PLAIN, METHODS[DEFAULTS]),
