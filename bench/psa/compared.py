@@ -120,21 +120,25 @@ def searched(kind: str) -> Way:
 
     def recipe(models: Models, seed: int) -> Recipe:
         models.patches(kind, 0)
-        found = search(models.job, kind, "searched", STRENGTHS, objectives=EACH_HARM)
+        found = search(models.job, kind, "searched", STRENGTHS, **JUDGED)
         method = swept_method(found["trials"][found["chosen"]]["parameters"])
         return of_patches(kind, method).recipe(models, seed)
 
     return Way(recipe)
 
 
-# Where the over-safety patch keeps to refusals itself, it can be dense and strong, and the safety patch weak. Every
-# kind of harm weighs as much as refusing: halved, as in the first table's search, harm was given up for refusals.
+# Where the over-safety patch keeps to refusals itself, it can be dense and strong, and the safety patch weak. Least
+# harm of both kinds among what refuses hardly more: with refusals as one of the sums, as in the first table's search,
+# one of the two rates is given up for the other.
 STRENGTHS = {
     "patches.over-safety.top": {"values": [0.1, 0.3]},
     "patches.over-safety.scale": {"values": [4.0, 8.0]},
     "patches.safety.scale": {"values": [0.5, 1.0]},
 }
-EACH_HARM = {"harmful_compliance": 1.0, "harmful_compliance.catqa": 1.0, "over_refusal": 1.0}
+JUDGED: dict[str, Any] = {
+    "objectives": {"harmful_compliance": 1.0, "harmful_compliance.catqa": 1.0, "over_refusal": 1.0},
+    "constraints": {"perplexity": 0.05, "over_refusal": 0.15},
+}
 
 
 def between(*patches: dict[str, Any], drawn: bool = True, **whole: Any) -> Way:

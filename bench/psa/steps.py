@@ -118,10 +118,10 @@ def search(
     name: str,
     parameters: dict[str, Any],
     trials: int | None = None,
-    objectives: dict[str, float] | None = None,
+    **judged: Any,
 ) -> dict[str, Any]:
-    """OUT/NAME-VARIANT: a sweep from seed 0's recipe, scored on the development split, by OBJECTIVES unless told
-    otherwise; the content of sweep.json."""
+    """OUT/NAME-VARIANT: a sweep from seed 0's recipe, scored on the development split, by OBJECTIVES unless
+    `judged` tells otherwise; the content of sweep.json."""
     job.say(f"{name}: {variant}")
     out = job.out / f"{name}-{variant}"
     config = SweepConfig.model_validate(
@@ -130,8 +130,9 @@ def search(
             "method": "grid" if trials is None else "random",
             "parameters": parameters,
             "trials": trials,
-            "objectives": objectives or OBJECTIVES,
+            "objectives": OBJECTIVES,
             "eval": job.corpora.development() | job.measuring | {"max_new_tokens": 16},
+            **judged,
         }
     )
     return sweep(config, out, resume=out.exists(), quiet=True, threads=job.threads).data
