@@ -352,10 +352,13 @@ def test_subjects_alternate() -> None:
     assert measure.ratio([2.0, 6.0, 9.0], [1.0, 2.0, 3.0]) == (3.0, 2.0, 3.0)
 
 
-def test_the_copy_reads_everything_and_writes_as_much_as_told(tmp_path: Path, bench: registry.Bench) -> None:
+@pytest.mark.parametrize("cold", ["0", "1"])
+def test_the_copy_reads_everything_and_writes_as_much_as_told(
+    tmp_path: Path, bench: registry.Bench, cold: str
+) -> None:
     (tmp_path / "in").write_bytes(b"x" * 5_000_001)
     out = tmp_path / "out"
-    cost, _ = measure.run([*measure.ISOLATED, merges.COPY, out, "3000000", "1", "2", tmp_path / "in"])
+    cost, _ = measure.run([*measure.ISOLATED, merges.COPY, out, "3000000", "1", cold, "2", tmp_path / "in"])
     assert out.stat().st_size == 3_000_000
     assert cost.read_bytes >= 5_000_001 and cost.written_bytes >= 3_000_000
 

@@ -339,3 +339,17 @@ def test_separation_of_a_tiny_model_is_kept(job: Evidence, short: None, monkeypa
     said: list[str] = []
     separation.run(Evidence(job.model, job.corpora, job.out, 1, said.append), "quarter", range(1))
     assert not [line for line in said if not line.startswith("merge")]
+
+
+@pytest.mark.parametrize(("chosen", "scale"), [(0, 1.0), (None, 2.0)])
+def test_where_every_trial_refuses_too_much_the_least_is_taken(
+    job: Evidence, monkeypatch: pytest.MonkeyPatch, chosen: int | None, scale: float
+) -> None:
+    refused = {1.0: 0.6, 2.0: 0.4, 3.0: 0.5}
+    trials = [
+        {"parameters": {"patches.safety.scale": at}, "metrics": {compared.REFUSAL: {"value": rate}}}
+        for at, rate in refused.items()
+    ]
+    monkeypatch.setattr(compared, "search", lambda *_, **__: {"chosen": chosen, "trials": trials})
+    recipe = compared.searched(WITH_UTILITY).recipe(Models(job), 0)
+    assert recipe["patches"][0]["scale"] == scale

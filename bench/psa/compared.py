@@ -116,24 +116,27 @@ def of_patches(kind: str, method: Method, on: str = BACKBONE) -> Way:
 
 
 def searched(kind: str) -> Way:
-    """Both patches of a kind at the recipe that the search on the development prompts chooses, from seed 0's."""
+    """Both patches of a kind at the recipe that a search on the development prompts chooses, for each seed's its own;
+    where every trial refuses too much, at the one that refuses least."""
 
     def recipe(models: Models, seed: int) -> Recipe:
-        models.patches(kind, 0)
-        found = search(models.job, kind, "searched", STRENGTHS, **JUDGED)
-        method = swept_method(found["trials"][found["chosen"]]["parameters"])
-        return of_patches(kind, method).recipe(models, seed)
+        models.patches(kind, seed)
+        found = search(models.job, kind, "searched", STRENGTHS, seed=seed, **JUDGED)
+        trials = found["trials"]
+        least = min(range(len(trials)), key=lambda at: trials[at]["metrics"][REFUSAL]["value"])
+        chosen = least if found["chosen"] is None else found["chosen"]
+        return of_patches(kind, swept_method(trials[chosen]["parameters"])).recipe(models, seed)
 
     return Way(recipe)
 
 
 # Where the over-safety patch keeps to refusals itself, it can be dense and strong, and the safety patch weak. Least
-# harm of both kinds among what refuses hardly more: with refusals as one of the sums, as in the first table's search,
-# one of the two rates is given up for the other.
+# harm of both kinds among what refuses hardly more: with refusals as one of the sums alone, as in the first table's
+# search, one of the two rates is given up for the other. How far a patch goes differs between seeds.
 STRENGTHS = {
+    "patches.safety.scale": {"values": [0.5]},
     "patches.over-safety.top": {"values": [0.1, 0.3]},
-    "patches.over-safety.scale": {"values": [4.0, 8.0]},
-    "patches.safety.scale": {"values": [0.5, 1.0]},
+    "patches.over-safety.scale": {"values": [2.0, 4.0, 8.0]},
 }
 JUDGED: dict[str, Any] = {
     "objectives": {"harmful_compliance": 1.0, "harmful_compliance.catqa": 1.0, "over_refusal": 1.0},

@@ -118,15 +118,16 @@ def search(
     name: str,
     parameters: dict[str, Any],
     trials: int | None = None,
+    seed: int = 0,
     **judged: Any,
 ) -> dict[str, Any]:
-    """OUT/NAME-VARIANT: a sweep from seed 0's recipe, scored on the development split, by OBJECTIVES unless
-    `judged` tells otherwise; the content of sweep.json."""
-    job.say(f"{name}: {variant}")
-    out = job.out / f"{name}-{variant}"
+    """OUT/NAME-VARIANT, and -SEED but for 0: a sweep from that seed's recipe, scored on the development split, by
+    OBJECTIVES unless `judged` tells otherwise; the content of sweep.json."""
+    out = job.out / f"{name}-{variant}{f'-{seed}' if seed else ''}"
+    job.say(out.name)
     config = SweepConfig.model_validate(
         {
-            "recipe": str(job.run_of(variant, 0) / "recipe.yaml"),
+            "recipe": str(job.run_of(variant, seed) / "recipe.yaml"),
             "method": "grid" if trials is None else "random",
             "parameters": parameters,
             "trials": trials,
