@@ -415,7 +415,11 @@ def _draw(table: Table, figure: Any) -> bool:
             bars = {}
             if "range" in table[method][harmful]:
                 ends = {"xerr": (x, table[method][harmful]["range"]), "yerr": (y, table[method][REFUSAL]["range"])}
-                bars = {side: [[at - 100 * low], [100 * high - at]] for side, (at, (low, high)) in ends.items()}
+                # The mean of equal shares may lie a last bit beside them, and a bar may not be negative.
+                bars = {
+                    side: [[max(0.0, at - 100 * low)], [max(0.0, 100 * high - at)]]
+                    for side, (at, (low, high)) in ends.items()
+                }
             marker = {"fmt": "*", "markersize": 14, "zorder": 3} if method == BACKBONE else {"fmt": "o"}
             plot.errorbar([x], [y], **marker, **bars)
         plot.axvline(100 * start[harmful]["mean"], color="0.8", zorder=0)
