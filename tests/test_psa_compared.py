@@ -358,7 +358,7 @@ def test_where_every_trial_refuses_too_much_the_least_is_taken(
 def test_seeds_that_agree_are_drawn(tmp_path: Path) -> None:
     names = (*compared.HARMFUL, compared.REFUSAL)
     metric = {"n": 28, "better": "lower", "value": 0.892857, "change": {"value": 0.0, "interval": [-0.1, 0.1]}}
-    lines = [{"method": BACKBONE, "size": "half", "metrics": dict.fromkeys(names, metric)}]
+    lines: list[dict[str, Any]] = [{"method": BACKBONE, "size": "half", "metrics": dict.fromkeys(names, metric)}]
     lines += [{"method": UTILITY, "seed": seed, "metrics": dict.fromkeys(names, metric)} for seed in range(3)]
     compared.write(lines, tmp_path, "half")
     assert (tmp_path / "methods-half.png").exists()

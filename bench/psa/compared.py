@@ -406,12 +406,12 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _draw(table: Table, figure: Any) -> bool:
-    figure.set_size_inches(16, 6)
+    figure.set_size_inches(18, 6)
     plots = figure.subplots(1, len(HARMFUL), sharey=True, squeeze=False)[0]
     start = table[BACKBONE]
     for plot, harmful in zip(plots, HARMFUL, strict=True):
         points = [(method, 100 * of[harmful]["mean"], 100 * of[REFUSAL]["mean"]) for method, of in table.items()]
-        for method, x, y in points:
+        for number, (method, x, y) in enumerate(points):
             bars = {}
             if "range" in table[method][harmful]:
                 ends = {"xerr": (x, table[method][harmful]["range"]), "yerr": (y, table[method][REFUSAL]["range"])}
@@ -421,13 +421,16 @@ def _draw(table: Table, figure: Any) -> bool:
                     for side, (at, (low, high)) in ends.items()
                 }
             marker = {"fmt": "*", "markersize": 14, "zorder": 3} if method == BACKBONE else {"fmt": "o"}
-            plot.errorbar([x], [y], **marker, **bars)
+            plot.errorbar([x], [y], label=f"{number}  {method}", **marker, **bars)
         plot.axvline(100 * start[harmful]["mean"], color="0.8", zorder=0)
         plot.axhline(100 * start[REFUSAL]["mean"], color="0.8", zorder=0)
         plot.set(xlabel=f"{COLUMNS[harmful][0]}, %")
     plots[0].set_ylabel(f"{COLUMNS[REFUSAL][0]}, %")
+    # Names are too long to stand beside so many points.
+    plots[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     for plot, harmful in zip(plots, HARMFUL, strict=True):
-        name_points(plot, [(m, 100 * of[harmful]["mean"], 100 * of[REFUSAL]["mean"]) for m, of in table.items()])
+        places = [(100 * of[harmful]["mean"], 100 * of[REFUSAL]["mean"]) for of in table.values()]
+        name_points(plot, [(str(number), *place) for number, place in enumerate(places)])
     return True
 
 
