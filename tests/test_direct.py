@@ -22,6 +22,7 @@ from safepatch_core.files import direct, disk
 from safepatch_core.files.direct import DirectWriter, Placed
 from safepatch_core.files.disk import HashedFile
 from safepatch_core.files.reading import TensorEntry, identify
+from safepatch_core.memory import PAGE
 from safepatch_core.merging.inputs import Inputs
 from tests.faults.harness import contents, write_model, write_recipe
 
@@ -188,12 +189,12 @@ class Reading:
     def is_past(fd: int) -> bool:
         return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
-    def load(self, at: int, nbytes: int, skip: int = 0, spare: int = 2 * direct.PAGE) -> NDArray[np.uint8]:
+    def load(self, at: int, nbytes: int, skip: int = 0, spare: int = 2 * PAGE) -> NDArray[np.uint8]:
         """A range, into memory that begins `skip` bytes after a page does; what lies around it stays."""
-        room = -(-nbytes // direct.PAGE) * direct.PAGE + spare
-        whole = np.frombuffer(mmap.mmap(-1, room + 4 * direct.PAGE), np.uint8)
+        room = -(-nbytes // PAGE) * PAGE + spare
+        whole = np.frombuffer(mmap.mmap(-1, room + 4 * PAGE), np.uint8)
         whole[:] = 7
-        begin = direct.PAGE + skip
+        begin = PAGE + skip
         found = self.inputs.load(tensor_of(self.path, at, nbytes), 0, nbytes, whole[begin : begin + room])
         assert (whole[:begin] == 7).all() and (whole[begin + room :] == 7).all()
         return found
@@ -233,7 +234,7 @@ def test_a_range_is_read_to_where_it_is_wanted(reading: Reading, at: int, nbytes
     if at % 8 == 0:
         assert reading.plain == 0 and reading.past >= nbytes
         found = reading.load(at, nbytes, skip=skip)
-        assert found.ctypes.data % direct.PAGE == at % direct.PAGE
+        assert found.ctypes.data % PAGE == at % PAGE
     else:  # numbers would lie where engines don't take them
         assert reading.past == 0
 
@@ -315,7 +316,7 @@ def test_refused_requests_are_read_the_plain_way(reading: Reading, code: int, af
             return count(fd, views, at)
         if next(turns) >= after:
             raise OSError(code, os.strerror(code))
-        return count(fd, [views[0][: len(views[0]) // 2 // direct.PAGE * direct.PAGE or direct.PAGE]], at)
+        return count(fd, [views[0][: len(views[0]) // 2 // PAGE * PAGE or PAGE]], at)
 
     reading.patch.setattr(os, "preadv", refusing)
     reading.check(8, 4 * direct.STEP)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import mmap
 import os
 import weakref
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.errors import UsageError
+from safepatch_core.memory import page_aligned
 
 if TYPE_CHECKING:
     import torch
@@ -90,11 +90,6 @@ class Device(Protocol):
         """Wait until all streams are done."""
 
 
-def host_memory(nbytes: int) -> NDArray[np.uint8]:
-    """Page-aligned memory."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8, count=nbytes)
-
-
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     """The bytes of a contiguous host array of one byte or more; torch would complain of a read-only one."""
     import torch
@@ -114,10 +109,10 @@ class InterpretedDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(host_memory(nbytes))
+        return torch.from_numpy(page_aligned(nbytes))
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
-        return host_memory(nbytes)
+        return page_aligned(nbytes)
 
     def stream(self) -> None: ...
 
@@ -190,7 +185,7 @@ class TorchDevice:
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Own memory, registered: torch's pinned allocator rounds sizes up to the next power of two."""
-        memory = host_memory(nbytes)
+        memory = page_aligned(nbytes)
         runtime = self._cuda.cudart()
         with self._cuda.device(self._device):
             status = runtime.cudaHostRegister(memory.ctypes.data, max(nbytes, 1), 1)  # 1: portable

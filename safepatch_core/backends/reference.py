@@ -24,6 +24,7 @@ from safepatch_core.backends.contract import (
     Report,
     Window,
 )
+from safepatch_core.memory import page_aligned
 from safepatch_core.spec import EVERY, KEEP_ALL, Acts, Dtype, Join
 
 F32 = NDArray[np.float32]
@@ -211,9 +212,7 @@ class ReferenceBackend:
         return f"reference (numpy {np.__version__})"
 
     def allocate(self, nbytes: int) -> NDArray[np.uint8]:
-        raw = np.empty(nbytes + 4096, dtype=np.uint8)
-        skip = -raw.ctypes.data % 4096
-        return raw[skip : skip + nbytes]
+        return page_aligned(nbytes)
 
     def scratch(self, entries: int, patches: int) -> int:
         """Bytes that `merge` may allocate on top of the block: plain numpy temporaries."""

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from safepatch_core.memory import PAGE
 from safepatch_core.threads import room_for_a_thread
 
-PAGE = 4096  # disks take whole blocks at multiples of it, from memory at multiples of it
 STEP = 1 << 20  # bytes of a request
 DEPTH = 4  # requests at once; more or larger ones were no faster (1 to 4 MiB, 1 to 8 of them, a virtual disk)
 DIRECT_READ = 256 << 10  # ranges from so many bytes on are read past the cache
@@ -176,12 +176,6 @@ class DirectReader:
     def close(self) -> None:
         if self._threads is not None:
             self._threads.shutdown()
-
-
-def pages(nbytes: int) -> NDArray[np.uint8]:
-    """Memory that begins with a page."""
-    raw = np.empty(nbytes + PAGE, np.uint8)
-    return raw[-raw.ctypes.data % PAGE :][:nbytes]
 
 
 def cached(fd: int, at: int, nbytes: int) -> int:

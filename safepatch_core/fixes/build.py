@@ -18,7 +18,6 @@ import numpy as np
 from safepatch_core.backends.contract import Report
 from safepatch_core.errors import Busy, InputError, OutputError, Stopped, UsageError
 from safepatch_core.files.checkpoint import Checkpoint, open_checkpoint, require_same_table
-from safepatch_core.files.direct import pages
 from safepatch_core.files.disk import failures_named, replacing, staged_name, sync_directory
 from safepatch_core.files.filenames import MANIFEST
 from safepatch_core.files.parsing import read_json
@@ -27,6 +26,7 @@ from safepatch_core.fixes import format
 from safepatch_core.fixes.format import WIDTH
 from safepatch_core.fixes.reading import WINDOW
 from safepatch_core.fixes.writing import Encoder, Writer
+from safepatch_core.memory import page_aligned
 from safepatch_core.merging import pipeline
 from safepatch_core.merging.api import plan
 from safepatch_core.merging.effect import require_deltas, require_eligible, require_survival
@@ -293,7 +293,7 @@ class _Comparison:
         """Raises InputError for differences in entries that can't be fixed."""
         with closing(Inputs(self._checkpoints)) as files:
             # Two pairs of windows: one is read while the other is encoded.
-            ring = Ring(pages(4 * room(WINDOW)))
+            ring = Ring(page_aligned(4 * room(WINDOW)))
             read = partial(self._read, files)
             pipeline.run(self._windows(), lambda window: 2 * room(window.nbytes), read, self._encode, None, ring)
             files.check_unchanged()

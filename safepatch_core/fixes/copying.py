@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safepatch_core.files.checkpoint import Checkpoint
-from safepatch_core.files.direct import pages
 from safepatch_core.files.disk import HashedFile
 from safepatch_core.files.reading import TensorEntry
 from safepatch_core.files.staging import Staging
@@ -28,6 +27,7 @@ from safepatch_core.fixes.checking import (
 )
 from safepatch_core.fixes.reading import WINDOW, Fix
 from safepatch_core.fixes.reference import Run
+from safepatch_core.memory import page_aligned
 from safepatch_core.merging import pipeline
 from safepatch_core.merging.inputs import Inputs
 from safepatch_core.merging.layout import OutputFile
@@ -64,7 +64,7 @@ class Copier:
     ) -> None:
         self._staging, self._fix, self._checkpoint = staging, fix, checkpoint
         self._direction, self._advance = direction, advance
-        self._files, self._memory = Inputs([checkpoint]), pages(RING_BYTES)
+        self._files, self._memory = Inputs([checkpoint]), page_aligned(RING_BYTES)
 
     def copy(self, outputs: Sequence[OutputFile]) -> None:
         """Every shard that no earlier run has finished.

@@ -16,7 +16,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from safepatch_core.files.direct import PAGE
+from safepatch_core.memory import PAGE
 from safepatch_core.threads import room_for_a_thread
 
 
